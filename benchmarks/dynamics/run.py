@@ -47,6 +47,7 @@ N_STEPS, GROUP_SIZE = 5, 8
 SHARES = (0.05, 0.20, 0.75, 0.95, 0.99)
 SWEEP = (0.02, 0.05, 0.10, 0.20, 0.35, 0.50, 0.65, 0.75, 0.85, 0.90, 0.95, 0.98, 0.99, 0.995)
 LUCK = 1 / 216
+COEFFICIENTS = ((0.3, 1.0), (1.0, 1.0), (1.0, 0.5), (1.0, 0.0))
 # Told apart by the colour-blind too
 STYLE = {
     "grpo": ("GRPO", "#000000", "-"),
@@ -111,6 +112,16 @@ def theorem() -> dict[str, Any]:
         solved = {arm: two_step_accuracy(start, arm, 2000) > 0.9 for arm in ("sgpo", "grpo")}
         found[str(start)] = {arm: int(np.argmax(above)) for arm, above in solved.items()}
     return found
+
+
+def coefficients(share: float, rule: str) -> dict[str, float]:
+    """Prefix credit's updates until .5 over GRPO's, by its two coefficients."""
+    base = time_to_half("grpo", share, rule)
+    return {
+        f"+{reward} / -{penalty}": time_to_half("prefix", share, rule, prefix_reward=reward, error_penalty=penalty)
+        / base
+        for reward, penalty in COEFFICIENTS
+    }
 
 
 def gradient(arm: str, share: float, **settings: Any) -> dict[str, Any]:
@@ -289,6 +300,9 @@ def main() -> None:
     results["group_sizes"] = {
         rule: {str(share): group_sizes(share, rule) for share in (0.75, 0.95)}
         for rule in tqdm(noisy, desc="group sizes")
+    }
+    results["coefficients"] = {
+        rule: {str(share): coefficients(share, rule) for share in SHARES} for rule in tqdm(swept, desc="coefficients")
     }
     results["luck"] = {
         rule: {str(share): lucky(share, rule) for share in (0.75, 0.90, 0.95)}
