@@ -21,6 +21,14 @@ from trl_sgpo import SGPOConfig
         ({"min_rts_spread": -0.1}, r"min_rts_spread=-0.1 must lie in \[0, 1\]"),
         ({"failed_group_weight": -1.0}, "failed_group_weight=-1.0 must be a finite number of at least 0"),
         ({"failed_group_weight": math.inf}, "failed_group_weight=inf must be a finite number"),
+        (
+            {"failed_groups": "nsr"},
+            r"failed_groups='nsr' is unknown: it must be one of \['judge', 'none', 'sign', 'ngrpo', 'zvp', 'lens'\]",
+        ),
+        (
+            {"failed_group_schedule": "linear"},
+            r"failed_group_schedule='linear' is unknown: it must be one of \['constant', 'failed_share'\]",
+        ),
     ],
 )
 def test_bad_values(tmp_path, config, message):
@@ -40,6 +48,9 @@ def test_adds_only_what_the_trainer_decides():
         "credit_assignment",
         "prefix_reward",
         "error_penalty",
+        "failed_groups",
+        "failed_group_schedule",
+        "exclude_dead_groups",
     }
     changed = [
         name
@@ -65,3 +76,15 @@ def test_a_grpo_yaml_loads_unchanged(tmp_path):
     for name, value in values.items():
         assert ours[name] == theirs[name] == value
     assert ours["judge_until"] == 1.0
+
+
+def test_the_own_fields_in_a_yaml(tmp_path):
+    # `none` is a word to YAML, not the absence of a value
+    path = tmp_path / "sgpo.yaml"
+    path.write_text(
+        f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\nfailed_groups: none\n"
+        "failed_group_schedule: failed_share\nexclude_dead_groups: true\n"
+    )
+    (config,) = TrlParser((SGPOConfig,)).parse_args_and_config(["--config", str(path)])
+    assert (config.failed_groups, config.failed_group_schedule) == ("none", "failed_share")
+    assert config.exclude_dead_groups is True

@@ -32,6 +32,7 @@ SYMBOLS = [
     "trl.trainer.grpo_trainer.EnvironmentFactory",
     "trl.trainer.grpo_trainer.RewardFunc",
     "trl.trainer.grpo_trainer.RolloutFunc",
+    "trl.models.utils.disable_gradient_checkpointing",
     "trl.trainer.utils.get_callable_name",
     "trl.trainer.utils.get_config_model_id",
     "trl.GRPOTrainer._name",
@@ -60,6 +61,26 @@ SIGNATURES = {
     ],
     "GRPOTrainer._calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "GRPOTrainer._generate_and_score_completions": ["self", "inputs"],
+    "GRPOTrainer._get_per_token_logps_and_entropies": [
+        "self",
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "batch_size",
+        "compute_entropy",
+        "compute_aux_loss",
+        "pixel_values",
+        "image_grid_thw",
+        "num_images",
+        "pixel_attention_mask",
+        "spatial_shapes",
+        "num_tiles",
+        "image_sizes",
+        "token_type_ids",
+        "mm_token_type_ids",
+        "image_position_ids",
+    ],
     "GRPOTrainer._log_completion_extra": ["self", "column", "values"],
     "GRPOTrainer.create_model_card": ["self", "model_name", "dataset_name", "tags"],
 }
@@ -71,6 +92,7 @@ ATTRIBUTES = [
     "_tokenizer",
     "eos_token_ids",
     "log_completions",
+    "loss_type",
     "mask_truncated_completions",
     "multi_objective_aggregation",
     "num_generations",
@@ -81,7 +103,15 @@ ATTRIBUTES = [
     "scale_rewards",
 ]
 
-CONFIG_FIELDS = ["multi_objective_aggregation", "reward_weights", "scale_rewards", "trust_remote_code"]
+CONFIG_FIELDS = [
+    "gradient_checkpointing_kwargs",
+    "importance_sampling_level",
+    "loss_type",
+    "multi_objective_aggregation",
+    "reward_weights",
+    "scale_rewards",
+    "trust_remote_code",
+]
 
 
 def lookup(path: str):
@@ -131,3 +161,36 @@ def test_advantages_may_be_scaled_after_they_were_made():
     assert '"advantages": advantages' in source, "the output of `_generate_and_score_completions` has no `advantages`"
     assert "(std_rewards + 1e-4)" in source, "the standard deviation of the rewards is no longer increased by 1e-4"
     assert 'self._logs["advantages"].extend' in source, "`_logs` keeps no `advantages`"
+
+
+def test_what_a_forward_pass_takes_is_in_the_output():
+    output = inspect.getsource(lookup("trl.GRPOTrainer._generate_and_score_completions"))
+    taken = SIGNATURES["GRPOTrainer._get_per_token_logps_and_entropies"][8:]
+    names = [
+        "prompt_ids",
+        "prompt_mask",
+        "completion_ids",
+        "completion_mask",
+        "tool_mask",
+        "old_per_token_logps",
+        *taken,
+    ]
+    for name in names:
+        assert f'"{name}": ' in output or f'output["{name}"]' in output, f"the output has no `{name}`"
+
+
+def test_what_the_losses_divide_by():
+    source = inspect.getsource(lookup("trl.GRPOTrainer._compute_loss"))
+    source = source[source.index('if self.loss_type in ["grpo", "sapo"]') :]
+    divisors = {
+        '["grpo", "sapo"]': "mask.sum(-1).clamp(min=1.0)).mean()",
+        '"bnpo"': "(per_token_loss * mask).sum() / mask.sum()",
+        '"dr_grpo"': "(per_token_loss.size(0) * self.max_completion_length)",
+        '["cispo", "dapo", "vespo"]': 'inputs["num_items_in_batch"]',
+        '"luspo"': "(per_token_loss * mask).sum(-1).mean()",
+    }
+    branches = re.split(r"(?:if|elif) self\.loss_type (?:in|==) ", source)[1:]
+    for loss_types, divisor in divisors.items():
+        found = [branch for branch in branches if branch.startswith(loss_types)]
+        assert found, f"the loss has no branch for {loss_types}"
+        assert divisor in found[0], f"the loss of {loss_types} no longer divides as in `{divisor}`"

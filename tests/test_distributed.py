@@ -15,8 +15,8 @@ from trl_sgpo.groups import group_advantages
 
 @pytest.fixture
 def two_ranks(tmp_path):
-    def run(mode):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    def run(mode, n_processes=2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_processes)]
         result = subprocess.run(
             [*command, str(Path(__file__).parent / "two_ranks.py"), mode, str(tmp_path)],
             env={**os.environ, "OMP_NUM_THREADS": "1", "CI": "true"},
@@ -25,7 +25,8 @@ def two_ranks(tmp_path):
             timeout=240,
         )
         assert result.returncode == 0, result.stderr[-4000:]
-        return [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)], result.stderr, tmp_path
+        ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(n_processes)]
+        return ranks, result.stderr, tmp_path
 
     return run
 
@@ -78,3 +79,30 @@ def test_a_judge_that_fails_on_one_rank(two_ranks):
     # The first group is judged, the middle one has half its verdicts, the last one none
     assert rank0["log"][0]["sgpo/groups/unjudged"] == pytest.approx(1 / 3)
     assert stderr.count("this rank has lost its judge") >= 1
+
+
+@pytest.mark.parametrize("mode", ["lens", "zvp"])
+def test_remedies_on_two_ranks_equal_those_on_one(two_ranks, mode):
+    (whole,), _, _ = two_ranks(mode, n_processes=1)
+    (rank0, rank1), _, _ = two_ranks(mode)
+    assert rank0["checksum"] == rank1["checksum"] == pytest.approx(whole["checksum"], rel=1e-6)
+    for a, b, both in zip(rank0["rounds"], rank1["rounds"], whole["rounds"], strict=True):
+        halves = [torch.tensor(half["advantages"]) for half in (a, b)]
+        expected = torch.tensor(both["advantages"])
+        if mode == "zvp":
+            assert [half.dim() for half in halves] == [2, 1]  # nothing failed on rank 1
+            halves[1] = halves[1].unsqueeze(1).expand(-1, expected.shape[1])
+            halves[0] = torch.nn.functional.pad(halves[0], (0, expected.shape[1] - halves[0].shape[1]))
+        torch.testing.assert_close(torch.cat(halves), expected, rtol=1e-4, atol=1e-5)
+    logs = [[entry for entry in rank["log"] if "sgpo/accuracy" in entry] for rank in (rank0, rank1, whole)]
+    for entries in zip(*logs, strict=True):
+        ours = [{k: v for k, v in entry.items() if k.startswith("sgpo/")} for entry in entries]
+        assert ours[0] == ours[1] == ours[2]
+    if mode == "lens":
+        assert logs[0][0]["sgpo/groups/dead"] == pytest.approx(1 / 3)
+        groups = torch.tensor(whole["rounds"][0]["advantages"]).view(3, 4)
+        assert not groups[0].any()
+        assert groups[1].unique().numel() == 4
+        lengths = torch.tensor([4 + row % 5 for row in range(12)]).view(3, 4).sum(dim=1)
+        factor = lengths.sum() / lengths[1:].sum()
+        torch.testing.assert_close(groups[2], factor * group_advantages(torch.tensor([[0.0, 1, 0, 1]]))[0])

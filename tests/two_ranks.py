@@ -1,6 +1,7 @@
 """
 Run by `test_distributed.py` on two processes: trains with groups that straddle the ranks and writes down what each rank
-saw. Rank 1 never has anything to judge in the mode `one_sided`.
+saw. Rank 1 never has anything to judge in the mode `one_sided`. The modes of `REMEDIES` ask no judge, and take completions
+that are the same however many processes there are, so that two can be compared with one.
 """
 
 import json
@@ -20,7 +21,14 @@ from trl_sgpo.tasks.rewrite_chain import PretrainConfig, build_model, build_toke
 
 
 mode, folder = sys.argv[1], Path(sys.argv[2])
-rank = int(os.environ["RANK"])
+rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+REMEDIES = {
+    # Of three groups the first is dead, the second one failed, half of it on each rank, and the third one mixed
+    "lens": {"failed_groups": "lens", "exclude_dead_groups": True},
+    # One group on each rank, of which the first failed
+    "zvp": {"failed_groups": "zvp", "failed_group_schedule": "failed_share"},
+}
 
 
 class RecordingJudge(StepJudge):
@@ -35,6 +43,11 @@ class RecordingJudge(StepJudge):
 
 
 def outcome(prompts, completions, **kwargs):
+    rows = range(rank * len(completions), (rank + 1) * len(completions))
+    if mode == "lens":
+        return [[1.0, 0.0, float(row % 2)][row // 4] for row in rows]
+    if mode == "zvp":
+        return [[0.0, float(row % 2)][row // 6] for row in rows]
     if mode == "one_sided":
         # Ranks hold two groups of eight: rank 0 the failed one and half of nothing else
         return [0.0 if rank == 0 else float(i % 2) for i in range(len(completions))]
@@ -42,7 +55,7 @@ def outcome(prompts, completions, **kwargs):
 
 
 # Six rows a rank and groups of four: the second group has two rows on each rank. One-sided: one group of six a rank.
-size = 6 if mode == "one_sided" else 4
+size = 6 if mode in ("one_sided", "zvp") else 4
 tokenizer = build_tokenizer()
 judge = RecordingJudge()
 trainer = SGPOTrainer(
@@ -50,7 +63,7 @@ trainer = SGPOTrainer(
     reward_funcs=[outcome, StepwiseJudge(judge, segmenter=words_as_steps, transform="identity")],
     args=SGPOConfig(
         output_dir=str(folder / "run"),
-        per_device_train_batch_size=6,
+        per_device_train_batch_size=12 // world_size,
         num_generations=size,
         max_completion_length=12,
         generation_kwargs={"suppress_tokens": [0, 1]},
@@ -59,6 +72,7 @@ trainer = SGPOTrainer(
         logging_steps=1,
         log_completions=True,
         failed_group_weight=0.5,
+        **REMEDIES.get(mode, {}),
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
@@ -86,13 +100,26 @@ def record_advantages(inputs):
     return output
 
 
+def same_completions(prompt_ids, *args, **kwargs):
+    """Random ones, of different lengths, by their place among those of all ranks."""
+    rows = range(rank * len(prompt_ids), (rank + 1) * len(prompt_ids))
+    seeds = [torch.Generator().manual_seed(row) for row in rows]
+    return [
+        torch.randint(2, len(tokenizer), (4 + row % 5,), generator=seed).tolist()
+        for row, seed in zip(rows, seeds, strict=True)
+    ], None
+
+
 trainer._calculate_rewards, trainer._generate_and_score_completions = record_rewards, record_advantages
+if mode in REMEDIES:
+    trainer._generate_single_turn = same_completions
 trainer.train()
 checksum = sum(p.double().abs().sum().item() for p in trainer.model.parameters())
 (folder / f"rank{rank}.json").write_text(
     json.dumps({"rounds": rounds, "sizes": judge.sizes, "log": trainer.state.log_history, "checksum": checksum})
 )
-dist.destroy_process_group()
+if dist.is_initialized():
+    dist.destroy_process_group()
 assert not torch.isnan(torch.tensor(checksum))
 # torch 2.13 now and then aborts while the interpreter ends ("terminate called without an active exception"), as it does
 # after GRPOTrainer too: 3 of 38 runs. Everything to be tested is done and written, so the interpreter's end is left out.

@@ -8,6 +8,8 @@ from trl import GRPOConfig
 
 JUDGE_SCOPES = ("failed_groups", "all_incorrect")
 CREDIT_ASSIGNMENTS = ("sequence", "prefix")
+FAILED_GROUPS = ("judge", "none", "sign", "ngrpo", "zvp", "lens")
+FAILED_GROUP_SCHEDULES = ("constant", "failed_share")
 
 
 @dataclass
@@ -36,7 +38,9 @@ class SGPOConfig(GRPOConfig):
         min_rts_spread (`float`, *optional*, defaults to `0.0`):
             A failed group whose reasoning trajectory scores span less than this stays as GRPO leaves it, in [0, 1].
         failed_group_weight (`float`, *optional*, defaults to `1.0`):
-            Factor on the judge's part of the advantages of rescued groups. 1 is the paper, 0 is GRPO.
+            Factor on the judge's part of the advantages of rescued groups. 1 is the paper, 0 is GRPO. With another remedy
+            in `failed_groups` it is the factor on that remedy's advantages (the lambda of NSR, a tenth of the alpha of
+            RL-ZVP).
         credit_assignment (`str`, *optional*, defaults to `"sequence"`):
             Whom a verdict pays. `"sequence"`: every token of the completion alike, by Eq. 2, as in the paper. `"prefix"`:
             each token by what the verdict says of it. In a failed group the tokens before the first wrong step have the
@@ -47,6 +51,36 @@ class SGPOConfig(GRPOConfig):
             Advantage of a token of the verified prefix, under `credit_assignment="prefix"`.
         error_penalty (`float`, *optional*, defaults to `1.0`):
             The tokens of the first wrong step have minus this as their advantage, under `credit_assignment="prefix"`.
+        failed_groups (`str`, *optional*, defaults to `"judge"`):
+            What is done with a failed group. `"judge"`: its completions are judged (without a [`StepwiseJudge`] in
+            `reward_funcs` this is GRPO). `"none"`: nothing, which is GRPO; a judge in the list is not asked, so that one
+            switch makes the control. The others are remedies that ask no judge either. Each adds its advantages to those
+            that the rewards of a failed group give; all other groups keep GRPO's bit for bit, and `scale_rewards` and
+            `reward_weights` do not reach it. It needs to know the outcome reward, and works during the whole run.
+
+            - `"sign"` (NSR, arXiv 2506.01347): -1 for every wrong completion.
+            - `"ngrpo"` (NGRPO, arXiv 2509.18851): the mean and the standard deviation are taken over the group's outcome
+              rewards and one virtual success, so that G equal rewards have the advantage `-1 / sqrt(G + 1)`. The paper
+              also clips asymmetrically: `epsilon=0.16` and `epsilon_high=0.24`, which are not set here.
+            - `"zvp"` (RL-ZVP, arXiv 2509.21880): per token, minus a tenth of what the policy's entropy there lacks to the
+              completion's largest one. Costs one more forward pass in rounds with a failed group.
+            - `"lens"` (LENS, arXiv 2510.08696): the surer the policy was of a wrong completion, the lower its reward, which
+              is then normalised inside the group. Costs one more forward pass in rounds with a failed group, unless TRL
+              has the log-probabilities already.
+        failed_group_schedule (`str`, *optional*, defaults to `"constant"`):
+            Course of `failed_group_weight`. `"constant"`: as given. `"failed_share"`: multiplied by the share of failed
+            groups among those of the generation round, which hands over to the outcome as groups stop failing. It has no
+            memory, so a resumed run goes on exactly.
+        exclude_dead_groups (`bool`, *optional*, defaults to `False`):
+            Whether groups without any advantage are left out of what the loss divides by (AGPO, arXiv 2503.15952). TRL
+            divides by the tokens or the rows of all groups, so with many dead ones the others take smaller steps, and a
+            method that revives groups is credited with undoing that: this is the control to put beside every arm. The
+            advantages of all other groups are multiplied by the whole denominator over theirs, counted over the generation
+            round and all processes; KL and entropy terms stay as they are. Exact for the losses that divide by tokens
+            (`"dapo"`, `"cispo"`, `"vespo"`), and for those that divide by rows (`"grpo"`, `"sapo"`, `"dr_grpo"`,
+            `"luspo"`) with one update per round; with several, an update divides by its share of the round's live rows
+            rather than by its own. An approximation for `"bnpo"` with several micro-batches or processes, of which each
+            divides by its own tokens.
     """
 
     outcome_reward: str | None = field(
@@ -84,7 +118,8 @@ class SGPOConfig(GRPOConfig):
     failed_group_weight: float = field(
         default=1.0,
         metadata={
-            "help": "Factor on the judge's part of the advantages of rescued groups. 1 is the paper, 0 is GRPO."
+            "help": "Factor on the judge's part of the advantages of rescued groups, or on the advantages of the remedy "
+            "that failed_groups names. 1 is the paper, 0 is GRPO."
         },
     )
     credit_assignment: str = field(
@@ -102,6 +137,28 @@ class SGPOConfig(GRPOConfig):
     error_penalty: float = field(
         default=1.0,
         metadata={"help": "Minus the advantage of the first wrong step's tokens, with credit_assignment='prefix'."},
+    )
+    failed_groups: str = field(
+        default="judge",
+        metadata={
+            "help": "What is done with a failed group: 'judge' (its completions are judged), 'none' (GRPO, no judge is "
+            "asked), or a remedy without a judge: 'sign' (NSR), 'ngrpo', 'zvp' (RL-ZVP) or 'lens'.",
+            "choices": list(FAILED_GROUPS),
+        },
+    )
+    failed_group_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "Course of failed_group_weight: 'constant', or 'failed_share' (multiplied by the share of failed "
+            "groups in the generation round).",
+            "choices": list(FAILED_GROUP_SCHEDULES),
+        },
+    )
+    exclude_dead_groups: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether groups without any advantage are left out of the tokens or rows that the loss divides by."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -129,8 +186,8 @@ class SGPOConfig(GRPOConfig):
         if not (self.failed_group_weight >= 0 and math.isfinite(self.failed_group_weight)):
             raise ValueError(
                 f"failed_group_weight={self.failed_group_weight} must be a finite number of at least 0: it scales the "
-                "judge's part of the advantages, and a negative one would reward early errors. Use 1 for the paper's "
-                "setting."
+                "judge's part of the advantages, or a remedy's, and a negative one would reward what is wrong. Use 1 for "
+                "the paper's setting."
             )
         if self.credit_assignment not in CREDIT_ASSIGNMENTS:
             raise ValueError(
@@ -144,3 +201,13 @@ class SGPOConfig(GRPOConfig):
                     f"{name}={value} must be a finite number of at least 0: a negative one would blame what is right or "
                     "reward what is wrong. Use 0 to leave those tokens alone."
                 )
+        if self.failed_groups not in FAILED_GROUPS:
+            raise ValueError(
+                f"failed_groups={self.failed_groups!r} is unknown: it must be one of {list(FAILED_GROUPS)}. Use 'judge' for "
+                "the paper's setting, and 'none' for GRPO."
+            )
+        if self.failed_group_schedule not in FAILED_GROUP_SCHEDULES:
+            raise ValueError(
+                f"failed_group_schedule={self.failed_group_schedule!r} is unknown: it must be one of "
+                f"{list(FAILED_GROUP_SCHEDULES)}. Use 'constant' for the paper's setting."
+            )

@@ -94,8 +94,8 @@ def rts_to_reward(rts: Tensor, beta: float = 10.0, gamma: float = 0.5, transform
     raise ValueError(f"transform={transform!r} is unknown: it must be one of {list(TRANSFORMS)}.")
 
 
-def _range(values_PG: Tensor) -> Tensor:
-    """Largest minus smallest value of each group, NaN left out; 0 where a group has no value."""
+def value_range(values_PG: Tensor) -> Tensor:
+    """Largest minus smallest value of each group, shape `(P,)`, NaN left out; 0 where a group has no value."""
     low_P = values_PG.nan_to_num(nan=torch.inf).amin(dim=1)
     high_P = values_PG.nan_to_num(nan=-torch.inf).amax(dim=1)
     return torch.where(low_P <= high_P, high_P - low_P, 0.0)
@@ -171,9 +171,9 @@ def fill_failed_groups(
     n_scored_P, n_judged_P = scored_PG.sum(dim=1), judged_PG.sum(dim=1)
 
     enough_P = failed_P & (n_judged_P >= 2) & (2 * n_judged_P >= n_scored_P)
-    rts_range_P = _range(rts_PG)
+    rts_range_P = value_range(rts_PG)
     # Different scores may still earn equal rewards, where the logistic is flat to machine precision
-    flat_P = (rts_range_P == 0) | (_range(reward_PG) == 0) | (rts_range_P < min_rts_spread)
+    flat_P = (rts_range_P == 0) | (value_range(reward_PG) == 0) | (rts_range_P < min_rts_spread)
     rescued_P = enough_P & ~flat_P
 
     mean_P = torch.nanmean(reward_PG, dim=1)

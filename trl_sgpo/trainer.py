@@ -4,8 +4,10 @@ judging in `judges/`.
 
 It hooks into TRL at one place, `_calculate_rewards`, which returns the gathered matrix of rewards: super fills it with
 the judge's column left empty, this class fills that column. Nothing of TRL is copied. `_generate_and_score_completions`
-is wrapped for two purposes, both after super has made the advantages: where the judge's part of them has to be scaled
-(`failed_group_weight`, abstentions), it is scaled; where credit goes to tokens, it is added per token (`credit.py`).
+is wrapped for what comes after super has made the advantages: where the judge's part of them has to be scaled
+(`failed_group_weight`, abstentions), it is scaled; where credit goes to tokens, it is added per token (`credit.py`); where
+failed groups have a remedy without a judge, its advantages are added (`remedies.py`); where dead groups are not to count,
+the others' advantages make up for them.
 """
 
 import json
@@ -24,6 +26,7 @@ from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
 import trl_sgpo
@@ -38,10 +41,19 @@ from trl_sgpo.groups import (
     fill_mixed_groups,
     group_advantages,
     group_kinds,
+    value_range,
     weighted_sum,
 )
 from trl_sgpo.judges import StepwiseJudge
 from trl_sgpo.judges.stepwise import REWARD_NAME, StepScore
+from trl_sgpo.remedies import (
+    exclusion_factor,
+    lens_advantages,
+    ngrpo_advantages,
+    sequence_likelihood,
+    sign_advantages,
+    zvp_advantages,
+)
 from trl_sgpo.versions import check_trl_version
 
 
@@ -58,6 +70,26 @@ _STATUSES = ("error", "no_error", "abstain")
 
 # Columns of the completions table and of its parquet file
 _TABLE_COLUMNS = ("first_error", "n_steps", "rts", "verdict", "verdict_reason")
+
+# By what each of TRL's losses divides
+_LOSS_DENOMINATORS = {
+    **dict.fromkeys(("dapo", "cispo", "vespo", "bnpo"), "tokens"),
+    **dict.fromkeys(("grpo", "sapo", "dr_grpo", "luspo"), "rows"),
+}
+
+# What a model that reads images takes beside the ids, under the names that TRL gives it in a batch
+_MULTIMODAL_KEYS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
 
 
 class _GatheredScores(NamedTuple):
@@ -79,6 +111,7 @@ class _VerdictsOfRound:
     scores: list[StepScore | None]
     in_failed_group: list[bool]
     completion_ids: list[list[int]]
+    weight: float
 
 
 @dataclass
@@ -87,6 +120,14 @@ class _AdvantageScaling:
 
     without_judge_PG: Tensor
     factor_P: Tensor
+
+
+@dataclass
+class _FailedGroups:
+    """What `_calculate_rewards` tells the wrapper about the failed groups of all ranks, where they have a remedy."""
+
+    outcome_PG: Tensor  # NaN outside failed groups
+    weight: float
 
 
 def _empty_judge_column(prompts: list, **kwargs: Any) -> list[None]:
@@ -106,9 +147,11 @@ def _reward_name(reward_func: Any) -> str:
     return get_callable_name(reward_func)
 
 
-def _find_outcome(names: list[str], judge_index: int | None, outcome_reward: str | None) -> int | None:
+def _find_outcome(
+    names: list[str], judge_index: int | None, outcome_reward: str | None, remedy: str | None = None
+) -> int | None:
     """
-    The index of the outcome reward; `None` if there is no judge and nothing says which one it is.
+    The index of the outcome reward; `None` if there is neither a judge nor a remedy and nothing says which one it is.
 
     Raises:
         ValueError: If it cannot be told which reward says right or wrong.
@@ -126,8 +169,19 @@ def _find_outcome(names: list[str], judge_index: int | None, outcome_reward: str
         return matches[0]
     if len(candidates) == 1:
         return candidates[0]
-    if judge_index is None:
+    if judge_index is None and remedy is None:
         return None
+    if judge_index is None and not candidates:
+        raise ValueError(
+            f"failed_groups={remedy!r} is a remedy for groups whose completions are all wrong, and there is no reward "
+            "function that says right or wrong: `reward_funcs=[accuracy_reward]`."
+        )
+    if judge_index is None:
+        raise ValueError(
+            f"failed_groups={remedy!r} is a remedy for groups whose completions are all wrong. reward_funcs holds several "
+            f"reward functions ({listed}), and outcome_reward is not set. Name the one that says whether a completion is "
+            f"right or wrong: `SGPOConfig(outcome_reward={names[candidates[0]]!r})`."
+        )
     if not candidates:
         raise ValueError(
             "reward_funcs holds a StepwiseJudge and no outcome reward. A group is judged when its completions are all "
@@ -177,8 +231,11 @@ class SGPOTrainer(GRPOTrainer):
     Raises:
         ValueError: If the installed TRL is not supported, `reward_funcs` holds two judges, a judge without an outcome
             reward, or several candidates for it with `args.outcome_reward` not set; if `args.outcome_reward` is unknown;
-            if the judge's reward weight is negative; if `args.failed_group_weight` or `judge_scope="all_incorrect"` is
-            combined with `multi_objective_aggregation="normalize_then_sum"`.
+            if the judge's reward weight is negative; if `args.failed_group_weight`, `args.failed_group_schedule` or
+            `judge_scope="all_incorrect"` is combined with `multi_objective_aggregation="normalize_then_sum"`; if
+            `args.failed_groups` names a remedy and it cannot be told which reward is the outcome; if
+            `failed_groups="zvp"` is combined with `use_liger_kernel`; if `args.exclude_dead_groups` is combined with a loss
+            whose denominator is unknown.
     """
 
     _tag_names = ["trl", "sgpo"]
@@ -246,11 +303,19 @@ class SGPOTrainer(GRPOTrainer):
         self.credit_assignment = getattr(args, "credit_assignment", SGPOConfig.credit_assignment)
         self.prefix_reward = getattr(args, "prefix_reward", SGPOConfig.prefix_reward)
         self.error_penalty = getattr(args, "error_penalty", SGPOConfig.error_penalty)
+        self.failed_groups = getattr(args, "failed_groups", SGPOConfig.failed_groups)
+        self.failed_group_schedule = getattr(args, "failed_group_schedule", SGPOConfig.failed_group_schedule)
+        self.exclude_dead_groups = getattr(args, "exclude_dead_groups", SGPOConfig.exclude_dead_groups)
         outcome_reward = getattr(args, "outcome_reward", SGPOConfig.outcome_reward)
+        self._remedy = None if self.failed_groups in ("judge", "none") else self.failed_groups
         if environment_factory is None:  # before any weight is loaded, where the names are known
-            _find_outcome([_reward_name(func) for func in funcs], self._judge_index, outcome_reward)
-        if self._judge_index is not None:
+            names = [_reward_name(func) for func in funcs]
+            _find_outcome(names, self._judge_index, outcome_reward, self._remedy)
+        if self._judge_index is not None and self.failed_groups == "judge":
             self._check_judge_settings(args, self._judge_index)
+        elif self._judge_index is not None:
+            logger.info("failed_groups=%r: the StepwiseJudge in reward_funcs is not asked.", self.failed_groups)
+        self._check_remedy_settings(args)
 
         super().__init__(
             model,
@@ -270,9 +335,11 @@ class SGPOTrainer(GRPOTrainer):
         )
 
         # Environments have appended reward columns of their own by now
-        self._outcome_index = _find_outcome(self.reward_func_names, self._judge_index, outcome_reward)
+        self._outcome_index = _find_outcome(self.reward_func_names, self._judge_index, outcome_reward, self._remedy)
         self._advantage_scaling: _AdvantageScaling | None = None
         self._verdicts: _VerdictsOfRound | None = None
+        self._groups_to_remedy: _FailedGroups | None = None
+        self._flat_P: Tensor | None = None
         self._judge_seconds = 0.0
         self._silent_rounds = 0
         self._truncation_warned = False
@@ -307,6 +374,12 @@ class SGPOTrainer(GRPOTrainer):
                     stacklevel=3,
                 )
         if args.multi_objective_aggregation == "normalize_then_sum":
+            if self.failed_group_schedule != "constant":
+                raise ValueError(
+                    f"failed_group_schedule={self.failed_group_schedule!r} cannot be combined with "
+                    "multi_objective_aggregation='normalize_then_sum': there the judge's part of an advantage cannot be "
+                    "told from the rest. Use 'sum_then_normalize', or failed_group_schedule='constant'."
+                )
             if self.failed_group_weight != 1:
                 raise ValueError(
                     f"failed_group_weight={self.failed_group_weight} cannot be combined with "
@@ -333,6 +406,27 @@ class SGPOTrainer(GRPOTrainer):
                 stacklevel=3,
             )
 
+    def _check_remedy_settings(self, args: GRPOConfig) -> None:
+        """Raises for settings under which what is done without a judge cannot work, warns where it works badly."""
+        if self._remedy == "zvp" and getattr(args, "use_liger_kernel", False):
+            raise ValueError(
+                "failed_groups='zvp' cannot be combined with use_liger_kernel=True, whose fused loss takes one advantage "
+                "per completion. Leave use_liger_kernel out, or use another remedy."
+            )
+        if self._remedy == "zvp" and args.importance_sampling_level != "token":
+            warnings.warn(
+                f"importance_sampling_level={args.importance_sampling_level!r} ties the tokens of a completion to one "
+                "ratio, so the gradient of one token's advantage reaches all of them, and failed_groups='zvp' no longer "
+                "tells the tokens apart. Use importance_sampling_level='token'.",
+                UserWarning,
+                stacklevel=3,
+            )
+        if self.exclude_dead_groups and args.loss_type not in _LOSS_DENOMINATORS:
+            raise ValueError(
+                f"exclude_dead_groups=True cannot be combined with loss_type={args.loss_type!r}: it is not known what that "
+                f"loss divides by. Use one of {sorted(_LOSS_DENOMINATORS)}, or leave exclude_dead_groups out."
+            )
+
     @property
     def _mode(self) -> str:
         return "train" if self.model is not None and self.model.training else "eval"
@@ -340,6 +434,8 @@ class SGPOTrainer(GRPOTrainer):
     @property
     def _active_judge(self) -> StepwiseJudge | None:
         """The judge, if it is to be asked now: in training only, and only until its share of the run is over."""
+        if self.failed_groups != "judge":
+            return None
         last_update = math.ceil(self.judge_until * self.state.max_steps - 1e-9)  # 0.7 * 10 is a little more than 7
         return self.stepwise_judge if self._mode == "train" and self.state.global_step < last_update else None
 
@@ -347,14 +443,34 @@ class SGPOTrainer(GRPOTrainer):
         self, inputs: list[dict], prompts: list, completions: list, completion_ids_list: list
     ) -> Tensor:
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        if self._outcome_index is None:
-            return rewards_per_func
         # One matrix on every rank, with the rows of a group next to each other: all ranks decide alike, without asking
         group_size = cast(int, self.num_generations if self._mode == "train" else self.num_generations_eval)
-        outcome_PG = rewards_per_func[:, self._outcome_index].view(-1, group_size)
-        kinds = group_kinds(outcome_PG, self.success_threshold)
-        self._log_groups(outcome_PG, kinds)
+        if self._outcome_index is not None:
+            outcome_PG = rewards_per_func[:, self._outcome_index].view(-1, group_size)
+            kinds = group_kinds(outcome_PG, self.success_threshold)
+            self._log_groups(outcome_PG, kinds)
+            self._judge_round(rewards_per_func, outcome_PG, kinds, inputs, prompts, completions, completion_ids_list)
+            if self._remedy is not None and self._mode == "train" and kinds.failed_P.any():
+                failed_outcome_PG = outcome_PG.masked_fill(~kinds.failed_P.unsqueeze(1), torch.nan)
+                self._groups_to_remedy = _FailedGroups(failed_outcome_PG, self._weight_of_round(kinds))
+            if self.log_completions and not self._table_described:
+                self._describe_table(self.reward_func_names[self._outcome_index])
+        if self.exclude_dead_groups and self._mode == "train":
+            self._flat_P = self._groups_of_equal_rewards(rewards_per_func, group_size)
+        return rewards_per_func
 
+    def _judge_round(
+        self,
+        rewards_per_func: Tensor,
+        outcome_PG: Tensor,
+        kinds: GroupKinds,
+        inputs: list[dict],
+        prompts: list,
+        completions: list,
+        completion_ids_list: list,
+    ) -> None:
+        """Has the judge asked about the completions of all ranks, if it is to be asked, and fills in its column."""
+        group_size = outcome_PG.shape[1]
         scores: list[StepScore | None] = [None] * len(prompts)
         judge = self._active_judge
         to_judge_PG = torch.zeros_like(outcome_PG, dtype=torch.bool)
@@ -368,18 +484,29 @@ class SGPOTrainer(GRPOTrainer):
             self._warn_of_truncated([completion_ids_list[i] for i in local])
             if self.credit_assignment == "prefix":
                 failed = kinds.failed_P.repeat_interleave(group_size)[first : first + len(prompts)].tolist()
-                self._verdicts = _VerdictsOfRound(scores, failed, completion_ids_list)
+                self._verdicts = _VerdictsOfRound(scores, failed, completion_ids_list, self._weight_of_round(kinds))
             self._fill_judge_column(judge, rewards_per_func, outcome_PG, kinds, self._gather_scores(judge, scores))
-        elif self.stepwise_judge is not None and self._mode == "train":
+        elif self.stepwise_judge is not None and self.failed_groups == "judge" and self._mode == "train":
             # A round in which nobody was asked counts too: what is logged is the mean over rounds
             for name in ("groups/rescued", "groups/tied", "groups/tied_other_rewards", "judge_calls", "judge_seconds"):
                 self._log(f"sgpo/{name}", 0.0)
             self._log("sgpo/groups/unjudged", kinds.failed_P.float().mean().item())
-        if self.stepwise_judge is not None and self.log_completions:
+        if self.stepwise_judge is not None and self.failed_groups == "judge" and self.log_completions:
             self._log_table_columns(self.stepwise_judge, scores)
-        if self.log_completions and not self._table_described:
-            self._describe_table(self.reward_func_names[self._outcome_index])
-        return rewards_per_func
+
+    def _weight_of_round(self, kinds: GroupKinds) -> float:
+        """The factor on what failed groups are given in this round, by the schedule. The same on every rank."""
+        if self.failed_group_schedule == "failed_share":
+            return self.failed_group_weight * kinds.failed_P.float().mean().item()
+        return self.failed_group_weight
+
+    def _groups_of_equal_rewards(self, rewards_per_func: Tensor, group_size: int) -> Tensor:
+        """Which groups, of shape `(P,)`, are given no advantage by their rewards but what rounding leaves."""
+        weights_F = self.reward_weights.to(rewards_per_func.device)
+        rewards_PGF = rewards_per_func.view(-1, group_size, len(weights_F))
+        if self.multi_objective_aggregation == "sum_then_normalize":
+            return value_range(weighted_sum(rewards_PGF, weights_F)) == 0
+        return torch.stack([value_range(reward_PG) == 0 for reward_PG in rewards_PGF.unbind(dim=2)]).all(dim=0)
 
     def _judge(
         self, judge: StepwiseJudge, local: list[int], inputs: list[dict], prompts: list, completions: list
@@ -436,7 +563,7 @@ class SGPOTrainer(GRPOTrainer):
         rewards_PGF[:, :, self._judge_index] = column_PG
 
         # Where credit goes to tokens, no part of the judge's reaches them by way of the group
-        weight = self.failed_group_weight if self.credit_assignment == "sequence" else 0.0
+        weight = self._weight_of_round(kinds) if self.credit_assignment == "sequence" else 0.0
         factor_P = torch.where(groups.rescued_P, weight, 1.0).to(reward_PG.dtype)
         if sums_first and self.scale_rewards == "group":
             factor_P = factor_P * groups.spread_factor_P
@@ -450,25 +577,125 @@ class SGPOTrainer(GRPOTrainer):
         self._log_verdicts(judge, scores, groups.rts_range_P[compared_P])
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._advantage_scaling, self._verdicts = None, None
+        self._forget_round()
         output = super()._generate_and_score_completions(inputs)
+        if self._flat_P is not None:
+            # A group of equal rewards is dead, and would not be exactly so: taking the mean leaves a rounding residue
+            flat_N = self._flat_P.repeat_interleave(cast(int, self.num_generations))
+            output["advantages"] = output["advantages"].masked_fill(flat_N[self._local_rows(output)], 0.0)
         if self._advantage_scaling is not None:
-            scaling, self._advantage_scaling = self._advantage_scaling, None
-            group_size, n_local = scaling.without_judge_PG.shape[1], len(output["advantages"])
-            logged = self._logs["advantages"]  # what the completions table shows ends with this round's, of all ranks
-            n_round = scaling.without_judge_PG.numel()
-            recent = list(logged)[-n_round:]
-            advantage_PG = gather(output["advantages"]).view(-1, group_size)
-            scaled = blend_advantages(advantage_PG, scaling.without_judge_PG, scaling.factor_P).flatten()
-            first = self.accelerator.process_index * n_local
-            output["advantages"] = scaled[first : first + n_local]
-            for _ in recent:
-                logged.pop()
-            logged.extend(scaled.tolist()[-len(recent) :])
+            output["advantages"] = self._scale_judged_part(self._advantage_scaling, output)
         if self._verdicts is not None:
-            verdicts, self._verdicts = self._verdicts, None
-            output["advantages"] = self._credit_tokens(verdicts, output)
+            output["advantages"] = self._credit_tokens(self._verdicts, output)
+        if self._groups_to_remedy is not None:
+            output["advantages"] = self._add_remedy(self._groups_to_remedy, output)
+        if self._flat_P is not None:
+            output["advantages"] = self._make_up_for_dead_groups(output)
+        self._forget_round()
         return output
+
+    def _forget_round(self) -> None:
+        """What `_calculate_rewards` has to say holds for the round at hand."""
+        self._advantage_scaling = self._verdicts = self._groups_to_remedy = self._flat_P = None
+
+    def _local_rows(self, output: dict[str, Any]) -> slice:
+        """Where this rank's completions stand among those of all ranks."""
+        n_local = len(output["advantages"])
+        first = self.accelerator.process_index * n_local
+        return slice(first, first + n_local)
+
+    def _replace_logged_advantages(self, advantage_N: Tensor) -> None:
+        """Puts the advantages of all ranks' completions, shape `(P * G,)`, where super has logged its own."""
+        logged: Any = self._logs["advantages"]  # what the completions table shows ends with this round's, of all ranks
+        n_recent = min(len(logged), len(advantage_N))
+        for _ in range(n_recent):
+            logged.pop()
+        logged.extend(advantage_N.tolist()[len(advantage_N) - n_recent :])
+
+    def _scale_judged_part(self, scaling: _AdvantageScaling, output: dict[str, Any]) -> Tensor:
+        """The advantages of this rank's completions, shape `(B,)`, with the judge's part scaled."""
+        advantage_PG = gather(output["advantages"]).view_as(scaling.without_judge_PG)
+        scaled_N = blend_advantages(advantage_PG, scaling.without_judge_PG, scaling.factor_P).flatten()
+        self._replace_logged_advantages(scaled_N)
+        return scaled_N[self._local_rows(output)]
+
+    def _add_remedy(self, failed: _FailedGroups, output: dict[str, Any]) -> Tensor:
+        """
+        The advantages of this rank's completions, with what the remedy gives those of failed groups: of shape `(B, T)` where
+        it tells tokens apart and speaks of this rank's completions, else `(B,)`. Every rank joins the forward pass and the
+        gather in it, whether or not one of its own groups failed.
+        """
+        advantage_B = output["advantages"]
+        local = self._local_rows(output)
+        failed_PG = ~torch.isnan(failed.outcome_PG)
+        failed_B = failed_PG.flatten()[local]
+        if self._remedy == "zvp":
+            _, entropy_BT = self._score_tokens(output)
+            own_BT = self._own_tokens(output)
+            remedy_BT = failed.weight * zvp_advantages(entropy_BT, own_BT & failed_B.unsqueeze(1)).to(advantage_B)
+            mean_B = remedy_BT.sum(dim=1) / own_BT.sum(dim=1).clamp(min=1)
+            self._replace_logged_advantages(gather(advantage_B + mean_B))
+            return advantage_B.unsqueeze(1) + remedy_BT if failed_B.any() else advantage_B
+        if self._remedy == "sign":
+            remedy_PG = sign_advantages(failed.outcome_PG)
+        elif self._remedy == "ngrpo":
+            # A success earns at least the threshold; the usual outcome reward of one is 1
+            remedy_PG = ngrpo_advantages(failed.outcome_PG, max(1.0, self.success_threshold))
+        else:
+            logps_BT = output.get("old_per_token_logps")
+            if logps_BT is None:
+                logps_BT, _ = self._score_tokens(output)
+            likelihood_B = sequence_likelihood(logps_BT.float(), self._own_tokens(output))
+            likelihood_PG = gather(likelihood_B).view_as(failed_PG)
+            remedy_PG = lens_advantages(likelihood_PG.masked_fill(~failed_PG, torch.nan))
+        remedy_N = (failed.weight * remedy_PG).masked_fill(~failed_PG, 0.0).flatten().to(advantage_B)
+        self._replace_logged_advantages(gather(advantage_B) + remedy_N)
+        return advantage_B + remedy_N[local]
+
+    def _own_tokens(self, output: dict[str, Any]) -> Tensor:
+        """Which tokens of this rank's completions the policy wrote and the loss counts, shape `(B, T)`."""
+        mask_BT = output["completion_mask"]
+        return (mask_BT * output["tool_mask"] if "tool_mask" in output else mask_BT).bool()
+
+    def _score_tokens(self, output: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """
+        Log-probabilities and entropies of this rank's completions under the policy that wrote them, each of shape `(B, T)`,
+        float32 and without gradient. One forward pass, which every rank has to join.
+        """
+        checkpointing = cast(dict | None, self.args.gradient_checkpointing_kwargs)
+        model = cast(PreTrainedModel, self.model)
+        with torch.no_grad(), disable_gradient_checkpointing(model, checkpointing):
+            logps_BT, entropy_BT, _ = self._get_per_token_logps_and_entropies(
+                model,
+                torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
+                torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
+                output["completion_ids"].size(1),
+                batch_size=self.args.per_device_train_batch_size,
+                compute_entropy=True,
+                **{key: output[key] for key in _MULTIMODAL_KEYS if key in output},
+            )
+        return logps_BT.float(), entropy_BT.float()
+
+    def _make_up_for_dead_groups(self, output: dict[str, Any]) -> Tensor:
+        """
+        The advantages of this rank's completions, multiplied so that the loss is as if the rows of groups without any
+        advantage were not in its denominator. Every rank joins the gather in it. The loss's policy term is linear in a
+        positive factor on the advantages, whatever its type; the terms of KL and entropy do not see it.
+        """
+        advantages = output["advantages"]
+        alive_B = advantages.flatten(1).any(dim=1) if advantages.dim() > 1 else advantages != 0
+        n_tokens_B = self._own_tokens(output).sum(dim=1)
+        alive_N, n_tokens_N = gather(torch.stack([alive_B.long(), n_tokens_B], dim=1)).unbind(dim=1)
+        live_P = alive_N.view(-1, cast(int, self.num_generations)).any(dim=1)
+        self._log("sgpo/groups/dead", 1 - live_P.float().mean().item())
+        per_token = _LOSS_DENOMINATORS[self.loss_type] == "tokens"
+        size_N = n_tokens_N if per_token else torch.ones_like(n_tokens_N)
+        factor = exclusion_factor(live_P, size_N.view(len(live_P), -1))
+        if live_P.all():
+            return advantages
+        logged_PG = torch.tensor(list(self._logs["advantages"])[-len(alive_N) :]).view(len(live_P), -1)
+        self._replace_logged_advantages((factor * logged_PG.masked_fill(~live_P.cpu().unsqueeze(1), 0.0)).flatten())
+        return factor * advantages
 
     def _credit_tokens(self, verdicts: _VerdictsOfRound, output: dict[str, Any]) -> Tensor:
         """
@@ -494,7 +721,7 @@ class SGPOTrainer(GRPOTrainer):
             return advantages_B
         failed_B = torch.tensor(verdicts.in_failed_group, device=advantages_B.device)
         credit_BT = prefix_credit(places, length, self.prefix_reward, self.error_penalty).to(advantages_B)
-        credit_BT = self.failed_group_weight * credit_BT * failed_B.unsqueeze(1)
+        credit_BT = verdicts.weight * credit_BT * failed_B.unsqueeze(1)
         # In a mixed group GRPO blames the whole of a wrong completion: what was verified is spared
         spared_BT = (prefix_credit(places, length, 1.0, 0.0).to(advantages_B) > 0) & ~failed_B.unsqueeze(1)
         shared_BT = advantages_B.unsqueeze(1).expand(-1, length)
@@ -625,7 +852,12 @@ class SGPOTrainer(GRPOTrainer):
             return
         path = Path(cast(str, self.args.output_dir)) / "README.md"
         card = ModelCard.load(path)
-        if self.stepwise_judge is None:
+        if self._remedy is not None:
+            judged = (
+                "No step-wise judge was used: completions of groups in which every answer was wrong were given the "
+                f'advantages of `failed_groups="{self._remedy}"`.'
+            )
+        elif self.stepwise_judge is None or self.failed_groups == "none":
             judged = "No step-wise judge was used: this run is plain GRPO."
         else:
             judged = (

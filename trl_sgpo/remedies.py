@@ -1,0 +1,213 @@
+"""
+Remedies for failed groups that need no judge, as pure tensor functions: what others have proposed to learn from
+completions that are all wrong. They are the controls of a comparison with a step-wise judge.
+
+Each gives advantages for the completions of failed groups only, to be added to what their rewards give them (0 where the
+outcome is the only reward). Which groups failed, and the weight of a remedy, is the caller's business. Shape suffixes: `_P`
+prompts (groups), `_G` completions of a group, `_N` completions, `_T` tokens. NaN means "no value", as in `groups.py`.
+Nothing here knows about TRL.
+
+Left out on purpose: whatever the papers change besides the advantages of failed groups. NGRPO calibrates mixed groups too
+and clips asymmetrically, RL-ZVP rewards solved groups, LENS penalises the wrong completions of mixed groups and estimates
+its difficulty `D` per prompt.
+"""
+
+import torch
+from torch import Tensor
+
+from trl_sgpo.groups import group_advantages, value_range
+
+
+# RL-ZVP's scale of entropies to advantages
+ZVP_ALPHA = 0.1
+
+# LENS' estimate of a prompt's difficulty, at its most cautious: the penalty is then the odds of the completion
+LENS_DIFFICULTY = 1.0
+
+# A likelihood comes no closer than this share to LENS' pole at `D`
+LENS_MARGIN = 1e-3
+
+# Rewards that differ by less come from likelihoods that are equal but for rounding: normalising would turn it into a signal
+LENS_TIE = 1e-6
+
+
+def sign_advantages(outcome_PG: Tensor) -> Tensor:
+    """
+    Negative sample reinforcement (NSR, arXiv 2506.01347; also arXiv 2605.07689): `A = -1` for a wrong completion, whatever
+    the others of its group are.
+
+    Args:
+        outcome_PG (`torch.Tensor` of shape `(P, G)`):
+            Outcome rewards of failed groups, NaN where a completion has none.
+
+    Returns:
+        `torch.Tensor` of shape `(P, G)`: The advantages, 0 where there is no outcome.
+
+    Example:
+
+    ```python
+    >>> sign_advantages(torch.tensor([[0.0, 0.0, float("nan")]]))
+    tensor([[-1., -1.,  0.]])
+    ```
+    """
+    return torch.where(torch.isnan(outcome_PG), 0.0, -1.0).to(outcome_PG.dtype)
+
+
+def ngrpo_advantages(outcome_PG: Tensor, max_reward: float = 1.0) -> Tensor:
+    """
+    The advantage calibration of NGRPO (arXiv 2509.18851): Eq. 1 with the mean and the standard deviation taken over the
+    rewards of the group and one virtual completion that has the largest reward there is,
+    `A_i = (r_i - mean(r, r_max)) / (std(r, r_max) + 1e-4)`.
+
+    For n equal rewards that is `-1 / sqrt(n + 1)`, whatever `r_max` is. The paper calibrates every group in this way; here
+    the formula is meant for failed groups only. The paper's other half, asymmetric clipping (0.16 below, 0.24 above), is not
+    a matter of advantages: it is `epsilon=0.16, epsilon_high=0.24` of `GRPOConfig`.
+
+    Args:
+        outcome_PG (`torch.Tensor` of shape `(P, G)`):
+            Outcome rewards of failed groups, NaN where a completion has none.
+        max_reward (`float`, *optional*, defaults to `1.0`):
+            The reward `r_max` of the virtual completion.
+
+    Returns:
+        `torch.Tensor` of shape `(P, G)`: The advantages, 0 where there is no outcome.
+
+    Example:
+
+    ```python
+    >>> ngrpo_advantages(torch.zeros(1, 3))
+    tensor([[-0.4999, -0.4999, -0.4999]])
+    ```
+    """
+    virtual_P1 = outcome_PG.new_full((len(outcome_PG), 1), max_reward)
+    return group_advantages(torch.cat([outcome_PG, virtual_P1], dim=1))[:, :-1]
+
+
+def zvp_advantages(entropy_NT: Tensor, mask_NT: Tensor, alpha: float = ZVP_ALPHA) -> Tensor:
+    """
+    The advantages per token of a wrong completion in RL-ZVP (arXiv 2509.21880): `A_t = -alpha * (max_k H_k - H_t)`, with
+    `H_t` the entropy of the policy where it wrote token t. Where the policy was surest it is blamed most; where it was least
+    sure, that is, where it was exploring, not at all.
+
+    Args:
+        entropy_NT (`torch.Tensor` of shape `(N, T)`):
+            Entropies of the policy that sampled, without gradient.
+        mask_NT (`torch.Tensor` of shape `(N, T)`):
+            True where the policy wrote a token. The others get nothing and take no part in the maximum.
+        alpha (`float`, *optional*, defaults to `0.1`):
+            Scale of the advantages.
+
+    Returns:
+        `torch.Tensor` of shape `(N, T)`: The advantages, 0 outside the mask.
+
+    Example:
+
+    ```python
+    >>> zvp_advantages(torch.tensor([[1.0, 3.0, 2.0, 9.0]]), torch.tensor([[True, True, True, False]]))
+    tensor([[-0.2000,  0.0000, -0.1000,  0.0000]])
+    ```
+    """
+    highest_N1 = entropy_NT.masked_fill(~mask_NT, -torch.inf).amax(dim=1, keepdim=True)
+    return (alpha * (entropy_NT - highest_N1)).masked_fill(~mask_NT, 0.0)
+
+
+def sequence_likelihood(logps_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    """
+    The length-normalised likelihood of each completion, `exp(mean_t log pi(y_t))`, the confidence that LENS goes by.
+
+    Args:
+        logps_NT (`torch.Tensor` of shape `(N, T)`):
+            Log-probabilities of the tokens.
+        mask_NT (`torch.Tensor` of shape `(N, T)`):
+            True where the policy wrote a token.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: Likelihoods in (0, 1], NaN for a completion without such a token.
+
+    Example:
+
+    ```python
+    >>> sequence_likelihood(torch.tensor([[0.5, 0.125, 0.9]]).log(), torch.tensor([[True, True, False]]))
+    tensor([0.2500])
+    ```
+    """
+    return (logps_NT.masked_fill(~mask_NT, 0.0).sum(dim=1) / mask_NT.sum(dim=1)).exp()
+
+
+def lens_rewards(likelihood_PG: Tensor, difficulty: float = LENS_DIFFICULTY) -> Tensor:
+    """
+    The rewards of wrong completions in LENS (arXiv 2510.08696): `r = -pi / (D - pi)`, so that a wrong completion costs the
+    more the surer the policy was of it.
+
+    Args:
+        likelihood_PG (`torch.Tensor` of shape `(P, G)`):
+            Length-normalised likelihoods `pi` (see [`sequence_likelihood`]), NaN where there is none.
+        difficulty (`float`, *optional*, defaults to `1.0`):
+            The estimate `D` in (0, 1]. A likelihood that reaches it is taken to lie just below, where the reward is -999.
+
+    Returns:
+        `torch.Tensor` of shape `(P, G)`: Negative rewards, NaN where there is no likelihood.
+
+    Example:
+
+    ```python
+    >>> lens_rewards(torch.tensor([[0.2, 0.5, 0.75]]))
+    tensor([[-0.2500, -1.0000, -3.0000]])
+    ```
+    """
+    below_PG = likelihood_PG.clamp(max=difficulty * (1 - LENS_MARGIN))
+    return -below_PG / (difficulty - below_PG)
+
+
+def lens_advantages(likelihood_PG: Tensor, difficulty: float = LENS_DIFFICULTY) -> Tensor:
+    """
+    The advantages that LENS' rewards (see [`lens_rewards`]) give inside a failed group by Eq. 1. A group of equal
+    likelihoods gets exactly 0: what rounding leaves of such a group is no signal.
+
+    Args:
+        likelihood_PG (`torch.Tensor` of shape `(P, G)`):
+            Length-normalised likelihoods, NaN where there is none.
+        difficulty (`float`, *optional*, defaults to `1.0`):
+            The estimate `D` in (0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(P, G)`: The advantages, 0 where there is no likelihood.
+
+    Example:
+
+    ```python
+    >>> lens_advantages(torch.tensor([[0.2, 0.5, 0.75], [0.3, 0.3, 0.3]]))
+    tensor([[ 0.8206,  0.2931, -1.1137],
+            [ 0.0000,  0.0000,  0.0000]])
+    ```
+    """
+    reward_PG = lens_rewards(likelihood_PG, difficulty)
+    tied_P = value_range(reward_PG) <= LENS_TIE
+    return group_advantages(reward_PG).masked_fill(tied_P.unsqueeze(1), 0.0)
+
+
+def exclusion_factor(live_P: Tensor, size_PG: Tensor) -> float:
+    """
+    What the advantages of the live groups are multiplied by so that groups without any advantage do not dilute them (the
+    exclusion of AGPO, arXiv 2503.15952). A loss that divides by the size of all groups, dead ones included, then equals one
+    that divides by the size of the live ones.
+
+    Args:
+        live_P (`torch.Tensor` of shape `(P,)`):
+            Which groups have an advantage.
+        size_PG (`torch.Tensor` of shape `(P, G)`):
+            What each completion adds to the loss's denominator: its number of tokens, or 1.
+
+    Returns:
+        `float`: The factor, at least 1; 1 if no group is dead, or none is live.
+
+    Example:
+
+    ```python
+    >>> exclusion_factor(torch.tensor([True, False]), torch.tensor([[10.0, 20.0], [30.0, 60.0]]))
+    4.0
+    ```
+    """
+    size_P = size_PG.double().sum(dim=1)
+    live_size = size_P[live_P].sum().item()
+    return size_P.sum().item() / live_size if live_size > 0 else 1.0
