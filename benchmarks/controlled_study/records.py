@@ -3,6 +3,7 @@
 import itertools
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,32 +73,37 @@ def area(record: dict[str, Any], tokens: int) -> float:
     return total / tokens
 
 
-def tuning_runs(dial: str, arm: str, tokens: int, group_size: int = 8) -> list[Run]:
-    """The runs that choose the learning rate of an arm on a dial."""
+def tuning_runs(
+    dial: str, arm: str, tokens: int, judge: str = "exact", rates: Sequence[float] = LEARNING_RATES
+) -> list[Run]:
+    """The runs that choose the learning rate of an arm on a dial, with a judge."""
     return [
-        Run(dial, arm, learning_rate, seed, tokens, group_size=group_size, stop_at=0.75)
-        for learning_rate in LEARNING_RATES
+        Run(dial, arm, learning_rate, seed, tokens, judge=judge, stop_at=0.75)
+        for learning_rate in rates
         for seed in TUNING_SEEDS
     ]
 
 
-# Arms that take another's learning rate: they are that arm with something switched on that tuning should not see
-TUNED_AS: dict[str, str] = {}
+# Arms that take another's learning rate: they are that arm with a guard switched on
+TUNED_AS = {
+    **{f"sgpo_{guard}": "sgpo" for guard in ("spread", "half", "handover", "votes", "exclude")},
+    **{f"prefix_{guard}": "prefix" for guard in ("handover", "votes", "exclude")},
+}
 
 
 def best_learning_rate(records: Records, run: Run) -> float:
     """
-    The learning rate with the largest mean area under the curve over the tuning seeds. Dials along an axis take the one of
-    the dial with 75 % failed groups, and judges that err take the exact judge's: a user would not know better.
+    The learning rate with the largest mean area under the curve over the tuning seeds, for the dial, the arm and the judge of
+    the run. Dials along an axis take the one of the dial with 75 % failed groups; other group sizes that of groups of eight.
     """
     dial = "75" if "@" in run.dial else run.dial
-    arm = TUNED_AS.get(run.arm, run.arm)
-    found: dict[float, list[dict[str, Any]]] = {}
-    for record in records.runs.values():
-        same = (record["dial"], record["arm"], record["judge"]) == (dial, arm, "exact")
-        if same and record["seed"] in TUNING_SEEDS and record["group_size"] == 8:
-            found.setdefault(record["learning_rate"], []).append(record)
-    if not found:
-        raise SystemExit(f"{run.arm} on dial {run.dial} has no tuned learning rate yet: run the table `tune` first.")
-    tokens = min(record["tokens"] for rows in found.values() for record in rows)
-    return max(found, key=lambda rate: statistics.fmean(area(record, tokens) for record in found[rate]))
+    for arm in (run.arm, TUNED_AS.get(run.arm, run.arm)):
+        found: dict[float, list[dict[str, Any]]] = {}
+        for record in records.runs.values():
+            same = (record["dial"], record["arm"], record["judge"]) == (dial, arm, run.judge)
+            if same and record["seed"] in TUNING_SEEDS and record["group_size"] == 8:
+                found.setdefault(record["learning_rate"], []).append(record)
+        if found:
+            tokens = min(record["tokens"] for rows in found.values() for record in rows)
+            return max(found, key=lambda rate: statistics.fmean(area(record, tokens) for record in found[rate]))
+    raise SystemExit(f"{run.arm} on dial {run.dial} has no tuned learning rate yet: run the table `tune` first.")

@@ -22,7 +22,7 @@ sys.path.insert(0, str(HERE))
 
 from records import Records, area, tokens_to  # noqa: E402
 from settings import ARMS, DIALS, EXPOSURES, LEARNING_RATES, TUNING_SEEDS  # noqa: E402
-from tables import BUDGET, GUARDED_ARMS, NOISY_JUDGES, RECOMMENDED, TABLES, THREE, TUNING_BUDGET  # noqa: E402
+from tables import BUDGET, GUARDS, JUDGED_ARMS, NOISY_JUDGES, RECOMMENDED, TABLES, THREE, TUNING_BUDGET  # noqa: E402
 
 from trl_sgpo.tasks.rewrite_chain import AXES  # noqa: E402
 
@@ -149,7 +149,7 @@ def speed_table(records: Records, dial: str, arms: Sequence[str], judge: str = "
 def judges_table(records: Records) -> str:
     budget = 450_000
     rows = []
-    for arm in GUARDED_ARMS:
+    for arm in (*JUDGED_ARMS, *GUARDS):
         exact = main_runs(records, "95", arm)
         grpo = main_runs(records, "95", "grpo")
         if not exact or not grpo:

@@ -33,7 +33,7 @@ DIALS = {
 AXIS_NOISE = 0.5
 EXPOSURES = (0.0, 0.02, 0.1)
 
-LEARNING_RATES = (5e-5, 1e-4, 2e-4, 4e-4)  # every arm is tuned on the same ones
+LEARNING_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)  # every arm is tuned on the same ones
 TUNING_SEEDS = (100,)
 SEEDS = (0, 1, 2)
 
@@ -52,12 +52,15 @@ class Arm:
             Arguments of `SGPOConfig` beyond those that all arms share.
         judge (`bool`):
             Whether a `StepwiseJudge` is among the reward functions.
+        votes (`int`):
+            Judgments of each completion. Three quarters of them have to agree, else they abstain.
     """
 
     name: str
     label: str
     config: dict[str, Any] = field(default_factory=dict)
     judge: bool = False
+    votes: int = 1
 
 
 PREFIX = {"credit_assignment": "prefix"}
@@ -80,6 +83,8 @@ ARMS = {
         Arm("sgpo_half", "SGPO, failed groups at half weight", {"failed_group_weight": 0.5}, judge=True),
         Arm("sgpo_handover", "SGPO, weight = share of failed groups", {"failed_group_schedule": "failed_share"}, judge=True),
         Arm("prefix", "prefix credit", _coefficients(1.0, 0.5), judge=True),
+        Arm("sgpo_votes", "SGPO, 3 of 4 judgments agree", judge=True, votes=4),
+        Arm("prefix_votes", "prefix credit, 3 of 4 judgments agree", _coefficients(1.0, 0.5), judge=True, votes=4),
         Arm("prefix_exclude", "prefix credit, dead groups out of the denominator", {**PREFIX, "exclude_dead_groups": True}, judge=True),
         Arm("prefix_all_incorrect", "prefix credit, also in mixed groups", {**PREFIX, "judge_scope": "all_incorrect"}, judge=True),
         Arm("prefix_handover", "prefix credit, weight = share of failed groups", {**PREFIX, "failed_group_schedule": "failed_share"}, judge=True),

@@ -29,7 +29,8 @@ MAIN_ARMS = (
     "prefix_all_incorrect",
 )
 NOISY_JUDGES = ("random:0.2", "random:0.4", "early:0.4", "late:0.4", "random:1")
-GUARDED_ARMS = ("sgpo", "sgpo_spread", "sgpo_half", RECOMMENDED, "prefix_1_0")
+JUDGED_ARMS = ("sgpo", "sgpo_votes", RECOMMENDED, "prefix_votes")
+GUARDS = ("sgpo_spread", "sgpo_half", "prefix_1_1", "prefix_1_0")  # tried under one judge only
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,23 @@ def _dials() -> list[Run]:
     return runs
 
 
+def _tune_judges() -> list[Run]:
+    runs = []
+    for judge in NOISY_JUDGES:
+        for arm in JUDGED_ARMS:
+            runs += tuning_runs("95", arm, TUNING_BUDGET["95"], judge, rates=(1e-4, 2e-4, 4e-4))
+    for arm in ("prefix_1_1", "prefix_1_0"):
+        runs += tuning_runs("95", arm, TUNING_BUDGET["95"], "random:0.4", rates=(1e-4, 2e-4, 4e-4))
+    return runs
+
+
 def _judges() -> list[Run]:
+    conditions = [(judge, arm) for judge in NOISY_JUDGES for arm in JUDGED_ARMS]
+    conditions += [("random:0.4", arm) for arm in GUARDS]
     return [
-        Run("95", arm, TUNED, seed, 450_000, judge=judge, stop_at=STOP_AT)
+        Run("95", arm, TUNED, seed, BUDGET["95"] // 2, judge=judge, stop_at=STOP_AT)
         for seed in SEEDS
-        for judge in NOISY_JUDGES
-        for arm in GUARDED_ARMS
+        for judge, arm in conditions
     ]
 
 
@@ -101,6 +113,7 @@ TABLES = {
     "tune": Table("Which learning rate suits each arm?", _tune),
     "main": Table("At about 95 % failed groups, how many tokens does each arm need to 50 % accuracy?", _main),
     "dials": Table("And at 5, 20, 75 and 99 %?", _dials),
+    "tune_judges": Table("Which learning rate suits each arm under a judge that errs?", _tune_judges),
     "judges": Table("What does a judge that errs leave of it?", _judges),
     "group_sizes": Table("And with 4 or 16 completions per group?", _group_sizes),
     "axes": Table(f"And outside of what pretraining showed? (pretraining noise {AXIS_NOISE})", _axes),

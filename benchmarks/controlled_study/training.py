@@ -4,7 +4,6 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_sgpo import SGPOConfig, SGPOTrainer, StepwiseJudge
 from trl_sgpo.analysis.metrics import pass_at_k
+from trl_sgpo.judges import MajorityVote
 from trl_sgpo.tasks.rewrite_chain import (
     accuracy_reward,
     evaluate,
@@ -185,11 +185,14 @@ def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dial: str)
 
 
 def _judge(run: Run) -> StepwiseJudge:
-    checker: Callable[..., int | None] = first_wrong_block
-    if run.judge != "exact":
-        kind, probability = run.judge.split(":")
-        checker = noisy_judge(kind, float(probability), seed=run.seed)
-    return StepwiseJudge(checker, segmenter=segment_blocks)
+    if run.judge == "exact":
+        return StepwiseJudge(first_wrong_block, segmenter=segment_blocks)
+    kind, probability = run.judge.split(":")
+    votes = ARMS[run.arm].votes
+    judges = [noisy_judge(kind, float(probability), seed=run.seed + 1000 * vote) for vote in range(votes)]
+    return StepwiseJudge(
+        MajorityVote(judges, min_agreement=0.75) if votes > 1 else judges[0], segmenter=segment_blocks
+    )
 
 
 def _trainer(run: Run, base: Path, folder: Path) -> Any:
