@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from settings import LEARNING_RATES, TUNING_SEEDS, Run
+from controlled_study.settings import LEARNING_RATES, TUNING_SEEDS, Run
 
 
 class Records:

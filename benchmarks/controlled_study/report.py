@@ -18,11 +18,20 @@ from typing import Any
 
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parent))
 
-from records import Records, area, tokens_to  # noqa: E402
-from settings import ARMS, DIALS, EXPOSURES, LEARNING_RATES, TUNING_SEEDS  # noqa: E402
-from tables import BUDGET, GUARDS, JUDGED_ARMS, NOISY_JUDGES, RECOMMENDED, TABLES, THREE, TUNING_BUDGET  # noqa: E402
+from controlled_study.records import Records, area, tokens_to  # noqa: E402
+from controlled_study.settings import ARMS, DIALS, EXPOSURES, LEARNING_RATES, TUNING_SEEDS  # noqa: E402
+from controlled_study.tables import (  # noqa: E402
+    BUDGET,
+    GUARDS,
+    JUDGED_ARMS,
+    NOISY_JUDGES,
+    RECOMMENDED,
+    TABLES,
+    THREE,
+    TUNING_BUDGET,
+)
 
 from trl_sgpo.tasks.rewrite_chain import AXES  # noqa: E402
 
@@ -34,7 +43,7 @@ Row = dict[str, Any]
 
 def select(records: Records, **where: Any) -> list[Row]:
     """The recorded runs with these values, tuning left out, by seed."""
-    rows = [r for r in records.runs.values() if r["seed"] not in TUNING_SEEDS]
+    rows = [r for r in records.runs.values() if r["seed"] not in TUNING_SEEDS and not r.get("report")]
     return sorted((r for r in rows if all(r[k] == v for k, v in where.items())), key=lambda r: r["seed"])
 
 
@@ -232,6 +241,19 @@ def probes_table(records: Records) -> str:
     )
 
 
+def reports_table(records: Records) -> str:
+    rows = []
+    for record in records.runs.values():
+        if record.get("report"):
+            verdict = record["verdict"]
+            perplexity = verdict["base_perplexity"]
+            shown = f"{perplexity['base']:.2f} to {perplexity['policy']:.2f}" if perplexity else "-"
+            rows.append(
+                [record["dial"], ARMS[record["arm"]].label, verdict["headline"], "; ".join(verdict["evidence"]), shown]
+            )
+    return markdown(["dial", "arm", "verdict", "evidence", "the base's perplexity on the samples"], rows)
+
+
 def draw_curves(records: Records, dial: str, arms: Sequence[str], path: Path) -> None:
     import matplotlib
 
@@ -276,6 +298,7 @@ def main() -> None:
         sections.append((f"Groups of {size}", speed_table(records, "95", THREE, group_size=size)))
     sections.append((TABLES["axes"].question, axes_table(records)))
     sections.append(("Diversity: 64 samples for each of 32 problems", probes_table(records)))
+    sections.append((TABLES["reports"].question, reports_table(records)))
     text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections)
     (args.output / "tables.md").write_text(text + "\n")
     print(text)

@@ -23,11 +23,11 @@ from typing import Any
 
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parent))
 
-from records import Records, best_learning_rate  # noqa: E402
-from settings import ARMS, DIALS, Run  # noqa: E402
-from tables import TABLES  # noqa: E402
+from controlled_study.records import Records, best_learning_rate  # noqa: E402
+from controlled_study.settings import ARMS, DIALS, Run  # noqa: E402
+from controlled_study.tables import TABLES  # noqa: E402
 
 
 def _provenance() -> dict[str, Any]:
@@ -42,7 +42,7 @@ def _provenance() -> dict[str, Any]:
 def _work(task: tuple[str, Any, Path]) -> dict[str, Any]:
     """In a process of its own: one run, or the description of one base."""
     kind, what, folder = task
-    import training
+    from controlled_study import training
 
     if kind == "base":
         return {"base": what, **training.describe_base(what, folder), **_provenance()}

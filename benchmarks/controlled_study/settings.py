@@ -124,6 +124,9 @@ class Run:
             The run ends early when the accuracy has reached this in two evaluations one after the other.
         probe (`bool`):
             Whether base and policy are compared with 64 samples per prompt at an accuracy of one half, and at the end.
+        report (`bool`):
+            Whether it leaves a folder for `trl_sgpo.scripts.report`, with its completions and a probe by
+            `SharpeningCallback` at the end; the report's verdict in words is recorded.
     """
 
     dial: str
@@ -135,10 +138,12 @@ class Run:
     group_size: int = 8
     stop_at: float | None = None
     probe: bool = False
+    report: bool = False
 
     @property
     def key(self) -> str:
-        return f"{self.dial}/{self.arm}/{self.judge}/G{self.group_size}/lr{self.learning_rate:g}/seed{self.seed}"
+        key = f"{self.dial}/{self.arm}/{self.judge}/G{self.group_size}/lr{self.learning_rate:g}/seed{self.seed}"
+        return f"{key}/report" if self.report else key
 
 
 def base_config(dial: str) -> PretrainConfig:

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from records import tuning_runs
-from settings import AXIS_NOISE, EXPOSURES, SEEDS, Run
+from controlled_study.records import tuning_runs
+from controlled_study.settings import AXIS_NOISE, EXPOSURES, SEEDS, Run
 
 from trl_sgpo.tasks.rewrite_chain import AXES
 
@@ -13,7 +13,7 @@ TUNED = 0.0  # stands for the learning rate that tuning chose
 RECOMMENDED = "prefix"
 THREE = ("grpo", "sgpo", RECOMMENDED)
 
-BUDGET = {"5": 150_000, "20": 200_000, "75": 300_000, "95": 900_000, "99": 900_000}  # generated tokens
+BUDGET = {"5": 150_000, "20": 200_000, "75": 300_000, "95": 900_000, "99": 600_000}  # generated tokens
 TUNING_BUDGET = {"5": 100_000, "20": 150_000, "75": 250_000, "95": 350_000, "99": 450_000}
 STOP_AT = 0.75
 
@@ -109,6 +109,16 @@ def _axes() -> list[Run]:
     ]
 
 
+def _reports() -> list[Run]:
+    dials = {**{dial: BUDGET[dial] for dial in ("5", "20", "75")}, "95": 450_000, "99": 450_000}
+    dials |= {f"{axis}@{exposure:g}": 150_000 for axis in AXES for exposure in (0.0, 0.1)}
+    return [
+        Run(dial, arm, TUNED, 0, tokens, report=True, stop_at=STOP_AT)
+        for dial, tokens in dials.items()
+        for arm in THREE
+    ]
+
+
 TABLES = {
     "tune": Table("Which learning rate suits each arm?", _tune),
     "main": Table("At about 95 % failed groups, how many tokens does each arm need to 50 % accuracy?", _main),
@@ -117,4 +127,5 @@ TABLES = {
     "judges": Table("What does a judge that errs leave of it?", _judges),
     "group_sizes": Table("And with 4 or 16 completions per group?", _group_sizes),
     "axes": Table(f"And outside of what pretraining showed? (pretraining noise {AXIS_NOISE})", _axes),
+    "reports": Table("What does the sharpening report say of each?", _reports),
 }

@@ -1,5 +1,7 @@
 """One run of the study: an arm trained from a base model until its tokens are spent. Returns the record of the run."""
 
+import contextlib
+import io
 import math
 import random
 import statistics
@@ -12,9 +14,8 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from datasets import Dataset
-from noisy_judges import noisy_judge
-from settings import (
+from controlled_study.noisy_judges import noisy_judge
+from controlled_study.settings import (
     ARMS,
     COMPLETIONS_PER_UPDATE,
     LENGTH,
@@ -24,6 +25,7 @@ from settings import (
     Run,
     base_config,
 )
+from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -35,7 +37,9 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from trl_sgpo import SGPOConfig, SGPOTrainer, StepwiseJudge
+from trl_sgpo.analysis import SharpeningCallback
 from trl_sgpo.analysis.metrics import pass_at_k
+from trl_sgpo.analysis.report.probe import analyse_or_explain
 from trl_sgpo.judges import MajorityVote
 from trl_sgpo.tasks.rewrite_chain import (
     accuracy_reward,
@@ -198,7 +202,7 @@ def _judge(run: Run) -> StepwiseJudge:
 def _trainer(run: Run, base: Path, folder: Path) -> Any:
     arm = ARMS[run.arm]
     shared = {
-        "output_dir": str(folder / "trainer"),
+        "output_dir": str(report_folder(run, folder) if run.report else folder / "trainer"),
         "learning_rate": run.learning_rate,
         "lr_scheduler_type": "constant",
         "use_cpu": True,
@@ -231,10 +235,54 @@ def _trainer(run: Run, base: Path, folder: Path) -> Any:
         num_generations=run.group_size,
         max_completion_length=MAX_COMPLETION_LENGTH + (24 if base_config(run.dial).axis else 0),
         max_steps=max_steps,
+        log_completions=run.report,
+        num_completions_to_print=1 if run.report else None,
+        per_device_eval_batch_size=256,  # rows per forward pass of a probe
         **config,
     )
     reward_funcs = [accuracy_reward, _judge(run)] if arm.judge else [accuracy_reward]
     return SGPOTrainer(model, reward_funcs, args, data, processing_class=tokenizer)
+
+
+def report_folder(run: Run, folder: Path) -> Path:
+    """Where a run with `report` leaves what the report reads; the name ends as seeds of one arm have to."""
+    return folder / "reports" / f"{run.dial.replace('@', '-')}-{run.arm}-seed{run.seed}"
+
+
+def _watch_sharpening(trainer: SGPOTrainer, run: Run, folder: Path) -> None:
+    prompts = [{"prompt": prompt, "domain": "trained"} for prompt in problems(run.dial, N_PROBED, seed=4)["prompt"]]
+    if base_config(run.dial).axis is not None:
+        inside = make_dataset(N_PROBED, N_OPERATIONS, seed=5, length=LENGTH)["prompt"]
+        prompts += [{"prompt": prompt, "domain": "inside"} for prompt in inside]
+    trainer.add_callback(
+        SharpeningCallback(
+            trainer=trainer,
+            prompts=prompts,
+            n_samples=SAMPLES_PER_PROBE,
+            every=10**9,  # at the end only
+            at_begin=False,
+            judge=StepwiseJudge(first_wrong_block, segmenter=segment_blocks),
+            extract_answer=lambda text: text.split(";")[-1].strip() or None,
+            batch_size=256,
+            cache_dir=folder / "cache",
+        )
+    )
+
+
+def _verdict(run: Run, folder: Path) -> dict[str, Any]:
+    """What the report says of the run's last probe, and of its groups."""
+    numbers, verdict, _ = analyse_or_explain(report_folder(run, folder) / "sharpening", domain="trained")
+    return {
+        "headline": verdict.headline,
+        "evidence": list(verdict.evidence),
+        "base_perplexity": _perplexities(numbers),
+    }
+
+
+def _perplexities(numbers: dict[str, Any] | None) -> dict[str, float]:
+    if numbers is None:
+        return {}
+    return {"base": numbers["base_perplexity_of_base"], "policy": numbers["over_time"]["base_perplexity"][-1]}
 
 
 def train(run: Run, folder: Path) -> dict[str, Any]:
@@ -249,8 +297,15 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     kind = SFTWatcher if run.arm == "sft" else Watcher
     watcher = kind(run, trainer.model, trainer.processing_class)
     trainer.add_callback(watcher)
+    if run.report:
+        _watch_sharpening(trainer, run, folder)
     start = time.perf_counter()
-    trainer.train()
+    with (
+        contextlib.redirect_stdout(io.StringIO()) if run.report else contextlib.nullcontext()
+    ):  # tables of completions
+        trainer.train()
+    if run.report:
+        trainer.save_state()
     if run.probe:
         watcher.probes["end"] = {"tokens": watcher.tokens, **probe(trainer.model, trainer.processing_class, run.dial)}
     return {
@@ -259,6 +314,7 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
         "tokens_generated": watcher.tokens,
         "curve": watcher.curve,
         **({"probes": watcher.probes} if run.probe else {}),
+        **({"verdict": _verdict(run, folder)} if run.report else {}),
     }
 
 
