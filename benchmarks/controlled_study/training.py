@@ -55,6 +55,7 @@ from trl_sgpo.tasks.rewrite_chain import (
 
 EVALUATE_EVERY = 25_000  # tokens
 N_EVALUATED, SAMPLES_PER_PROBLEM = 128, 4
+N_DESCRIBED = 256
 N_PROBED, SAMPLES_PER_PROBE = 32, 64
 MATCHED_ACCURACY = 0.5  # where the diversity of arms is compared
 
@@ -323,7 +324,7 @@ def describe_base(dial: str, folder: Path) -> dict[str, Any]:
     datasets.disable_progress_bars()
     path = base_model(dial, folder)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    prompts = problems(dial, 256, seed=5)["prompt"]
+    prompts = problems(dial, N_DESCRIBED, seed=5)["prompt"]
     result = evaluate(model, tokenizer, prompts, n_samples=8, max_new_tokens=MAX_COMPLETION_LENGTH + 24)
     return {
         "config": asdict(base_config(dial)),

@@ -114,9 +114,9 @@ def test_runs_are_recorded_and_shown(tmp_path, monkeypatch, capsys):
     """Every kind of arm for two updates on a base of no skill, and the tables made of it."""
     tiny = replace(settings.BASE, clean_updates=2, noisy_updates=2, layers=1, width=16, heads=2)
     monkeypatch.setitem(settings.DIALS, "95", tiny)
+    monkeypatch.setattr(training, "N_DESCRIBED", 4)
     monkeypatch.setattr(training, "N_EVALUATED", 4)
     monkeypatch.setattr(training, "N_PROBED", 2)
-    monkeypatch.setattr(training, "SAMPLES_PER_PROBE", 64)
     records = Records(tmp_path / "results")
     records.append({"base": "95", **training.describe_base("95", tmp_path)})
     for arm in ("grpo", "sgpo", "prefix", "sft"):
