@@ -30,6 +30,7 @@ MAIN_ARMS = (
 )
 NOISY_JUDGES = ("random:0.2", "random:0.4", "early:0.4", "late:0.4", "random:1")
 JUDGED_ARMS = ("sgpo", "sgpo_votes", RECOMMENDED, "prefix_votes")
+JUDGE_RATES = (2e-4, 4e-4)  # the best of GRPO, and the best of the judged arms with an exact judge
 GUARDS = ("sgpo_spread", "sgpo_half", "prefix_1_1", "prefix_1_0")  # tried under one judge only
 
 
@@ -74,9 +75,9 @@ def _tune_judges() -> list[Run]:
     runs = []
     for judge in NOISY_JUDGES:
         for arm in JUDGED_ARMS:
-            runs += tuning_runs("95", arm, TUNING_BUDGET["95"], judge, rates=(1e-4, 2e-4, 4e-4))
+            runs += tuning_runs("95", arm, 250_000, judge, rates=JUDGE_RATES)
     for arm in ("prefix_1_1", "prefix_1_0"):
-        runs += tuning_runs("95", arm, TUNING_BUDGET["95"], "random:0.4", rates=(1e-4, 2e-4, 4e-4))
+        runs += tuning_runs("95", arm, 250_000, "random:0.4", rates=JUDGE_RATES)
     return runs
 
 
@@ -101,7 +102,7 @@ def _group_sizes() -> list[Run]:
 
 def _axes() -> list[Run]:
     return [
-        Run(f"{axis}@{exposure:g}", arm, 1e-3 if arm == "sft" else TUNED, seed, 150_000)
+        Run(f"{axis}@{exposure:g}", arm, 1e-3 if arm == "sft" else TUNED, seed, 100_000)
         for seed in SEEDS
         for exposure in EXPOSURES
         for axis in AXES
@@ -110,8 +111,8 @@ def _axes() -> list[Run]:
 
 
 def _reports() -> list[Run]:
-    dials = {**{dial: BUDGET[dial] for dial in ("5", "20", "75")}, "95": 450_000, "99": 450_000}
-    dials |= {f"{axis}@{exposure:g}": 150_000 for axis in AXES for exposure in (0.0, 0.1)}
+    dials = {"20": 200_000, "75": 300_000, "95": 450_000, "99": 450_000}
+    dials |= {f"{axis}@{exposure:g}": 100_000 for axis in ("representation", "depth") for exposure in (0.0, 0.1)}
     return [
         Run(dial, arm, TUNED, 0, tokens, report=True, stop_at=STOP_AT)
         for dial, tokens in dials.items()
