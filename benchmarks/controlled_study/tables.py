@@ -53,8 +53,9 @@ def _tune() -> list[Run]:
 
 
 def _main() -> list[Run]:
+    budget = dict.fromkeys(MAIN_ARMS, BUDGET["95"]) | {"sgpo_quarter": 400_000}  # off before SGPO is done
     return [
-        Run("95", arm, TUNED, seed, BUDGET["95"], stop_at=STOP_AT, probe=arm in THREE)
+        Run("95", arm, TUNED, seed, budget[arm], stop_at=STOP_AT, probe=arm in THREE)
         for seed in SEEDS
         for arm in MAIN_ARMS
     ]
