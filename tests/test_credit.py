@@ -201,8 +201,23 @@ class TestTrainer:
         rounds = record_advantages(trainer)
         trainer.train()
         assert logged(trainer, "sgpo/groups/tied") == [1.0]
-        assert (rounds[0][:, 0] == -1).all()
+        assert (rounds[0][:, 0] == -0.5).all()
         assert not rounds[0][:, 1:].any()
+
+    def test_ending_at_once_is_blamed(self, make_trainer):
+        """Else a policy whose every step is blamed learns to write nothing."""
+
+        def nothing(text):
+            return []
+
+        trainer = make_trainer(
+            [all_failed, StepwiseJudge(FixedJudge(0), segmenter=nothing)], credit_assignment="prefix", max_steps=1
+        )
+        rounds = record_advantages(trainer)
+        trainer.train()
+        assert logged(trainer, "sgpo/judge_calls") == [0.0]
+        assert logged(trainer, "sgpo/credit/unlocated") == [0.0]
+        assert (rounds[0][:, 0] == -0.5).all()
 
     def test_the_verified_prefix_is_rewarded(self, make_trainer):
         trainer = make_trainer([all_failed, stepwise(2)], credit_assignment="prefix", max_steps=1)
@@ -210,7 +225,7 @@ class TestTrainer:
         trainer.train()
         assert logged(trainer, "sgpo/credit/unlocated") == [0.0]
         for row in rounds[0].tolist():
-            assert row[:4] == pytest.approx([0.3, 0.3, -1.0, 0.0])
+            assert row[:4] == pytest.approx([1.0, 1.0, -0.5, 0.0])
             assert not any(row[3:])
 
     def test_nothing_behind_the_error_has_a_gradient(self, make_trainer):

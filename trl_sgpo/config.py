@@ -47,9 +47,9 @@ class SGPOConfig(GRPOConfig):
             advantage `prefix_reward`, those of that step `-error_penalty`, and those behind it, which nobody judged, 0; no
             group normalisation is involved, so tied groups teach too. With `judge_scope="all_incorrect"`, the verified
             prefix of a wrong completion of a mixed group is spared GRPO's blame.
-        prefix_reward (`float`, *optional*, defaults to `0.3`):
+        prefix_reward (`float`, *optional*, defaults to `1.0`):
             Advantage of a token of the verified prefix, under `credit_assignment="prefix"`.
-        error_penalty (`float`, *optional*, defaults to `1.0`):
+        error_penalty (`float`, *optional*, defaults to `0.5`):
             The tokens of the first wrong step have minus this as their advantage, under `credit_assignment="prefix"`.
         failed_groups (`str`, *optional*, defaults to `"judge"`):
             What is done with a failed group. `"judge"`: its completions are judged (without a [`StepwiseJudge`] in
@@ -131,11 +131,11 @@ class SGPOConfig(GRPOConfig):
         },
     )
     prefix_reward: float = field(
-        default=0.3,
+        default=1.0,
         metadata={"help": "Advantage of the tokens before the first wrong step, with credit_assignment='prefix'."},
     )
     error_penalty: float = field(
-        default=1.0,
+        default=0.5,
         metadata={"help": "Minus the advantage of the first wrong step's tokens, with credit_assignment='prefix'."},
     )
     failed_groups: str = field(

@@ -708,10 +708,13 @@ class SGPOTrainer(GRPOTrainer):
         n_errors = 0
         for i, (score, ids) in enumerate(zip(verdicts.scores, verdicts.completion_ids, strict=True)):
             place = None
-            if score is not None and score.first_error is not None:
+            if score is not None and score.status == "error":
                 n_errors += 1
-                by_policy = None if tool_mask is None else tool_mask[i, : len(ids)].bool().tolist()
-                place = locate_steps(self._decode_completion, ids, score.steps, score.first_error, by_policy)
+                if score.first_error is None:  # an empty completion: ending at once is its error
+                    place = StepTokens(0, 0, len(ids))
+                else:
+                    by_policy = None if tool_mask is None else tool_mask[i, : len(ids)].bool().tolist()
+                    place = locate_steps(self._decode_completion, ids, score.steps, score.first_error, by_policy)
             places.append(place)
         n_found = sum(place is not None for place in places)
         counts = gather(torch.tensor([[float(n_errors), float(n_found)]], device=self.accelerator.device)).sum(dim=0)

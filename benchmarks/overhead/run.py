@@ -45,6 +45,13 @@ def outcome_failed(prompts, completions, **kwargs):
     return [0.0] * len(completions)
 
 
+CASES = (
+    ("no_failed_group", outcome_mixed, "sequence"),
+    ("every_group_failed", outcome_failed, "sequence"),
+    ("every_group_failed_prefix_credit", outcome_failed, "prefix"),
+)
+
+
 class StepTimes(TrainerCallback):
     def __init__(self):
         self.times = []
@@ -82,10 +89,18 @@ class TimedTrainer(SGPOTrainer):
             self.judge_seconds += self._metrics["train"]["sgpo/judge_seconds"][-1]
             GRPOTrainer._calculate_rewards = inner
 
+    def _credit_tokens(self, *args):
+        start = time.perf_counter()
+        try:
+            return super()._credit_tokens(*args)
+        finally:
+            self.own_seconds += time.perf_counter() - start
 
-def train(arm, outcome, seed):
+
+def train(arm, outcome, credit_assignment, seed):
     tokenizer = build_tokenizer()
     times = StepTimes()
+    own = {"credit_assignment": credit_assignment} if arm == "sgpo" else {}
     config = SGPOConfig if arm == "sgpo" else GRPOConfig
     judge = StepwiseJudge(first_wrong_block, segmenter=segment_blocks)
     trainer = (TimedTrainer if arm == "sgpo" else GRPOTrainer)(
@@ -106,14 +121,15 @@ def train(arm, outcome, seed):
             bf16=False,
             gradient_checkpointing=False,
             seed=seed,
+            **own,
         ),
         train_dataset=make_dataset(256, n_operations=6, seed=seed),
         processing_class=tokenizer,
         callbacks=[times],
     )
     trainer.train()
-    own = getattr(trainer, "own_seconds", 0.0) / sum(times.times)
-    return times.times[WARM_UP:], own, getattr(trainer, "judge_seconds", 0.0) / sum(times.times)
+    share = getattr(trainer, "own_seconds", 0.0) / sum(times.times)
+    return times.times[WARM_UP:], share, getattr(trainer, "judge_seconds", 0.0) / sum(times.times)
 
 
 def bootstrap(ratios, draws=2000):
@@ -132,11 +148,11 @@ def main():
         "hardware": f"{platform.processor() or platform.machine()}, 2 threads",
         "steps": ROUNDS * (STEPS - WARM_UP),
     }
-    for case, outcome in (("no_failed_group", outcome_mixed), ("every_group_failed", outcome_failed)):
+    for case, outcome, credit_assignment in CASES:
         ratios, shares, judge_shares, seconds = [], [], [], []
         for seed in range(ROUNDS):
             order = ("grpo", "sgpo") if seed % 2 == 0 else ("sgpo", "grpo")
-            runs = {arm: train(arm, outcome, seed) for arm in order}
+            runs = {arm: train(arm, outcome, credit_assignment, seed) for arm in order}
             ratios += [a / b for a, b in zip(runs["sgpo"][0], runs["grpo"][0], strict=True)]
             seconds += runs["grpo"][0]
             shares.append(runs["sgpo"][1])

@@ -37,6 +37,10 @@ SECOND_ALPHABET = "ghijkl"  # in the vocabulary, never in pretraining: the token
 OPERATIONS = ("R", "L", "V", "S")  # rotate letters by one, left shift, reverse, swap the first two
 SEPARATOR = ";"
 
+# Ways in which a problem can lie outside of what pretraining shows (after arXiv 2510.15990); see [`sample_unseen`]
+AXES = ("depth", "length", "representation", "composition")
+LONE_OPERATION = "S"  # the operation that pretraining shows only by itself, on the composition axis
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -124,15 +128,52 @@ def sample_problem(
     )
 
 
+def sample_unseen(rng: random.Random, axis: str, n_operations: int, length: int) -> Problem:
+    """
+    A problem that lies outside of a pretraining on chains of up to `n_operations` operations over `length` letters.
+
+    Args:
+        rng (`random.Random`):
+            Source of randomness.
+        axis (`str`):
+            In which way it lies outside. `"depth"`: two operations more. `"length"`: one letter more. `"representation"`:
+            the letters of the second alphabet. `"composition"`: a chain of `n_operations` with the operation
+            `LONE_OPERATION` among them, which a pretraining with this axis shows only by itself.
+        n_operations, length (`int`):
+            The most operations, and the letters, of the pretraining.
+    """
+    if axis == "depth":
+        return sample_problem(rng, n_operations + 2, length)
+    if axis == "length":
+        return sample_problem(rng, n_operations, length + 1)
+    if axis == "representation":
+        return sample_problem(rng, n_operations, length, SECOND_ALPHABET)
+    if axis == "composition":
+        problem = sample_problem(rng, n_operations, length)
+        operations = list(problem.operations)
+        operations[rng.randrange(n_operations)] = LONE_OPERATION
+        return Problem(problem.letters, tuple(operations))
+    raise ValueError(f"axis={axis!r} is unknown: it must be one of {AXES}.")
+
+
 def make_dataset(n: int, n_operations: int, seed: int, length: int = 3, alphabet: str = ALPHABET) -> "Dataset":
     """
     `n` random problems as a dataset with the columns `prompt` and `solution` (the gold blocks, joined by `;`), ready
     for a trainer.
     """
+    rng = random.Random(seed)
+    return _as_dataset([sample_problem(rng, n_operations, length, alphabet) for _ in range(n)])
+
+
+def make_unseen_dataset(n: int, axis: str, n_operations: int, seed: int, length: int = 3) -> "Dataset":
+    """`n` problems of [`sample_unseen`], with the columns of [`make_dataset`]."""
+    rng = random.Random(seed)
+    return _as_dataset([sample_unseen(rng, axis, n_operations, length) for _ in range(n)])
+
+
+def _as_dataset(problems: Sequence[Problem]) -> "Dataset":
     from datasets import Dataset
 
-    rng = random.Random(seed)
-    problems = [sample_problem(rng, n_operations, length, alphabet) for _ in range(n)]
     return Dataset.from_list(
         [{"prompt": problem.prompt, "solution": f" {SEPARATOR} ".join(problem.gold_blocks())} for problem in problems]
     )
@@ -271,6 +312,11 @@ class PretrainConfig:
             Traces per update.
         learning_rate (`float`, *optional*, defaults to `3e-3`):
             Peak learning rate of AdamW: linear warm-up over 50 updates, then cosine to a tenth.
+        axis (`str`, *optional*):
+            One of `AXES`: what lies outside of the pretraining, see [`sample_unseen`]. It matters for `exposure`, and with
+            `"composition"` chains of several operations do without `LONE_OPERATION`.
+        exposure (`float`, *optional*, defaults to `0.0`):
+            Share of the traces that are drawn from outside all the same.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the weights and of the traces.
     """
@@ -285,7 +331,18 @@ class PretrainConfig:
     heads: int = 4
     batch_size: int = 64
     learning_rate: float = 3e-3
+    axis: str | None = None
+    exposure: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.axis is not None and self.axis not in AXES:
+            raise ValueError(f"axis={self.axis!r} is unknown: it must be one of {AXES}, or None.")
+        if not 0 <= self.exposure <= 1 or (self.exposure > 0 and self.axis is None):
+            raise ValueError(
+                f"exposure={self.exposure} with axis={self.axis!r}: it is the share of traces from outside along an axis, in "
+                "[0, 1]. Name the axis, or leave exposure at 0."
+            )
 
 
 def build_model(config: PretrainConfig, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":
@@ -317,8 +374,16 @@ def pretraining_traces(config: PretrainConfig) -> Iterator[list[tuple[str, str]]
     for update in range(config.clean_updates + config.noisy_updates):
         noise = 0.0 if update < config.clean_updates else config.noise
         n_operations = [rng.randint(1, config.max_operations) for _ in range(config.batch_size)]
-        problems = [sample_problem(rng, k, config.length) for k in n_operations]
+        problems = [_pretraining_problem(rng, k, config) for k in n_operations]
         yield [(p.prompt, f" {SEPARATOR} ".join(p.blocks(noise, rng))) for p in problems]
+
+
+def _pretraining_problem(rng: random.Random, n_operations: int, config: PretrainConfig) -> Problem:
+    if config.exposure > 0 and rng.random() < config.exposure:
+        return sample_unseen(rng, cast(str, config.axis), config.max_operations, config.length)
+    alone_only = config.axis == "composition" and n_operations > 1
+    operations = "".join(OPERATIONS).replace(LONE_OPERATION, "") if alone_only else "".join(OPERATIONS)
+    return sample_problem(rng, n_operations, config.length, operations=operations)
 
 
 def pretrain(config: PretrainConfig, progress: bool = True) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:

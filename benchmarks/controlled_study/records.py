@@ -1,0 +1,109 @@
+"""What was recorded, and what one reads from a record: tokens to an accuracy, area under a curve, the best learning rate."""
+
+import itertools
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from controlled_study.settings import LEARNING_RATES, TUNING_SEEDS, Run
+
+
+class Records:
+    """
+    The lines of `runs.jsonl` and `bases.jsonl` in a folder, by key.
+
+    A line that was cut off by an interruption is left out, and its run is made again.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.runs = {record["key"]: record for record in self._read("runs.jsonl")}
+        self.bases = {record["base"]: record for record in self._read("bases.jsonl")}
+
+    def _read(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / name
+        if not path.exists():
+            return []
+        records = []
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return records
+
+    def append(self, record: dict[str, Any]) -> None:
+        if "base" in record and "key" not in record:
+            name, self.bases[record["base"]] = "bases.jsonl", record
+        else:
+            name, self.runs[record["key"]] = "runs.jsonl", record
+        path = self.folder / name
+        cut_off = path.exists() and not path.read_bytes().endswith(b"\n")
+        with path.open("a") as file:
+            file.write(("\n" if cut_off else "") + json.dumps(record) + "\n")
+
+
+def tokens_to(record: dict[str, Any], accuracy: float = 0.5) -> float:
+    """Generated tokens at which the curve first reaches an accuracy, between two evaluations by a line; inf if never."""
+    points = record["curve"]
+    for before, after in itertools.pairwise(points):
+        if after["accuracy"] >= accuracy > before["accuracy"]:
+            share = (accuracy - before["accuracy"]) / (after["accuracy"] - before["accuracy"])
+            return before["tokens"] + share * (after["tokens"] - before["tokens"])
+    return 0.0 if points[0]["accuracy"] >= accuracy else float("inf")
+
+
+def area(record: dict[str, Any], tokens: int) -> float:
+    """
+    Mean accuracy over the first `tokens` generated tokens: the area under the curve by trapezoids, divided by its width. A run
+    that ended earlier, for it had reached its goal, keeps its last accuracy.
+    """
+    points = [(point["tokens"], point["accuracy"]) for point in record["curve"]]
+    points.append((max(tokens, points[-1][0]), points[-1][1]))
+    total = 0.0
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x0 >= tokens or x1 == x0:
+            continue
+        end = min(x1, tokens)
+        y_end = y0 + (y1 - y0) * (end - x0) / (x1 - x0)
+        total += (end - x0) * (y0 + y_end) / 2
+    return total / tokens
+
+
+def tuning_runs(
+    dial: str, arm: str, tokens: int, judge: str = "exact", rates: Sequence[float] = LEARNING_RATES
+) -> list[Run]:
+    """The runs that choose the learning rate of an arm on a dial, with a judge."""
+    return [
+        Run(dial, arm, learning_rate, seed, tokens, judge=judge, stop_at=0.75)
+        for learning_rate in rates
+        for seed in TUNING_SEEDS
+    ]
+
+
+# Arms that take another's learning rate: they are that arm with a guard switched on
+TUNED_AS = {
+    **{f"sgpo_{guard}": "sgpo" for guard in ("spread", "half", "handover", "votes", "exclude")},
+    **{f"prefix_{guard}": "prefix" for guard in ("handover", "votes", "exclude")},
+}
+
+
+def best_learning_rate(records: Records, run: Run) -> float:
+    """
+    The learning rate with the largest mean area under the curve over the tuning seeds, for the dial, the arm and the judge of
+    the run. Dials along an axis take the one of the dial with 75 % failed groups; other group sizes that of groups of eight.
+    """
+    dial = "75" if "@" in run.dial else run.dial
+    for arm in (run.arm, TUNED_AS.get(run.arm, run.arm)):
+        found: dict[float, list[dict[str, Any]]] = {}
+        for record in records.runs.values():
+            same = (record["dial"], record["arm"], record["judge"]) == (dial, arm, run.judge)
+            if same and record["seed"] in TUNING_SEEDS and record["group_size"] == 8:
+                found.setdefault(record["learning_rate"], []).append(record)
+        if found:
+            tokens = min(record["tokens"] for rows in found.values() for record in rows)
+            return max(found, key=lambda rate: statistics.fmean(area(record, tokens) for record in found[rate]))
+    raise SystemExit(f"{run.arm} on dial {run.dial} has no tuned learning rate yet: run the table `tune` first.")

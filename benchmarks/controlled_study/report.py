@@ -1,0 +1,308 @@
+"""
+Tables and pictures of what the study has recorded so far.
+
+    python benchmarks/controlled_study/report.py
+
+writes results/tables.md and results/*.png, and prints the tables. Intervals are the smallest and the largest value of the
+seeds; an arm that did not reach an accuracy within its budget has "> budget" there, and counts as infinite in the median.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from controlled_study.records import Records, area, tokens_to  # noqa: E402
+from controlled_study.settings import ARMS, DIALS, EXPOSURES, LEARNING_RATES, TUNING_SEEDS  # noqa: E402
+from controlled_study.tables import (  # noqa: E402
+    BUDGET,
+    GUARDS,
+    JUDGED_ARMS,
+    NOISY_JUDGES,
+    RECOMMENDED,
+    TABLES,
+    THREE,
+    TUNING_BUDGET,
+)
+
+from trl_sgpo.tasks.rewrite_chain import AXES  # noqa: E402
+
+
+COLORS = {"grpo": "#8a8f98", "sgpo": "#1f6feb", RECOMMENDED: "#d1480a", "sft": "#2f9e44"}
+
+Row = dict[str, Any]
+
+
+def select(records: Records, **where: Any) -> list[Row]:
+    """The recorded runs with these values, tuning left out, by seed."""
+    rows = [r for r in records.runs.values() if r["seed"] not in TUNING_SEEDS and not r.get("report")]
+    return sorted((r for r in rows if all(r[k] == v for k, v in where.items())), key=lambda r: r["seed"])
+
+
+def main_runs(records: Records, dial: str, arm: str, judge: str = "exact", group_size: int = 8) -> list[Row]:
+    return select(records, dial=dial, arm=arm, judge=judge, group_size=group_size)
+
+
+def thousands(tokens: float, budget: float) -> str:
+    return f"{tokens / 1000:.0f}k" if math.isfinite(tokens) else f"> {budget / 1000:.0f}k"
+
+
+def spread(values: Sequence[float], show: Any) -> str:
+    """The median, and the smallest and the largest value."""
+    return f"{show(statistics.median(values))} [{show(min(values))}, {show(max(values))}]"
+
+
+def ratio(a: Sequence[float], b: Sequence[float], budget: float) -> str:
+    """
+    Median of a over median of b. Where b never got there, an upper bound: its budget stands for it.
+    """
+    x, y = statistics.median(a), statistics.median(b)
+    if math.isinf(x):
+        return "-" if math.isinf(y) else f"> {budget / y:.1f}"
+    return f"{x / y:.2f}" if math.isfinite(y) else f"< {x / budget:.2f}"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def bases_table(records: Records) -> str:
+    rows = []
+    for name in [*DIALS, *(d for d in records.bases if d not in DIALS)]:
+        base = records.bases.get(name)
+        if base:
+            p = base["probe"]
+            rows.append(
+                [
+                    name,
+                    f"{base['failed_groups']:.1%}",
+                    f"{base['accuracy']:.4f}",
+                    f"{base['greedy']:.2f}",
+                    f"{base['right_prefix']:.2f}",
+                    f"{p['pass']['64']:.2f}",
+                    f"{p['verified_pass']['64']:.2f}",
+                    f"{p['entropy']:.2f}",
+                ]
+            )
+    return markdown(
+        ["dial", "failed groups of 8", "pass@1", "greedy", "RTS", "pass@64", "the same, every step right", "entropy"],
+        rows,
+    )
+
+
+def tune_table(records: Records) -> str:
+    found = defaultdict(list)
+    for r in records.runs.values():
+        if r["seed"] in TUNING_SEEDS:
+            found[r["dial"], r["arm"], r["learning_rate"]].append(area(r, TUNING_BUDGET[r["dial"]]))
+    rows = []
+    for dial, arm in dict.fromkeys((dial, arm) for dial, arm, _ in found):
+        cells = [found.get((dial, arm, rate), []) for rate in LEARNING_RATES]
+        means = [statistics.fmean(c) if c else -1.0 for c in cells]
+        rows.append(
+            [
+                dial,
+                ARMS[arm].label,
+                *(
+                    "-" if m < 0 else (f"**{m:.3f}**" if m == max(means) else f"{m:.3f}")
+                    for m in means
+                ),
+            ]
+        )  # fmt: skip
+    return markdown(["dial", "arm", *(f"{rate:g}" for rate in LEARNING_RATES)], rows)
+
+
+def speed_table(records: Records, dial: str, arms: Sequence[str], judge: str = "exact", group_size: int = 8) -> str:
+    budget = BUDGET[dial]
+    found = {arm: main_runs(records, dial, arm, judge, group_size) for arm in arms}
+    found = {arm: rows for arm, rows in found.items() if rows}
+    speeds = {arm: [tokens_to(r) for r in rows] for arm, rows in found.items()}
+    rows = []
+    for arm in sorted(
+        found, key=lambda a: (statistics.median(speeds[a]), -statistics.fmean(area(r, budget) for r in found[a]))
+    ):
+        rows.append(
+            [
+                ARMS[arm].label,
+                f"{found[arm][0]['learning_rate']:g}",
+                spread(speeds[arm], lambda t: thousands(t, budget)),
+                ratio(speeds[arm], speeds["grpo"], budget) if "grpo" in speeds else "",
+                ratio(speeds[arm], speeds["sgpo"], budget) if "sgpo" in speeds else "",
+                spread([area(r, budget) for r in found[arm]], lambda a: f"{a:.3f}"),
+                str(len(found[arm])),
+            ]
+        )
+    return markdown(
+        [
+            "arm",
+            "learning rate",
+            "tokens to 50 %",
+            "of GRPO's",
+            "of SGPO's",
+            f"mean accuracy over {budget // 1000}k tokens",
+            "seeds",
+        ],
+        rows,
+    )
+
+
+def judges_table(records: Records) -> str:
+    budget = 450_000
+    rows = []
+    for arm in (*JUDGED_ARMS, *GUARDS):
+        exact = main_runs(records, "95", arm)
+        grpo = main_runs(records, "95", "grpo")
+        if not exact or not grpo:
+            continue
+        floor = statistics.fmean(area(r, budget) for r in grpo)
+        gain = statistics.fmean(area(r, budget) for r in exact) - floor
+        cells = []
+        for judge in ("exact", *NOISY_JUDGES):
+            found = main_runs(records, "95", arm, judge)
+            if not found:
+                cells.append("-")
+                continue
+            areas = [area(r, budget) for r in found]
+            kept = (statistics.fmean(areas) - floor) / gain if gain > 0 else float("nan")
+            cells.append(f"{spread(areas, lambda a: f'{a:.2f}')} {kept:.0%}")
+        rows.append([ARMS[arm].label, *cells])
+    return markdown(["arm", "exact", *NOISY_JUDGES], rows)
+
+
+def axes_table(records: Records) -> str:
+    rows = []
+    for axis in AXES:
+        for exposure in EXPOSURES:
+            dial = f"{axis}@{exposure:g}"
+            cells = []
+            for arm in (*THREE, "sft"):
+                found = main_runs(records, dial, arm)
+                cells.append(
+                    spread([r["curve"][-1]["accuracy"] for r in found], lambda a: f"{a:.2f}") if found else "-"
+                )
+            first = main_runs(records, dial, "grpo")
+            base = f"{first[0]['curve'][0]['accuracy']:.3f}" if first else "-"
+            tied = "-"
+            sgpo = main_runs(records, dial, "sgpo")
+            if sgpo and any("tied" in p for p in sgpo[0]["curve"]):
+                tied = f"{statistics.fmean(p['tied'] for r in sgpo for p in r['curve'][1:2] if 'tied' in p):.2f}"
+            rows.append([axis, f"{exposure:.0%}", base, tied, *cells])
+    return markdown(
+        ["axis", "exposure", "base", "tied groups at the start", *(ARMS[a].label for a in (*THREE, "sft"))], rows
+    )
+
+
+def probes_table(records: Records) -> str:
+    rows = []
+    for dial in ("75", "95"):
+        base = records.bases.get(dial)
+        if base:
+            p = base["probe"]
+            rows.append(
+                [
+                    dial,
+                    "base",
+                    "",
+                    f"{p['pass']['1']:.2f}",
+                    f"{p['pass']['64']:.2f}",
+                    f"{p['verified_pass']['64']:.2f}",
+                    f"{p['distinct']:.0f}",
+                    f"{p['entropy']:.3f}",
+                ]
+            )
+        for arm in THREE:
+            for when in ("matched", "end"):
+                found = [r["probes"][when] for r in main_runs(records, dial, arm) if when in r.get("probes", {})]
+                if found:
+                    rows.append(
+                        [
+                            dial,
+                            ARMS[arm].label,
+                            "at 50 %" if when == "matched" else "at the end",
+                            *(
+                                spread([p[group][k] for p in found], lambda x: f"{x:.2f}")
+                                for group, k in (("pass", "1"), ("pass", "64"), ("verified_pass", "64"))
+                            ),
+                            spread([p["distinct"] for p in found], lambda x: f"{x:.0f}"),
+                            spread([p["entropy"] for p in found], lambda x: f"{x:.3f}"),
+                        ]
+                    )  # fmt: skip
+    return markdown(
+        ["dial", "arm", "when", "pass@1", "pass@64", "every step right: pass@64", "distinct of 64", "entropy"], rows
+    )
+
+
+def reports_table(records: Records) -> str:
+    rows = []
+    for record in records.runs.values():
+        if record.get("report"):
+            verdict = record["verdict"]
+            perplexity = verdict["base_perplexity"]
+            shown = f"{perplexity['base']:.2f} to {perplexity['policy']:.2f}" if perplexity else "-"
+            rows.append(
+                [record["dial"], ARMS[record["arm"]].label, verdict["headline"], "; ".join(verdict["evidence"]), shown]
+            )
+    return markdown(["dial", "arm", "verdict", "evidence", "the base's perplexity on the samples"], rows)
+
+
+def draw_curves(records: Records, dial: str, arms: Sequence[str], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    others = [a for a in arms if a not in COLORS]
+    shades = plt.get_cmap("tab20")
+    for arm in arms:
+        runs = main_runs(records, dial, arm)
+        for i, record in enumerate(runs):
+            x = [p["tokens"] / 1000 for p in record["curve"]]
+            y = [p["accuracy"] for p in record["curve"]]
+            color = COLORS.get(arm) or shades(others.index(arm) % 20)
+            style = {"lw": 2} if arm in COLORS else {"lw": 1, "alpha": 0.8}
+            axis.plot(x, y, color=color, label=ARMS[arm].label if i == 0 else None, **style)
+    axis.axhline(0.5, color="black", lw=0.5, ls=":")
+    axis.set_xlabel("generated tokens (thousands)")
+    axis.set_ylabel("accuracy on held-out problems")
+    axis.set_title(f"Base model with about {dial} % failed groups", loc="left", fontsize=11)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the records")
+    args = parser.parse_args()
+    records = Records(args.output)
+    sections = [("Bases", bases_table(records)), (TABLES["tune"].question, tune_table(records))]
+    for dial in DIALS:
+        arms = [arm for arm in ARMS if main_runs(records, dial, arm)]
+        if arms:
+            sections.append((f"Tokens to 50 % at about {dial} % failed groups", speed_table(records, dial, arms)))
+            draw_curves(records, dial, arms, args.output / f"curves_{dial}.png")
+    sections.append((TABLES["judges"].question, judges_table(records)))
+    for size in (4, 16):
+        sections.append((f"Groups of {size}", speed_table(records, "95", THREE, group_size=size)))
+    sections.append((TABLES["axes"].question, axes_table(records)))
+    sections.append(("Diversity: 64 samples for each of 32 problems", probes_table(records)))
+    sections.append((TABLES["reports"].question, reports_table(records)))
+    text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections)
+    (args.output / "tables.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

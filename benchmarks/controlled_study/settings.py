@@ -1,0 +1,154 @@
+"""
+What the study compares: the base models (dials), the arms, and the tables made of them. Nothing runs here.
+
+A run is one arm on one dial with one judge, learning rate, group size and seed. Its key, made of these, is the name under
+which it is recorded.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from trl_sgpo.tasks.rewrite_chain import PretrainConfig
+
+
+N_OPERATIONS = 5
+LENGTH = 4  # letters: 1,296 answers, so a guess is right once in 1,296
+COMPLETIONS_PER_UPDATE = 64
+TOKENS_PER_COMPLETION = 35  # of a gold solution: 5 blocks of 4 letters, 10 operations left, 4 separators, the end
+MAX_COMPLETION_LENGTH = 56
+
+BASE = PretrainConfig(
+    layers=2, width=64, clean_updates=1500, noisy_updates=150, max_operations=N_OPERATIONS, length=LENGTH
+)
+
+# Base models by the share of their groups of eight that fail: the noise that gives it was found by trial, and the share
+# itself is measured again and recorded (table `bases`)
+DIALS = {
+    "5": replace(BASE, noise=0.12),
+    "20": replace(BASE, noise=0.2),
+    "75": replace(BASE, noise=0.5),
+    "95": replace(BASE, noise=0.75),
+    "99": replace(BASE, noise=0.97),
+}
+AXIS_NOISE = 0.5
+EXPOSURES = (0.0, 0.02, 0.1)
+
+LEARNING_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)  # every arm is tuned on the same ones
+TUNING_SEEDS = (100,)
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One way to train.
+
+    Args:
+        name (`str`):
+            Its name in keys and tables.
+        label (`str`):
+            What a reader sees.
+        config (`dict`):
+            Arguments of `SGPOConfig` beyond those that all arms share.
+        judge (`bool`):
+            Whether a `StepwiseJudge` is among the reward functions.
+        votes (`int`):
+            Judgments of each completion. Three quarters of them have to agree, else they abstain.
+    """
+
+    name: str
+    label: str
+    config: dict[str, Any] = field(default_factory=dict)
+    judge: bool = False
+    votes: int = 1
+
+
+PREFIX = {"credit_assignment": "prefix"}
+
+
+def _coefficients(prefix_reward: float, error_penalty: float) -> dict[str, Any]:
+    return {**PREFIX, "prefix_reward": prefix_reward, "error_penalty": error_penalty}
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("grpo", "GRPO"),
+        Arm("grpo_exclude", "GRPO, dead groups out of the denominator", {"exclude_dead_groups": True}),
+        Arm("sgpo", "SGPO, as in the paper", judge=True),
+        Arm("sgpo_exclude", "SGPO, dead groups out of the denominator", {"exclude_dead_groups": True}, judge=True),
+        Arm("sgpo_all_incorrect", "SGPO on every wrong completion", {"judge_scope": "all_incorrect"}, judge=True),
+        Arm("sgpo_quarter", "SGPO, off after a quarter", {"judge_until": 0.25}, judge=True),
+        Arm("sgpo_spread", "SGPO, RTS spread of at least .3", {"min_rts_spread": 0.3}, judge=True),
+        Arm("sgpo_half", "SGPO, failed groups at half weight", {"failed_group_weight": 0.5}, judge=True),
+        Arm("sgpo_handover", "SGPO, weight = share of failed groups", {"failed_group_schedule": "failed_share"}, judge=True),
+        Arm("prefix", "prefix credit", _coefficients(1.0, 0.5), judge=True),
+        Arm("sgpo_votes", "SGPO, 3 of 4 judgments agree", judge=True, votes=4),
+        Arm("prefix_votes", "prefix credit, 3 of 4 judgments agree", _coefficients(1.0, 0.5), judge=True, votes=4),
+        Arm("prefix_exclude", "prefix credit, dead groups out of the denominator", {**PREFIX, "exclude_dead_groups": True}, judge=True),
+        Arm("prefix_all_incorrect", "prefix credit, also in mixed groups", {**PREFIX, "judge_scope": "all_incorrect"}, judge=True),
+        Arm("prefix_handover", "prefix credit, weight = share of failed groups", {**PREFIX, "failed_group_schedule": "failed_share"}, judge=True),
+        Arm("prefix_.3_1", "prefix credit, +.3 / -1", _coefficients(0.3, 1.0), judge=True),
+        Arm("prefix_1_1", "prefix credit, +1 / -1", _coefficients(1.0, 1.0), judge=True),
+        Arm("prefix_1_0", "prefix credit, +1 / 0", _coefficients(1.0, 0.0), judge=True),
+        Arm("sign", "sign: -1 in failed groups", {"failed_groups": "sign"}),
+        Arm("ngrpo", "NGRPO", {"failed_groups": "ngrpo", "epsilon": 0.16, "epsilon_high": 0.24}),
+        Arm("zvp", "RL-ZVP", {"failed_groups": "zvp"}),
+        Arm("lens", "LENS", {"failed_groups": "lens"}),
+        Arm("sft", "SFT on gold solutions (control)"),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One run of the study.
+
+    Args:
+        dial (`str`):
+            A key of `DIALS`, or `"<axis>@<exposure>"`.
+        arm (`str`):
+            A key of `ARMS`.
+        judge (`str`):
+            `"exact"`, or `"<kind>:<probability>"` of [`noisy_judges.noisy_judge`].
+        learning_rate (`float`):
+            Of AdamW, constant.
+        seed (`int`):
+            Of the training; 100 and above are used for tuning only.
+        group_size (`int`):
+            Completions per prompt, G.
+        tokens (`int`):
+            To be generated.
+        stop_at (`float`, *optional*):
+            The run ends early when the accuracy has reached this in two evaluations one after the other.
+        probe (`bool`):
+            Whether base and policy are compared with 64 samples per prompt at an accuracy of one half, and at the end.
+        report (`bool`):
+            Whether it leaves a folder for `trl_sgpo.scripts.report`, with its completions and a probe by
+            `SharpeningCallback` at the end; the report's verdict in words is recorded.
+    """
+
+    dial: str
+    arm: str
+    learning_rate: float
+    seed: int
+    tokens: int
+    judge: str = "exact"
+    group_size: int = 8
+    stop_at: float | None = None
+    probe: bool = False
+    report: bool = False
+
+    @property
+    def key(self) -> str:
+        key = f"{self.dial}/{self.arm}/{self.judge}/G{self.group_size}/lr{self.learning_rate:g}/seed{self.seed}"
+        return f"{key}/report" if self.report else key
+
+
+def base_config(dial: str) -> PretrainConfig:
+    """How the base model of a dial is made."""
+    if "@" in dial:
+        axis, exposure = dial.split("@")
+        return replace(BASE, noise=AXIS_NOISE, axis=axis, exposure=float(exposure))
+    return DIALS[dial]

@@ -1,0 +1,133 @@
+"""The tables of the study: which runs each is made of. `report.py` reads them back from what was recorded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from controlled_study.records import tuning_runs
+from controlled_study.settings import AXIS_NOISE, EXPOSURES, SEEDS, Run
+
+from trl_sgpo.tasks.rewrite_chain import AXES
+
+
+TUNED = 0.0  # stands for the learning rate that tuning chose
+RECOMMENDED = "prefix"
+THREE = ("grpo", "sgpo", RECOMMENDED)
+
+BUDGET = {"5": 150_000, "20": 200_000, "75": 300_000, "95": 900_000, "99": 600_000}  # generated tokens
+TUNING_BUDGET = {"5": 100_000, "20": 150_000, "75": 250_000, "95": 350_000, "99": 450_000}
+STOP_AT = 0.75
+
+CREDIT_ARMS = ("prefix_.3_1", "prefix_1_1", "prefix_1_0")
+REMEDIES = ("sign", "ngrpo", "zvp", "lens")
+MAIN_ARMS = (
+    *THREE,
+    *CREDIT_ARMS,
+    *REMEDIES,
+    "grpo_exclude",
+    "sgpo_all_incorrect",
+    "sgpo_quarter",
+    "prefix_all_incorrect",
+)
+NOISY_JUDGES = ("random:0.2", "random:0.4", "early:0.4", "late:0.4", "random:1")
+JUDGED_ARMS = ("sgpo", "sgpo_votes", RECOMMENDED, "prefix_votes")
+JUDGE_RATES = (2e-4, 4e-4)  # the best of GRPO, and the best of the judged arms with an exact judge
+GUARDS = ("sgpo_spread", "sgpo_half", "prefix_1_1", "prefix_1_0")  # tried under one judge only
+
+
+@dataclass(frozen=True)
+class Table:
+    """A question and the runs that answer it."""
+
+    question: str
+    runs: Callable[[], list[Run]]
+
+
+def _tune() -> list[Run]:
+    runs = []
+    for arm in MAIN_ARMS:
+        runs += tuning_runs("95", arm, TUNING_BUDGET["95"])
+    for dial in ("99", "75", "20", "5"):
+        for arm in THREE:
+            runs += tuning_runs(dial, arm, TUNING_BUDGET[dial])
+    return runs
+
+
+def _main() -> list[Run]:
+    budget = dict.fromkeys(MAIN_ARMS, BUDGET["95"]) | {"sgpo_quarter": 400_000}  # off before SGPO is done
+    return [
+        Run("95", arm, TUNED, seed, budget[arm], stop_at=STOP_AT, probe=arm in THREE)
+        for seed in SEEDS
+        for arm in MAIN_ARMS
+    ]
+
+
+def _dials() -> list[Run]:
+    runs = [Run("99", arm, TUNED, seed, BUDGET["99"], stop_at=STOP_AT) for seed in SEEDS for arm in THREE]
+    for dial in ("75", "20", "5"):
+        runs += [
+            Run(dial, arm, TUNED, seed, BUDGET[dial], probe=dial == "75" and arm in THREE)
+            for seed in SEEDS
+            for arm in (*THREE, "prefix_all_incorrect", "prefix_handover", "sgpo_handover")
+        ]
+    return runs
+
+
+def _tune_judges() -> list[Run]:
+    runs = []
+    for judge in NOISY_JUDGES:
+        for arm in JUDGED_ARMS:
+            runs += tuning_runs("95", arm, 250_000, judge, rates=JUDGE_RATES)
+    for arm in ("prefix_1_1", "prefix_1_0"):
+        runs += tuning_runs("95", arm, 250_000, "random:0.4", rates=JUDGE_RATES)
+    return runs
+
+
+def _judges() -> list[Run]:
+    conditions = [(judge, arm) for judge in NOISY_JUDGES for arm in JUDGED_ARMS]
+    conditions += [("random:0.4", arm) for arm in GUARDS]
+    return [
+        Run("95", arm, TUNED, seed, BUDGET["95"] // 2, judge=judge, stop_at=STOP_AT)
+        for seed in SEEDS
+        for judge, arm in conditions
+    ]
+
+
+def _group_sizes() -> list[Run]:
+    return [
+        Run("95", arm, TUNED, seed, 450_000, group_size=group_size, stop_at=STOP_AT)
+        for seed in SEEDS
+        for group_size in (4, 16)
+        for arm in THREE
+    ]
+
+
+def _axes() -> list[Run]:
+    return [
+        Run(f"{axis}@{exposure:g}", arm, 1e-3 if arm == "sft" else TUNED, seed, 100_000)
+        for seed in SEEDS
+        for exposure in EXPOSURES
+        for axis in AXES
+        for arm in (*THREE, "sft")
+    ]
+
+
+def _reports() -> list[Run]:
+    dials = {"20": 200_000, "75": 300_000, "95": 450_000, "99": 450_000}
+    dials |= {f"{axis}@{exposure:g}": 100_000 for axis in ("representation", "depth") for exposure in (0.0, 0.1)}
+    return [
+        Run(dial, arm, TUNED, 0, tokens, report=True, stop_at=STOP_AT)
+        for dial, tokens in dials.items()
+        for arm in THREE
+    ]
+
+
+TABLES = {
+    "tune": Table("Which learning rate suits each arm?", _tune),
+    "main": Table("At about 95 % failed groups, how many tokens does each arm need to 50 % accuracy?", _main),
+    "dials": Table("And at 5, 20, 75 and 99 %?", _dials),
+    "tune_judges": Table("Which learning rate suits each arm under a judge that errs?", _tune_judges),
+    "judges": Table("What does a judge that errs leave of it?", _judges),
+    "group_sizes": Table("And with 4 or 16 completions per group?", _group_sizes),
+    "axes": Table(f"And outside of what pretraining showed? (pretraining noise {AXIS_NOISE})", _axes),
+    "reports": Table("What does the sharpening report say of each?", _reports),
+}

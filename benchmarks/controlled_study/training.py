@@ -1,0 +1,336 @@
+"""One run of the study: an arm trained from a base model until its tokens are spent. Returns the record of the run."""
+
+import contextlib
+import io
+import math
+import random
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from controlled_study.noisy_judges import noisy_judge
+from controlled_study.settings import (
+    ARMS,
+    COMPLETIONS_PER_UPDATE,
+    LENGTH,
+    MAX_COMPLETION_LENGTH,
+    N_OPERATIONS,
+    TOKENS_PER_COMPLETION,
+    Run,
+    base_config,
+)
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
+from trl import SFTConfig, SFTTrainer
+
+from trl_sgpo import SGPOConfig, SGPOTrainer, StepwiseJudge
+from trl_sgpo.analysis import SharpeningCallback
+from trl_sgpo.analysis.metrics import pass_at_k
+from trl_sgpo.analysis.report.probe import analyse_or_explain
+from trl_sgpo.judges import MajorityVote
+from trl_sgpo.tasks.rewrite_chain import (
+    accuracy_reward,
+    evaluate,
+    first_wrong_block,
+    load_or_pretrain,
+    make_dataset,
+    make_unseen_dataset,
+    right_prefix,
+    segment_blocks,
+)
+
+
+EVALUATE_EVERY = 25_000  # tokens
+N_EVALUATED, SAMPLES_PER_PROBLEM = 128, 4
+N_DESCRIBED = 256
+N_PROBED, SAMPLES_PER_PROBE = 32, 64
+MATCHED_ACCURACY = 0.5  # where the diversity of arms is compared
+
+
+def problems(dial: str, n: int, seed: int) -> Dataset:
+    """Problems to train on, or to evaluate on: those of the base's pretraining, or those outside of it along its axis."""
+    axis = base_config(dial).axis
+    if axis is None:
+        return make_dataset(n, N_OPERATIONS, seed=seed, length=LENGTH)
+    return make_unseen_dataset(n, axis, N_OPERATIONS, seed=seed, length=LENGTH)
+
+
+def base_model(dial: str, folder: Path) -> Path:
+    """The base model of a dial, made if it is not there yet."""
+    return load_or_pretrain(folder / "bases" / dial.replace("@", "-"), base_config(dial), progress=False)
+
+
+class Watcher(TrainerCallback):
+    """Evaluates on held-out problems as tokens are generated, and ends the run."""
+
+    def __init__(self, run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self.run, self.model, self.tokenizer = run, model, tokenizer
+        self.held_out = problems(run.dial, N_EVALUATED, seed=2)["prompt"]
+        self.inside = None  # for a dial that trains outside of the pretraining: what becomes of the inside
+        if base_config(run.dial).axis is not None:
+            self.inside = make_dataset(N_EVALUATED, N_OPERATIONS, seed=3, length=LENGTH)["prompt"]
+        self.tokens, self.next_evaluation, self.updates = 0, 0, 0
+        self.curve: list[dict[str, Any]] = []
+        self.window: dict[str, list[float]] = {}
+        self.probes: dict[str, dict[str, Any]] = {}
+
+    def evaluate(self) -> None:
+        settings = {"n_samples": SAMPLES_PER_PROBLEM, "max_new_tokens": MAX_COMPLETION_LENGTH + 24}
+        result = evaluate(self.model, self.tokenizer, self.held_out, **settings)
+        point = {
+            "tokens": self.tokens,
+            "accuracy": round(result.accuracy, 4),
+            "greedy": round(result.greedy_accuracy, 4),
+            "right_prefix": round(result.right_prefix, 4),
+            **{name: round(statistics.fmean(values), 4) for name, values in self.window.items()},
+        }
+        if self.inside is not None:
+            point["inside"] = round(evaluate(self.model, self.tokenizer, self.inside, **settings).accuracy, 4)
+        self.curve.append(point)
+        self.window = {}
+        if self.run.probe and result.accuracy >= MATCHED_ACCURACY and "matched" not in self.probes:
+            self.probes["matched"] = {"tokens": self.tokens, **probe(self.model, self.tokenizer, self.run.dial)}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.evaluate()
+        self.next_evaluation = EVALUATE_EVERY
+
+    def count(self, tokens: int, control: Any) -> None:
+        """After each update: `tokens` more were generated."""
+        self.tokens += tokens
+        self.updates += 1
+        if self.tokens >= min(self.next_evaluation, self.run.tokens):
+            self.next_evaluation = (self.tokens // EVALUATE_EVERY + 1) * EVALUATE_EVERY
+            self.evaluate()
+            goal = self.run.stop_at
+            reached = goal is not None and all(point["accuracy"] >= goal for point in self.curve[-2:])
+            if self.tokens >= self.run.tokens or reached:
+                control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "completions/mean_length" not in logs:
+            return
+        names = {
+            "entropy": "entropy",
+            "sgpo/accuracy": "train_accuracy",
+            "sgpo/groups/failed": "failed",
+            "sgpo/groups/tied": "tied",
+            "sgpo/rts": "rts",
+            "completions/mean_length": "length",
+        }
+        for name, short in names.items():
+            if name in logs and not math.isnan(logs[name]):
+                self.window.setdefault(short, []).append(logs[name])
+        self.count(round(logs["completions/mean_length"] * args.generation_batch_size), control)
+
+
+class SFTWatcher(Watcher):
+    """Counts the tokens of the gold solutions instead."""
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" in logs:
+            per_solution = TOKENS_PER_COMPLETION
+            self.count(per_solution * args.per_device_train_batch_size, control)
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dial: str) -> dict[str, Any]:
+    """
+    64 samples for each of 32 held-out problems: pass@k by the verifier and with every step right, distinct solutions per
+    problem, and the entropy per token (nats) on the samples.
+    """
+    prompts = problems(dial, N_PROBED, seed=4)["prompt"]
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        texts, entropies = [], []
+        for prompt in prompts:
+            ids = tokenizer([prompt] * SAMPLES_PER_PROBE, return_tensors="pt")["input_ids"]
+            samples = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                max_new_tokens=MAX_COMPLETION_LENGTH + 24,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+            completion = samples[:, ids.shape[1] :]
+            texts.append(tokenizer.batch_decode(completion, skip_special_tokens=True))
+            ended = (completion == tokenizer.eos_token_id).cumsum(dim=1)
+            written = (ended == 0) | ((ended == 1) & (completion == tokenizer.eos_token_id))
+            log_p = model(input_ids=samples).logits[:, ids.shape[1] - 1 : -1].log_softmax(-1)
+            entropies += (-(log_p.exp() * log_p).sum(-1))[written].tolist()
+    model.train(was_training)
+    correct = np.array([sum(accuracy_reward([p] * len(t), t)) for p, t in zip(prompts, texts, strict=True)])
+    verified = np.array([sum(right_prefix(p, x) == 1 for x in t) for p, t in zip(prompts, texts, strict=True)])
+    verified = np.minimum(verified, correct)
+    n = np.full(len(prompts), SAMPLES_PER_PROBE)
+    return {
+        "pass": {k: round(float(pass_at_k(n, correct, k).mean()), 4) for k in (1, 8, 64)},
+        "verified_pass": {k: round(float(pass_at_k(n, verified, k).mean()), 4) for k in (1, 8, 64)},
+        "distinct": round(statistics.fmean(len(set(t)) for t in texts), 2),
+        "entropy": round(statistics.fmean(entropies), 4),
+    }
+
+
+def _judge(run: Run) -> StepwiseJudge:
+    if run.judge == "exact":
+        return StepwiseJudge(first_wrong_block, segmenter=segment_blocks)
+    kind, probability = run.judge.split(":")
+    votes = ARMS[run.arm].votes
+    judges = [noisy_judge(kind, float(probability), seed=run.seed + 1000 * vote) for vote in range(votes)]
+    return StepwiseJudge(
+        MajorityVote(judges, min_agreement=0.75) if votes > 1 else judges[0], segmenter=segment_blocks
+    )
+
+
+def _trainer(run: Run, base: Path, folder: Path) -> Any:
+    arm = ARMS[run.arm]
+    shared = {
+        "output_dir": str(report_folder(run, folder) if run.report else folder / "trainer"),
+        "learning_rate": run.learning_rate,
+        "lr_scheduler_type": "constant",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": run.seed,
+    }
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    data = problems(run.dial, 8000, seed=1)
+    if run.arm == "sft":
+        data = data.map(lambda row: {"completion": row["solution"]}, remove_columns=["solution"])
+        sft = SFTConfig(
+            **shared, per_device_train_batch_size=COMPLETIONS_PER_UPDATE, max_steps=100_000, max_length=None
+        )
+        return SFTTrainer(model, args=sft, train_dataset=data, processing_class=tokenizer)
+    # The run ends by its tokens. What is a fraction of the run is a fraction of the updates that they are good for
+    expected = run.tokens / (COMPLETIONS_PER_UPDATE * TOKENS_PER_COMPLETION)
+    max_steps = math.ceil(20 * expected)
+    config = dict(arm.config)
+    if "judge_until" in config:
+        config["judge_until"] *= expected / max_steps
+    args = SGPOConfig(
+        **shared,
+        per_device_train_batch_size=COMPLETIONS_PER_UPDATE,
+        num_generations=run.group_size,
+        max_completion_length=MAX_COMPLETION_LENGTH + (24 if base_config(run.dial).axis else 0),
+        max_steps=max_steps,
+        log_completions=run.report,
+        num_completions_to_print=1 if run.report else None,
+        per_device_eval_batch_size=256,  # rows per forward pass of a probe
+        **config,
+    )
+    reward_funcs = [accuracy_reward, _judge(run)] if arm.judge else [accuracy_reward]
+    return SGPOTrainer(model, reward_funcs, args, data, processing_class=tokenizer)
+
+
+def report_folder(run: Run, folder: Path) -> Path:
+    """Where a run with `report` leaves what the report reads; the name ends as seeds of one arm have to."""
+    return folder / "reports" / f"{run.dial.replace('@', '-')}-{run.arm}-seed{run.seed}"
+
+
+def _watch_sharpening(trainer: SGPOTrainer, run: Run, folder: Path) -> None:
+    prompts = [{"prompt": prompt, "domain": "trained"} for prompt in problems(run.dial, N_PROBED, seed=4)["prompt"]]
+    if base_config(run.dial).axis is not None:
+        inside = make_dataset(N_PROBED, N_OPERATIONS, seed=5, length=LENGTH)["prompt"]
+        prompts += [{"prompt": prompt, "domain": "inside"} for prompt in inside]
+    trainer.add_callback(
+        SharpeningCallback(
+            trainer=trainer,
+            prompts=prompts,
+            n_samples=SAMPLES_PER_PROBE,
+            every=10**9,  # at the end only
+            at_begin=False,
+            judge=StepwiseJudge(first_wrong_block, segmenter=segment_blocks),
+            extract_answer=lambda text: text.split(";")[-1].strip() or None,
+            batch_size=256,
+            cache_dir=folder / "cache",
+        )
+    )
+
+
+def _verdict(run: Run, folder: Path) -> dict[str, Any]:
+    """What the report says of the run's last probe, and of its groups."""
+    numbers, verdict, _ = analyse_or_explain(report_folder(run, folder) / "sharpening", domain="trained")
+    return {
+        "headline": verdict.headline,
+        "evidence": list(verdict.evidence),
+        "base_perplexity": _perplexities(numbers),
+    }
+
+
+def _perplexities(numbers: dict[str, Any] | None) -> dict[str, float]:
+    if numbers is None:
+        return {}
+    return {"base": numbers["base_perplexity_of_base"], "policy": numbers["over_time"]["base_perplexity"][-1]}
+
+
+def train(run: Run, folder: Path) -> dict[str, Any]:
+    """Runs it. `folder` keeps the base models."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    base = base_model(run.dial, folder)
+    random.seed(run.seed)
+    trainer = _trainer(run, base, folder)
+    trainer.remove_callback(PrinterCallback)
+    kind = SFTWatcher if run.arm == "sft" else Watcher
+    watcher = kind(run, trainer.model, trainer.processing_class)
+    trainer.add_callback(watcher)
+    if run.report:
+        _watch_sharpening(trainer, run, folder)
+    start = time.perf_counter()
+    with (
+        contextlib.redirect_stdout(io.StringIO()) if run.report else contextlib.nullcontext()
+    ):  # tables of completions
+        trainer.train()
+    if run.report:
+        trainer.save_state()
+    if run.probe:
+        watcher.probes["end"] = {"tokens": watcher.tokens, **probe(trainer.model, trainer.processing_class, run.dial)}
+    return {
+        "seconds": round(time.perf_counter() - start, 1),
+        "updates": watcher.updates,
+        "tokens_generated": watcher.tokens,
+        "curve": watcher.curve,
+        **({"probes": watcher.probes} if run.probe else {}),
+        **({"verdict": _verdict(run, folder)} if run.report else {}),
+    }
+
+
+def describe_base(dial: str, folder: Path) -> dict[str, Any]:
+    """What a base model can do before any training, on the problems of its dial."""
+    datasets.disable_progress_bars()
+    path = base_model(dial, folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    prompts = problems(dial, N_DESCRIBED, seed=5)["prompt"]
+    result = evaluate(model, tokenizer, prompts, n_samples=8, max_new_tokens=MAX_COMPLETION_LENGTH + 24)
+    return {
+        "config": asdict(base_config(dial)),
+        "accuracy": result.accuracy,
+        "greedy": result.greedy_accuracy,
+        "right_prefix": result.right_prefix,
+        "failed_groups": result.failed_groups,
+        "probe": probe(model, tokenizer, dial),
+    }

@@ -1,0 +1,134 @@
+"""The controlled study's own arithmetic, and a run of its kinds of arms that is over in seconds."""
+
+import json
+import math
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from controlled_study import report, settings, tables, training
+from controlled_study.noisy_judges import noisy_judge
+from controlled_study.records import Records, area, best_learning_rate, tokens_to
+from controlled_study.settings import ARMS, Run
+
+from trl_sgpo import SGPOConfig
+from trl_sgpo.tasks.rewrite_chain import first_wrong_block, sample_problem
+
+
+def curve(*points):
+    return {"curve": [{"tokens": tokens, "accuracy": accuracy} for tokens, accuracy in points]}
+
+
+def test_tokens_to_an_accuracy():
+    record = curve((0, 0.0), (100, 0.2), (200, 0.6), (300, 0.4))
+    assert tokens_to(record, 0.5) == pytest.approx(175)
+    assert tokens_to(record, 0.7) == math.inf
+    assert tokens_to(curve((0, 0.6), (100, 0.4)), 0.5) == 0
+
+
+def test_area_under_a_curve():
+    record = curve((0, 0.0), (100, 0.4), (200, 0.4))
+    assert area(record, 100) == pytest.approx(0.2)
+    assert area(record, 150) == pytest.approx((0.2 * 100 + 0.4 * 50) / 150)
+    assert area(record, 400) == pytest.approx((0.2 * 100 + 0.4 * 300) / 400)  # it had reached its goal and ended
+
+
+class TestNoisyJudge:
+    def problems(self):
+        rng = random.Random(0)
+        for _ in range(2000):
+            problem = sample_problem(rng, 5, 4)
+            blocks = problem.blocks(noise=0.4, rng=rng)
+            yield problem.prompt, blocks, first_wrong_block(problem.prompt, blocks)
+
+    @pytest.mark.parametrize("kind", ["random", "early", "late"])
+    def test_share_and_direction_of_what_is_wrong(self, kind):
+        judge = noisy_judge(kind, 0.4, seed=1)
+        found = [(true, judge(prompt, blocks)) for prompt, blocks, true in self.problems()]
+        for true, said in found:
+            if true is None:
+                assert said is None
+            elif kind == "early":
+                assert said <= true
+            elif kind == "late":
+                assert said >= true
+        movable = {"random": range(5), "early": range(1, 5), "late": range(4)}[kind]
+        wrong = [true != said for true, said in found if true is not None and true in movable]
+        expected = 0.4 * 4 / 5 if kind == "random" else 0.4  # a random step is the right one once in five times
+        assert sum(wrong) / len(wrong) == pytest.approx(expected, abs=0.04)
+
+    def test_unknown_kind(self):
+        with pytest.raises(ValueError, match="kind='sloppy' is unknown"):
+            noisy_judge("sloppy", 0.1, seed=0)
+
+
+def test_the_arms_are_valid_and_the_keys_differ(tmp_path):
+    for arm in ARMS.values():
+        SGPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **arm.config)
+    for table in tables.TABLES.values():
+        runs = table.runs()
+        assert len(
+            {replace(run, learning_rate=1.0).key if run.learning_rate == 0 else run.key for run in runs}
+        ) == len(runs)
+        assert all(run.arm in ARMS for run in runs)
+        assert all(settings.base_config(run.dial).exposure <= 0.1 for run in runs)
+
+
+class TestRecords:
+    def record(self, rate, accuracy, arm="sgpo", judge="exact"):
+        run = Run("95", arm, rate, settings.TUNING_SEEDS[0], 100, judge=judge)
+        return {"key": run.key, **vars(run), **curve((0, 0.0), (100, accuracy))}
+
+    def test_a_line_that_was_cut_off_is_made_again(self, tmp_path):
+        records = Records(tmp_path)
+        records.append(self.record(1e-4, 0.5))
+        with (tmp_path / "runs.jsonl").open("a") as file:
+            file.write('{"key": "95/gr')
+        again = Records(tmp_path)
+        assert len(again.runs) == 1
+        again.append(self.record(2e-4, 0.5))
+        assert len(Records(tmp_path).runs) == 2
+
+    def test_the_learning_rate_with_the_largest_area_wins(self, tmp_path):
+        records = Records(tmp_path)
+        for rate, accuracy in ((1e-4, 0.3), (2e-4, 0.5), (4e-4, 0.1)):
+            records.append(self.record(rate, accuracy))
+        run = Run("95", "sgpo", 0.0, 0, 100)
+        assert best_learning_rate(records, run) == 2e-4
+        assert best_learning_rate(records, replace(run, arm="sgpo_half")) == 2e-4
+        with pytest.raises(SystemExit, match="no tuned learning rate"):
+            best_learning_rate(records, replace(run, judge="late:0.4"))
+        records.append(self.record(1e-4, 0.2, judge="late:0.4"))
+        assert best_learning_rate(records, replace(run, judge="late:0.4")) == 1e-4
+        with pytest.raises(SystemExit, match="run the table `tune` first"):
+            best_learning_rate(records, replace(run, arm="grpo"))
+
+
+def test_runs_are_recorded_and_shown(tmp_path, monkeypatch, capsys):
+    """Every kind of arm for two updates on a base of no skill, and the tables made of it."""
+    tiny = replace(settings.BASE, clean_updates=2, noisy_updates=2, layers=1, width=16, heads=2)
+    monkeypatch.setitem(settings.DIALS, "95", tiny)
+    monkeypatch.setattr(training, "N_DESCRIBED", 4)
+    monkeypatch.setattr(training, "N_EVALUATED", 4)
+    monkeypatch.setattr(training, "N_PROBED", 2)
+    records = Records(tmp_path / "results")
+    records.append({"base": "95", **training.describe_base("95", tmp_path)})
+    for arm in ("grpo", "sgpo", "prefix", "sft"):
+        run = Run("95", arm, 1e-3, 0, 2_000, probe=arm == "prefix")
+        record = {"key": run.key, **vars(run), **training.train(run, tmp_path)}
+        assert record["tokens_generated"] >= 2_000
+        assert len(record["curve"]) == 2
+        assert record["updates"] >= 1
+        records.append(json.loads(json.dumps(record)))
+    assert set(records.runs["95/prefix/exact/G8/lr0.001/seed0"]["probes"]) == {"end"}
+    monkeypatch.setattr(sys, "argv", ["report.py", "--output", str(tmp_path / "results")])
+    report.main()
+    printed = capsys.readouterr().out
+    assert "| prefix credit | 0.001 | > 900k" in printed
+    assert (tmp_path / "results" / "curves_95.png").stat().st_size > 0
