@@ -13,7 +13,7 @@ TUNED = 0.0  # stands for the learning rate that tuning chose
 RECOMMENDED = "prefix"
 THREE = ("grpo", "sgpo", RECOMMENDED)
 
-BUDGET = {"5": 150_000, "20": 200_000, "75": 300_000, "95": 900_000, "99": 600_000}  # generated tokens
+BUDGET = {"5": 150_000, "20": 200_000, "75": 300_000, "95": 900_000, "99": 900_000}  # generated tokens
 TUNING_BUDGET = {"5": 100_000, "20": 150_000, "75": 250_000, "95": 350_000, "99": 450_000}
 STOP_AT = 0.75
 
