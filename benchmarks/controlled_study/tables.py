@@ -14,6 +14,8 @@ RECOMMENDED = "prefix"
 THREE = ("grpo", "sgpo", RECOMMENDED)
 
 BUDGET = {"5": 150_000, "20": 200_000, "75": 300_000, "95": 900_000, "99": 900_000}  # generated tokens
+AREA = {"5": 150_000, "20": 200_000, "75": 300_000, "95": 250_000, "99": 250_000}  # tokens that areas are taken over
+JUDGE_BUDGET = 450_000
 TUNING_BUDGET = {"5": 100_000, "20": 150_000, "75": 250_000, "95": 350_000, "99": 450_000}
 STOP_AT = 0.75
 
@@ -86,7 +88,7 @@ def _judges() -> list[Run]:
     conditions = [(judge, arm) for judge in NOISY_JUDGES for arm in JUDGED_ARMS]
     conditions += [("random:0.4", arm) for arm in GUARDS]
     return [
-        Run("95", arm, TUNED, seed, BUDGET["95"] // 2, judge=judge, stop_at=STOP_AT)
+        Run("95", arm, TUNED, seed, JUDGE_BUDGET, judge=judge, stop_at=STOP_AT)
         for seed in SEEDS
         for judge, arm in conditions
     ]
