@@ -92,6 +92,7 @@ ARMS = {
         Arm("prefix_1_1", "prefix credit, +1 / -1", _coefficients(1.0, 1.0), judge=True),
         Arm("prefix_1_0", "prefix credit, +1 / 0", _coefficients(1.0, 0.0), judge=True),
         Arm("sign", "sign: -1 in failed groups", {"failed_groups": "sign"}),
+        Arm("sign_.1", "sign: -.1 in failed groups", {"failed_groups": "sign", "failed_group_weight": 0.1}),
         Arm("ngrpo", "NGRPO", {"failed_groups": "ngrpo", "epsilon": 0.16, "epsilon_high": 0.24}),
         Arm("zvp", "RL-ZVP", {"failed_groups": "zvp"}),
         Arm("lens", "LENS", {"failed_groups": "lens"}),

@@ -20,7 +20,7 @@ TUNING_BUDGET = {"5": 100_000, "20": 150_000, "75": 250_000, "95": 350_000, "99"
 STOP_AT = 0.75
 
 CREDIT_ARMS = ("prefix_.3_1", "prefix_1_1", "prefix_1_0")
-REMEDIES = ("sign", "ngrpo", "zvp", "lens")
+REMEDIES = ("sign", "sign_.1", "ngrpo", "zvp", "lens")
 MAIN_ARMS = (
     *THREE,
     *CREDIT_ARMS,
