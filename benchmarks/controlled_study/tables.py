@@ -49,7 +49,7 @@ def _tune() -> list[Run]:
     for arm in MAIN_ARMS:
         runs += tuning_runs("95", arm, TUNING_BUDGET["95"])
     for dial in ("99", "75", "20", "5"):
-        for arm in THREE:
+        for arm in (*THREE, "prefix_all_incorrect"):
             runs += tuning_runs(dial, arm, TUNING_BUDGET[dial])
     return runs
 
@@ -64,7 +64,11 @@ def _main() -> list[Run]:
 
 
 def _dials() -> list[Run]:
-    runs = [Run("99", arm, TUNED, seed, BUDGET["99"], stop_at=STOP_AT) for seed in SEEDS for arm in THREE]
+    runs = [
+        Run("99", arm, TUNED, seed, BUDGET["99"], stop_at=STOP_AT)
+        for seed in SEEDS
+        for arm in (*THREE, "prefix_all_incorrect")
+    ]
     for dial in ("75", "20", "5"):
         runs += [
             Run(dial, arm, TUNED, seed, BUDGET[dial], probe=dial == "75" and arm in THREE)
