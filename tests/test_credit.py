@@ -219,6 +219,19 @@ class TestTrainer:
         assert logged(trainer, "sgpo/credit/unlocated") == [0.0]
         assert (rounds[0][:, 0] == -0.5).all()
 
+    def test_a_group_with_few_verdicts_stays_as_grpo_leaves_it(self, make_trainer):
+        class Silent(FixedJudge):
+            def judge(self, items):
+                return [v if i % 4 == 0 else Verdict.abstain("no vote") for i, v in enumerate(super().judge(items))]
+
+        trainer = make_trainer(
+            [all_failed, StepwiseJudge(Silent(0), segmenter=words_as_steps)], credit_assignment="prefix", max_steps=1
+        )
+        rounds = record_advantages(trainer)
+        trainer.train()
+        assert logged(trainer, "sgpo/groups/unjudged") == [1.0]
+        assert not rounds[0].any()
+
     def test_the_verified_prefix_is_rewarded(self, make_trainer):
         trainer = make_trainer([all_failed, stepwise(2)], credit_assignment="prefix", max_steps=1)
         rounds = record_advantages(trainer)

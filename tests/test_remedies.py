@@ -22,7 +22,7 @@ from conftest import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_sgpo import SGPOTrainer, StepwiseJudge, remedies
+from trl_sgpo import SGPOTrainer, StepJudge, StepwiseJudge, Verdict, remedies
 from trl_sgpo.groups import group_advantages
 from trl_sgpo.remedies import (
     LENS_MARGIN,
@@ -44,8 +44,15 @@ def stepwise(judge=first_long_word, **kwargs):
     return StepwiseJudge(judge, segmenter=words_as_steps, **kwargs)
 
 
-def never(problem, steps, **row):
-    raise AssertionError("the judge was asked")
+class CountingJudge(StepJudge):
+    """What a judge raises is an abstention to the trainer, so whether it was asked has to be counted."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def judge(self, items):
+        self.calls += len(items)
+        return [Verdict.error(0) for _ in items]
 
 
 def all_failed(prompts, completions, **kwargs):
@@ -280,7 +287,7 @@ class TestRemedies:
     def test_no_failed_group(self, make_trainer, name):
         grpo = make_trainer([all_mixed], GRPOTrainer, GRPOConfig, max_steps=2)
         grpo.train()
-        trainer = make_trainer([all_mixed, stepwise(never)], failed_groups=name, max_steps=2)
+        trainer = make_trainer([all_mixed, stepwise()], failed_groups=name, max_steps=2)
         monitored, n_forward = trainer._get_per_token_logps_and_entropies, []
         trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (
             n_forward.append(torch.is_grad_enabled()) or monitored(*args, **kwargs)
@@ -293,10 +300,12 @@ class TestRemedies:
         config = {"max_steps": 2, "log_completions": True}
         grpo = make_trainer([by_kind, length_reward], GRPOTrainer, GRPOConfig, **config)
         grpo.train()
+        judge = CountingJudge()
         trainer = make_trainer(
-            [by_kind, stepwise(never), length_reward], outcome_reward="by_kind", failed_groups="none", **config
+            [by_kind, stepwise(judge), length_reward], outcome_reward="by_kind", failed_groups="none", **config
         )
         trainer.train()
+        assert judge.calls == 0
         assert_same_parameters(grpo, trainer)
         assert trainer.state.log_history[0]["sgpo/groups/failed"] > 0
         assert not [key for key in trainer.state.log_history[0] if "rescued" in key or "judge_" in key]
@@ -304,9 +313,9 @@ class TestRemedies:
         assert "verdict" not in table.columns
 
     def test_a_judge_in_the_list_is_not_asked(self, make_trainer, caplog):
-        runs = []
+        runs, judge = [], CountingJudge()
         with caplog.at_level(logging.INFO, logger="trl_sgpo.trainer"):
-            for funcs in ([by_kind], [stepwise(never), by_kind]):
+            for funcs in ([by_kind], [stepwise(judge), by_kind]):
                 # What would be refused or warned of with a judge is nothing to a remedy
                 trainer = make_trainer(
                     funcs, failed_groups="sign", max_steps=1, multi_objective_aggregation="normalize_then_sum"
@@ -314,6 +323,7 @@ class TestRemedies:
                 rounds = record_advantages(trainer)
                 trainer.train()
                 runs.append(rounds[0])
+        assert judge.calls == 0
         assert torch.equal(*runs)
         assert (runs[0] == -1).sum() == 4 * 2 * logged(trainer, "sgpo/groups/failed")[0]
         assert caplog.text.count("failed_groups='sign': the StepwiseJudge in reward_funcs is not asked") == 1
@@ -617,7 +627,7 @@ class TestErrors:
     )
     def test_settings_that_do_not_fit(self, make_trainer, monkeypatch, funcs, config, message):
         # Before any weight is touched: super is not reached
-        monkeypatch.setattr(GRPOTrainer, "__init__", never)
+        monkeypatch.setattr(GRPOTrainer, "__init__", lambda *args, **kwargs: pytest.fail("super was reached"))
         with pytest.raises(ValueError, match=message):
             make_trainer(funcs, **config)
 

@@ -109,7 +109,8 @@ class _VerdictsOfRound:
     """What `_calculate_rewards` tells the wrapper about this rank's completions, where credit goes to tokens."""
 
     scores: list[StepScore | None]
-    in_failed_group: list[bool]
+    in_failed_group_B: Tensor
+    in_judged_group_B: Tensor  # a failed one with verdicts for enough of its completions
     completion_ids: list[list[int]]
     weight: float
 
@@ -482,10 +483,19 @@ class SGPOTrainer(GRPOTrainer):
             local = to_judge_PG.flatten()[first : first + len(prompts)].nonzero().flatten().tolist()
             scores = self._judge(judge, local, inputs, prompts, completions)
             self._warn_of_truncated([completion_ids_list[i] for i in local])
+            groups = self._fill_judge_column(
+                judge, rewards_per_func, outcome_PG, kinds, self._gather_scores(judge, scores)
+            )
             if self.credit_assignment == "prefix":
-                failed = kinds.failed_P.repeat_interleave(group_size)[first : first + len(prompts)].tolist()
-                self._verdicts = _VerdictsOfRound(scores, failed, completion_ids_list, self._weight_of_round(kinds))
-            self._fill_judge_column(judge, rewards_per_func, outcome_PG, kinds, self._gather_scores(judge, scores))
+                # A group with few verdicts stays as GRPO leaves it here too: a judge that mostly abstains, as a vote of
+                # judges that do not agree does, is one whose remaining verdicts are luck
+                judged_P = groups.rescued_P | groups.tied_P
+                in_failed_N, in_judged_N = (
+                    flag_P.repeat_interleave(group_size)[first : first + len(prompts)]
+                    for flag_P in (kinds.failed_P, judged_P)
+                )
+                weight = self._weight_of_round(kinds)
+                self._verdicts = _VerdictsOfRound(scores, in_failed_N, in_judged_N, completion_ids_list, weight)
         elif self.stepwise_judge is not None and self.failed_groups == "judge" and self._mode == "train":
             # A round in which nobody was asked counts too: what is logged is the mean over rounds
             for name in ("groups/rescued", "groups/tied", "groups/tied_other_rewards", "judge_calls", "judge_seconds"):
@@ -535,10 +545,10 @@ class SGPOTrainer(GRPOTrainer):
         outcome_PG: Tensor,
         kinds: GroupKinds,
         scores: _GatheredScores,
-    ) -> None:
+    ) -> JudgedGroups:
         """
-        Writes the judge's column of the gathered matrix of shape `(P * G, F)`, in place, and logs what became of the
-        failed groups. The same on every rank.
+        Writes the judge's column of the gathered matrix of shape `(P * G, F)`, in place, logs what became of the failed
+        groups and returns it. The same on every rank.
         """
         weights_F = self.reward_weights.to(rewards_per_func.device)
         rewards_PGF = rewards_per_func.view(*outcome_PG.shape, len(weights_F))  # a view: filling one fills the other
@@ -575,6 +585,7 @@ class SGPOTrainer(GRPOTrainer):
         self._log_failed_groups(kinds.failed_P, groups, others_PG)
         compared_P = kinds.failed_P & ((~torch.isnan(rts_PG)).sum(dim=1) >= 2)
         self._log_verdicts(judge, scores, groups.rts_range_P[compared_P])
+        return groups
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._forget_round()
@@ -648,7 +659,7 @@ class SGPOTrainer(GRPOTrainer):
             likelihood_B = sequence_likelihood(logps_BT.float(), self._own_tokens(output))
             likelihood_PG = gather(likelihood_B).view_as(failed_PG)
             remedy_PG = lens_advantages(likelihood_PG.masked_fill(~failed_PG, torch.nan))
-        remedy_N = (failed.weight * remedy_PG).masked_fill(~failed_PG, 0.0).flatten().to(advantage_B)
+        remedy_N = (failed.weight * remedy_PG).flatten().to(advantage_B)
         self._replace_logged_advantages(gather(advantage_B) + remedy_N)
         return advantage_B + remedy_N[local]
 
@@ -722,11 +733,11 @@ class SGPOTrainer(GRPOTrainer):
             self._log("sgpo/credit/unlocated", 1 - (counts[1] / counts[0]).item())
         if n_found == 0:
             return advantages_B
-        failed_B = torch.tensor(verdicts.in_failed_group, device=advantages_B.device)
         credit_BT = prefix_credit(places, length, self.prefix_reward, self.error_penalty).to(advantages_B)
-        credit_BT = verdicts.weight * credit_BT * failed_B.unsqueeze(1)
+        credit_BT = verdicts.weight * credit_BT * verdicts.in_judged_group_B.unsqueeze(1)
         # In a mixed group GRPO blames the whole of a wrong completion: what was verified is spared
-        spared_BT = (prefix_credit(places, length, 1.0, 0.0).to(advantages_B) > 0) & ~failed_B.unsqueeze(1)
+        verified_BT = prefix_credit(places, length, 1.0, 0.0).to(advantages_B) > 0
+        spared_BT = verified_BT & ~verdicts.in_failed_group_B.unsqueeze(1)
         shared_BT = advantages_B.unsqueeze(1).expand(-1, length)
         return shared_BT.masked_fill(spared_BT & (shared_BT < 0), 0.0) + credit_BT
 
