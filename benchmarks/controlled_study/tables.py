@@ -55,7 +55,9 @@ def _tune() -> list[Run]:
 
 
 def _main() -> list[Run]:
-    budget = dict.fromkeys(MAIN_ARMS, BUDGET["95"]) | {"sgpo_quarter": 400_000}  # off before SGPO is done
+    budget = dict.fromkeys(MAIN_ARMS, BUDGET["95"])
+    budget |= dict.fromkeys(REMEDIES, 600_000)  # three times what GRPO needs
+    budget["sgpo_quarter"] = 400_000  # off before SGPO is done
     return [
         Run("95", arm, TUNED, seed, budget[arm], stop_at=STOP_AT, probe=arm in THREE)
         for seed in SEEDS
