@@ -219,6 +219,19 @@ class TestTrainer:
         assert logged(trainer, "sgpo/credit/unlocated") == [0.0]
         assert (rounds[0][:, 0] == -0.5).all()
 
+    def test_no_error_that_stands_for_the_last_step_is_an_error(self, make_trainer):
+        class Blind(StepJudge):
+            def judge(self, items):
+                return [Verdict.no_error() for _ in items]
+
+        judge = StepwiseJudge(Blind(), segmenter=words_as_steps, no_error="last_step")
+        trainer = make_trainer([all_failed, judge], credit_assignment="prefix", max_steps=1)
+        rounds = record_advantages(trainer)
+        trainer.train()
+        assert (rounds[0][:, 0] == 1).all()
+        assert (rounds[0] == -0.5).any(dim=1).all()
+        assert (torch.tensor(list(trainer._logs["advantages"])) != 0).all()
+
     def test_a_group_with_few_verdicts_stays_as_grpo_leaves_it(self, make_trainer):
         class Silent(FixedJudge):
             def judge(self, items):

@@ -39,7 +39,7 @@ class SGPOConfig(GRPOConfig):
             A failed group whose reasoning trajectory scores span less than this stays as GRPO leaves it, in [0, 1].
         failed_group_weight (`float`, *optional*, defaults to `1.0`):
             Factor on the judge's part of the advantages of rescued groups. 1 is the paper, 0 is GRPO. With another remedy
-            in `failed_groups` it is the factor on that remedy's advantages (the lambda of NSR, a tenth of the alpha of
+            in `failed_groups` it is the factor on that remedy's advantages (with `"zvp"`, ten times the alpha of
             RL-ZVP).
         credit_assignment (`str`, *optional*, defaults to `"sequence"`):
             Whom a verdict pays. `"sequence"`: every token of the completion alike, by Eq. 2, as in the paper. `"prefix"`:

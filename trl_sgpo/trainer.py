@@ -315,7 +315,12 @@ class SGPOTrainer(GRPOTrainer):
         if self._judge_index is not None and self.failed_groups == "judge":
             self._check_judge_settings(args, self._judge_index)
         elif self._judge_index is not None:
-            logger.info("failed_groups=%r: the StepwiseJudge in reward_funcs is not asked.", self.failed_groups)
+            ignored = ("judge_scope", "judge_until", "min_rts_spread", "credit_assignment")
+            logger.info(
+                "failed_groups=%r: the StepwiseJudge in reward_funcs is not asked, so %s have no effect.",
+                self.failed_groups,
+                ", ".join(ignored),
+            )
         self._check_remedy_settings(args)
 
         super().__init__(
@@ -483,13 +488,13 @@ class SGPOTrainer(GRPOTrainer):
             local = to_judge_PG.flatten()[first : first + len(prompts)].nonzero().flatten().tolist()
             scores = self._judge(judge, local, inputs, prompts, completions)
             self._warn_of_truncated([completion_ids_list[i] for i in local])
-            groups = self._fill_judge_column(
-                judge, rewards_per_func, outcome_PG, kinds, self._gather_scores(judge, scores)
-            )
+            gathered = self._gather_scores(judge, scores)
+            self._fill_judge_column(judge, rewards_per_func, outcome_PG, kinds, gathered)
             if self.credit_assignment == "prefix":
                 # A group with few verdicts stays as GRPO leaves it here too: a judge that mostly abstains, as a vote of
                 # judges that do not agree does, is one whose remaining verdicts are luck
-                judged_P = groups.rescued_P | groups.tied_P
+                n_verdicts_P = (~torch.isnan(gathered.rts.view_as(outcome_PG))).sum(dim=1)
+                judged_P = kinds.failed_P & (2 * n_verdicts_P >= (~torch.isnan(outcome_PG)).sum(dim=1))
                 in_failed_N, in_judged_N = (
                     flag_P.repeat_interleave(group_size)[first : first + len(prompts)]
                     for flag_P in (kinds.failed_P, judged_P)
@@ -545,10 +550,10 @@ class SGPOTrainer(GRPOTrainer):
         outcome_PG: Tensor,
         kinds: GroupKinds,
         scores: _GatheredScores,
-    ) -> JudgedGroups:
+    ) -> None:
         """
-        Writes the judge's column of the gathered matrix of shape `(P * G, F)`, in place, logs what became of the failed
-        groups and returns it. The same on every rank.
+        Writes the judge's column of the gathered matrix of shape `(P * G, F)`, in place, and logs what became of the
+        failed groups. The same on every rank.
         """
         weights_F = self.reward_weights.to(rewards_per_func.device)
         rewards_PGF = rewards_per_func.view(*outcome_PG.shape, len(weights_F))  # a view: filling one fills the other
@@ -585,7 +590,6 @@ class SGPOTrainer(GRPOTrainer):
         self._log_failed_groups(kinds.failed_P, groups, others_PG)
         compared_P = kinds.failed_P & ((~torch.isnan(rts_PG)).sum(dim=1) >= 2)
         self._log_verdicts(judge, scores, groups.rts_range_P[compared_P])
-        return groups
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._forget_round()
@@ -694,8 +698,10 @@ class SGPOTrainer(GRPOTrainer):
         positive factor on the advantages, whatever its type; the terms of KL and entropy do not see it.
         """
         advantages = output["advantages"]
-        alive_B = advantages.flatten(1).any(dim=1) if advantages.dim() > 1 else advantages != 0
-        n_tokens_B = self._own_tokens(output).sum(dim=1)
+        own_BT = self._own_tokens(output)
+        advantages_BT = advantages if advantages.dim() > 1 else advantages.unsqueeze(1)
+        alive_B = (advantages_BT * own_BT != 0).any(dim=1)  # a completion whose tokens are masked has no loss
+        n_tokens_B = own_BT.sum(dim=1)
         alive_N, n_tokens_N = gather(torch.stack([alive_B.long(), n_tokens_B], dim=1)).unbind(dim=1)
         live_P = alive_N.view(-1, cast(int, self.num_generations)).any(dim=1)
         self._log("sgpo/groups/dead", 1 - live_P.float().mean().item())
@@ -710,8 +716,9 @@ class SGPOTrainer(GRPOTrainer):
 
     def _credit_tokens(self, verdicts: _VerdictsOfRound, output: dict[str, Any]) -> Tensor:
         """
-        The advantages of this rank's completions per token, of shape `(B, T)`. Every rank joins the gather in it, with or
-        without anything judged. Shape `(B,)` where no verdict speaks of this rank's tokens.
+        The advantages of this rank's completions per token, of shape `(B, T)`; of shape `(B,)` where no verdict changes one.
+        Every rank joins the gathers in it, with or without anything judged. What is logged of a completion is the mean over
+        its tokens.
         """
         advantages_B, length = output["advantages"], output["completion_ids"].shape[1]
         tool_mask = output.get("tool_mask")
@@ -719,7 +726,7 @@ class SGPOTrainer(GRPOTrainer):
         n_errors = 0
         for i, (score, ids) in enumerate(zip(verdicts.scores, verdicts.completion_ids, strict=True)):
             place = None
-            if score is not None and score.status == "error":
+            if score is not None and (score.first_error is not None or score.status == "error"):
                 n_errors += 1
                 if score.first_error is None:  # an empty completion: ending at once is its error
                     place = StepTokens(0, 0, len(ids))
@@ -731,15 +738,18 @@ class SGPOTrainer(GRPOTrainer):
         counts = gather(torch.tensor([[float(n_errors), float(n_found)]], device=self.accelerator.device)).sum(dim=0)
         if counts[0] > 0:
             self._log("sgpo/credit/unlocated", 1 - (counts[1] / counts[0]).item())
-        if n_found == 0:
-            return advantages_B
         credit_BT = prefix_credit(places, length, self.prefix_reward, self.error_penalty).to(advantages_B)
         credit_BT = verdicts.weight * credit_BT * verdicts.in_judged_group_B.unsqueeze(1)
         # In a mixed group GRPO blames the whole of a wrong completion: what was verified is spared
         verified_BT = prefix_credit(places, length, 1.0, 0.0).to(advantages_B) > 0
         spared_BT = verified_BT & ~verdicts.in_failed_group_B.unsqueeze(1)
         shared_BT = advantages_B.unsqueeze(1).expand(-1, length)
-        return shared_BT.masked_fill(spared_BT & (shared_BT < 0), 0.0) + credit_BT
+        advantages_BT = shared_BT.masked_fill(spared_BT & (shared_BT < 0), 0.0) + credit_BT
+        own_BT = self._own_tokens(output)
+        mean_B = (advantages_BT * own_BT).sum(dim=1) / own_BT.sum(dim=1).clamp(min=1)
+        touched_B = (advantages_BT != shared_BT).any(dim=1)
+        self._replace_logged_advantages(gather(torch.where(touched_B, mean_B, advantages_B)))
+        return advantages_BT if touched_B.any() else advantages_B
 
     def _decode_completion(self, ids: Any) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)

@@ -7,7 +7,7 @@ from typing import Any
 from trl_sgpo.tasks.rewrite_chain import first_wrong_block
 
 
-KINDS = ("random", "early", "late")
+KINDS = ("random", "early", "late", "stubborn")
 
 
 def noisy_judge(kind: str, probability: float, seed: int) -> Callable[..., int | None]:
@@ -18,7 +18,8 @@ def noisy_judge(kind: str, probability: float, seed: int) -> Callable[..., int |
         kind (`str`):
             What a wrong verdict is. `"random"`: any step of the completion, the right one included, all equally likely.
             `"early"`: a step before the first wrong one (where there is none, the verdict stays right). `"late"`: a step
-            behind it (where there is none, it stays right).
+            behind it (where there is none, it stays right). `"stubborn"`: as `"random"`, but the same text is always misjudged
+            in the same way, whatever the seed, so that asking again does not help.
         probability (`float`):
             Share of the verdicts that are replaced, in [0, 1].
         seed (`int`):
@@ -26,14 +27,16 @@ def noisy_judge(kind: str, probability: float, seed: int) -> Callable[..., int |
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown: it must be one of {KINDS}.")
-    rng = random.Random(seed)
+    of_run = random.Random(seed)
 
     def judge(problem: str, steps: Sequence[str], **row: Any) -> int | None:
         true = first_wrong_block(problem, steps)
+        rng = random.Random("\n".join((problem, *steps))) if kind == "stubborn" else of_run
         if true is None or rng.random() >= probability:
             return true
         wrong = {
             "random": range(len(steps)),
+            "stubborn": range(len(steps)),
             "early": range(true),
             "late": range(true + 1, len(steps)),
         }[kind]

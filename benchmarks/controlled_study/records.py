@@ -35,6 +35,10 @@ class Records:
                 continue
         return records
 
+    def done(self, run: Run) -> bool:
+        """Whether a run is recorded, with at least as many tokens."""
+        return run.key in self.runs and self.runs[run.key]["tokens"] >= run.tokens
+
     def append(self, record: dict[str, Any]) -> None:
         if "base" in record and "key" not in record:
             name, self.bases[record["base"]] = "bases.jsonl", record
@@ -49,19 +53,25 @@ class Records:
 def tokens_to(record: dict[str, Any], accuracy: float = 0.5) -> float:
     """Generated tokens at which the curve first reaches an accuracy, between two evaluations by a line; inf if never."""
     points = record["curve"]
+    if points[0]["accuracy"] >= accuracy:
+        return 0.0
     for before, after in itertools.pairwise(points):
         if after["accuracy"] >= accuracy > before["accuracy"]:
             share = (accuracy - before["accuracy"]) / (after["accuracy"] - before["accuracy"])
             return before["tokens"] + share * (after["tokens"] - before["tokens"])
-    return 0.0 if points[0]["accuracy"] >= accuracy else float("inf")
+    return float("inf")
 
 
 def area(record: dict[str, Any], tokens: int) -> float:
     """
-    Mean accuracy over the first `tokens` generated tokens: the area under the curve by trapezoids, divided by its width. A run
-    that ended earlier, for it had reached its goal, keeps its last accuracy.
+    Mean accuracy over the first `tokens` generated tokens: the area under the curve by trapezoids, divided by its width. Where
+    runs end early at a goal, `stop_at`, the curve is cut off at its height, so that one that ended keeps what one that went on
+    has.
     """
-    points = [(point["tokens"], point["accuracy"]) for point in record["curve"]]
+    goal = record.get("stop_at") or 1.0
+    points = [(point["tokens"], min(point["accuracy"], goal)) for point in record["curve"]]
+    if goal < 1.0 and record["curve"][-1]["tokens"] < min(tokens, record["tokens"]):  # it ended at its goal
+        points[-1] = (points[-1][0], goal)
     points.append((max(tokens, points[-1][0]), points[-1][1]))
     total = 0.0
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
@@ -94,13 +104,12 @@ TUNED_AS = {
 def best_learning_rate(records: Records, run: Run) -> float:
     """
     The learning rate with the largest mean area under the curve over the tuning seeds, for the dial, the arm and the judge of
-    the run. Dials along an axis take the one of the dial with 75 % failed groups; other group sizes that of groups of eight.
+    the run. Other group sizes take that of groups of eight.
     """
-    dial = "75" if "@" in run.dial else run.dial
     for arm in (run.arm, TUNED_AS.get(run.arm, run.arm)):
         found: dict[float, list[dict[str, Any]]] = {}
         for record in records.runs.values():
-            same = (record["dial"], record["arm"], record["judge"]) == (dial, arm, run.judge)
+            same = (record["dial"], record["arm"], record["judge"]) == (run.dial, arm, run.judge)
             if same and record["seed"] in TUNING_SEEDS and record["group_size"] == 8:
                 found.setdefault(record["learning_rate"], []).append(record)
         if found:

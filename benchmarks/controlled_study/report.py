@@ -24,7 +24,6 @@ from controlled_study.records import Records, area, tokens_to  # noqa: E402
 from controlled_study.settings import ARMS, DIALS, EXPOSURES, LEARNING_RATES, TUNING_SEEDS  # noqa: E402
 from controlled_study.tables import (  # noqa: E402
     AREA,
-    BUDGET,
     GUARDS,
     JUDGE_BUDGET,
     JUDGED_ARMS,
@@ -62,19 +61,27 @@ def spread(values: Sequence[float], show: Any) -> str:
     return f"{show(statistics.median(values))} [{show(min(values))}, {show(max(values))}]"
 
 
-def ratio(a: Sequence[float], b: Sequence[float], budget: float) -> str:
+def ratio(a: Sequence[float], b: Sequence[float], budget_a: float, budget_b: float) -> str:
     """
-    Median of a over median of b. Where b never got there, an upper bound: its budget stands for it.
+    Median of a over median of b. For one that did not get there its budget stands, and the ratio is a bound.
     """
     x, y = statistics.median(a), statistics.median(b)
+    if y == 0 or (math.isinf(x) and math.isinf(y)):
+        return "-"
     if math.isinf(x):
-        return "-" if math.isinf(y) else f"> {budget / y:.1f}"
-    return f"{x / y:.2f}" if math.isfinite(y) else f"< {x / budget:.2f}"
+        return f"> {budget_a / y:.1f}"
+    return f"{x / y:.2f}" if math.isfinite(y) else f"< {x / budget_b:.2f}"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def failed_share(records: Records, dial: str) -> str:
+    """The share of groups of eight that fail before training, as it was measured."""
+    base = records.bases.get(dial)
+    return f"{base['failed_groups']:.1%}" if base else f"about {dial} %"
 
 
 def bases_table(records: Records) -> str:
@@ -124,10 +131,10 @@ def tune_table(records: Records) -> str:
 
 
 def speed_table(records: Records, dial: str, arms: Sequence[str], judge: str = "exact", group_size: int = 8) -> str:
-    budget = BUDGET[dial]
     found = {arm: main_runs(records, dial, arm, judge, group_size) for arm in arms}
     found = {arm: rows for arm, rows in found.items() if rows}
     speeds = {arm: [tokens_to(r) for r in rows] for arm, rows in found.items()}
+    budgets = {arm: min(r["tokens"] for r in rows) for arm, rows in found.items()}
     rows = []
     for arm in sorted(
         found, key=lambda a: (statistics.median(speeds[a]), -statistics.fmean(area(r, AREA[dial]) for r in found[a]))
@@ -136,9 +143,9 @@ def speed_table(records: Records, dial: str, arms: Sequence[str], judge: str = "
             [
                 ARMS[arm].label,
                 f"{found[arm][0]['learning_rate']:g}",
-                spread(speeds[arm], lambda t: thousands(t, budget)),
-                ratio(speeds[arm], speeds["grpo"], budget) if "grpo" in speeds else "",
-                ratio(speeds[arm], speeds["sgpo"], budget) if "sgpo" in speeds else "",
+                spread(speeds[arm], lambda t, budget=budgets[arm]: thousands(t, budget)),
+                ratio(speeds[arm], speeds["grpo"], budgets[arm], budgets["grpo"]) if "grpo" in speeds else "",
+                ratio(speeds[arm], speeds["sgpo"], budgets[arm], budgets["sgpo"]) if "sgpo" in speeds else "",
                 spread([area(r, AREA[dial]) for r in found[arm]], lambda a: f"{a:.3f}"),
                 str(len(found[arm])),
             ]
@@ -266,7 +273,7 @@ def probes_table(records: Records) -> str:
                         [
                             dial,
                             ARMS[arm].label,
-                            "at 50 %" if when == "matched" else "at the end",
+                            "from 50 % on" if when == "matched" else "at the end",
                             *(
                                 spread([p[group][k] for p in found], lambda x: f"{x:.2f}")
                                 for group, k in (("pass", "1"), ("pass", "64"), ("verified_pass", "64"))
@@ -313,7 +320,7 @@ def draw_curves(records: Records, dial: str, arms: Sequence[str], path: Path) ->
     axis.axhline(0.5, color="black", lw=0.5, ls=":")
     axis.set_xlabel("generated tokens (thousands)")
     axis.set_ylabel("accuracy on held-out problems")
-    axis.set_title(f"Base model with about {dial} % failed groups", loc="left", fontsize=11)
+    axis.set_title(f"Base model with {failed_share(records, dial)} failed groups", loc="left", fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", alpha=0.3)
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -330,7 +337,9 @@ def main() -> None:
     for dial in DIALS:
         arms = [arm for arm in ARMS if main_runs(records, dial, arm)]
         if arms:
-            sections.append((f"Tokens to 50 % at about {dial} % failed groups", speed_table(records, dial, arms)))
+            sections.append(
+                (f"Tokens to 50 % at {failed_share(records, dial)} failed groups", speed_table(records, dial, arms))
+            )
             draw_curves(records, dial, arms, args.output / f"curves_{dial}.png")
     sections.append((TABLES["judges"].question, judges_table(records)))
     for size in (4, 16):

@@ -3,7 +3,7 @@ The controlled study: GRPO, SGPO, per-token credit and the remedies without a ju
 
     python benchmarks/controlled_study/run.py bases tune main          # one table after the other
     python benchmarks/controlled_study/run.py all                      # everything: a night on 2 cores
-    python benchmarks/controlled_study/run.py main --seeds 0 --tokens-factor 0.1 --output /tmp/trial     # a look
+    python benchmarks/controlled_study/run.py tune main --arms grpo sgpo prefix --tokens-factor 0.1 --output trial     # a look
 
 Each finished run is one line of results/runs.jsonl; what is recorded there is not run again, so a study that was broken off
 goes on where it stopped. `report.py` makes the tables and pictures.
@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,12 +26,14 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from controlled_study.records import Records, best_learning_rate  # noqa: E402
-from controlled_study.settings import ARMS, DIALS, Run  # noqa: E402
+from controlled_study.settings import ARMS, DIALS, TUNING_SEEDS, Run  # noqa: E402
 from controlled_study.tables import TABLES  # noqa: E402
 
 
 def _provenance() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    """Of the code as it is when the runs begin; "-dirty" if files differ from the commit."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
+    commit = subprocess.run(describe, capture_output=True, text=True, cwd=HERE)
     return {
         "commit": commit.stdout.strip(),
         "versions": {name: version(name) for name in ("trl", "transformers", "torch")},
@@ -39,15 +41,15 @@ def _provenance() -> dict[str, Any]:
     }
 
 
-def _work(task: tuple[str, Any, Path]) -> dict[str, Any]:
+def _work(task: tuple[str, Any, Path, dict[str, Any]]) -> dict[str, Any]:
     """In a process of its own: one run, or the description of one base."""
-    kind, what, folder = task
+    kind, what, folder, provenance = task
     from controlled_study import training
 
     if kind == "base":
-        return {"base": what, **training.describe_base(what, folder), **_provenance()}
+        return {"base": what, **training.describe_base(what, folder), **provenance}
     try:
-        return {"key": what.key, **asdict(what), **training.train(what, folder), **_provenance()}
+        return {"key": what.key, **asdict(what), **training.train(what, folder), **provenance}
     except Exception as error:  # one run that breaks must not lose the night
         return {"key": what.key, "error": f"{type(error).__name__}: {error}"}
 
@@ -59,9 +61,11 @@ def _quiet_worker() -> None:
     torch.set_num_threads(1)
 
 
-def execute(tasks: list[tuple[str, Any, Path]], records: Records, workers: int) -> None:
+def execute(kind: str, what: Sequence[Any], folder: Path, records: Records, workers: int) -> None:
     from tqdm.auto import tqdm
 
+    provenance = _provenance()
+    tasks = [(kind, item, folder, provenance) for item in what]
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers, _quiet_worker, maxtasksperchild=8) as pool:
         bar = tqdm(pool.imap_unordered(_work, tasks), total=len(tasks), unit="run")
@@ -78,7 +82,8 @@ def execute(tasks: list[tuple[str, Any, Path]], records: Records, workers: int) 
 def wanted(table: str, records: Records, args: argparse.Namespace) -> Iterator[Run]:
     """The runs of a table, each with the learning rate that tuning chose for its arm where it has none yet."""
     for run in TABLES[table].runs():
-        if (args.seeds and run.seed not in args.seeds) or (args.arms and run.arm not in args.arms):
+        wanted_seed = not args.seeds or run.seed in (*args.seeds, *TUNING_SEEDS)
+        if not wanted_seed or (args.arms and run.arm not in args.arms):
             continue
         if run.learning_rate == 0:
             run = replace(run, learning_rate=best_learning_rate(records, run))
@@ -102,14 +107,15 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     records = Records(args.output)
     for table in ["bases", *TABLES] if "all" in args.tables else args.tables:
-        if table == "bases":
-            tasks = [("base", dial, args.work) for dial in DIALS if dial not in records.bases]
-        else:
-            runs = {run.key: run for run in wanted(table, records, args) if run.key not in records.runs}
-            tasks = [("run", run, args.work) for run in runs.values()]
-        print(f"{table}: {len(tasks)} to do", flush=True)
-        if tasks:
-            execute(tasks, records, args.workers)
+        runs: list[Run] = [] if table == "bases" else list(wanted(table, records, args))
+        # Before the runs, which would make their bases each by itself
+        dials = dict.fromkeys(DIALS if table == "bases" else (run.dial for run in runs))
+        bases = [dial for dial in dials if dial not in records.bases]
+        missing = {run.key: run for run in runs if not records.done(run)}
+        print(f"{table}: {len(bases)} bases and {len(missing)} runs to do", flush=True)
+        for kind, what in (("base", bases), ("run", list(missing.values()))):
+            if what:
+                execute(kind, what, args.work, records, args.workers)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ BASE = PretrainConfig(
 # Base models by the share of their groups of eight that fail: the noise that gives it was found by trial, and the share
 # itself is measured again and recorded (table `bases`)
 DIALS = {
-    "5": replace(BASE, noise=0.12),
-    "20": replace(BASE, noise=0.2),
+    "5": replace(BASE, noise=0.15),
+    "20": replace(BASE, noise=0.22),
     "75": replace(BASE, noise=0.5),
     "95": replace(BASE, noise=0.75),
     "99": replace(BASE, noise=0.97),
@@ -34,6 +34,7 @@ AXIS_NOISE = 0.5
 EXPOSURES = (0.0, 0.02, 0.1)
 
 LEARNING_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)  # every arm is tuned on the same ones
+AXIS_LEARNING_RATE = 2e-4  # the highest at which every arm lives with 95 % failed groups
 TUNING_SEEDS = (100,)
 SEEDS = (0, 1, 2)
 
@@ -78,7 +79,7 @@ ARMS = {
         Arm("sgpo", "SGPO, as in the paper", judge=True),
         Arm("sgpo_exclude", "SGPO, dead groups out of the denominator", {"exclude_dead_groups": True}, judge=True),
         Arm("sgpo_all_incorrect", "SGPO on every wrong completion", {"judge_scope": "all_incorrect"}, judge=True),
-        Arm("sgpo_quarter", "SGPO, off after a quarter", {"judge_until": 0.25}, judge=True),
+        Arm("sgpo_quarter", "SGPO, off after 100k tokens", {"judge_until": 0.25}, judge=True),
         Arm("sgpo_spread", "SGPO, RTS spread of at least .3", {"min_rts_spread": 0.3}, judge=True),
         Arm("sgpo_half", "SGPO, failed groups at half weight", {"failed_group_weight": 0.5}, judge=True),
         Arm("sgpo_handover", "SGPO, weight = share of failed groups", {"failed_group_schedule": "failed_share"}, judge=True),
@@ -93,9 +94,9 @@ ARMS = {
         Arm("prefix_1_0", "prefix credit, +1 / 0", _coefficients(1.0, 0.0), judge=True),
         Arm("sign", "sign: -1 in failed groups", {"failed_groups": "sign"}),
         Arm("sign_.1", "sign: -.1 in failed groups", {"failed_groups": "sign", "failed_group_weight": 0.1}),
-        Arm("ngrpo", "NGRPO", {"failed_groups": "ngrpo", "epsilon": 0.16, "epsilon_high": 0.24}),
-        Arm("zvp", "RL-ZVP", {"failed_groups": "zvp"}),
-        Arm("lens", "LENS", {"failed_groups": "lens"}),
+        Arm("ngrpo", "NGRPO's advantages in failed groups", {"failed_groups": "ngrpo", "epsilon": 0.16, "epsilon_high": 0.24}),
+        Arm("zvp", "RL-ZVP in failed groups", {"failed_groups": "zvp"}),
+        Arm("lens", "LENS in failed groups", {"failed_groups": "lens"}),
         Arm("sft", "SFT on gold solutions (control)"),
     )
 }  # fmt: skip

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from controlled_study.records import tuning_runs
-from controlled_study.settings import AXIS_NOISE, EXPOSURES, SEEDS, Run
+from controlled_study.settings import AXIS_LEARNING_RATE, AXIS_NOISE, EXPOSURES, SEEDS, TUNING_SEEDS, Run
 
 from trl_sgpo.tasks.rewrite_chain import AXES
 
@@ -30,9 +30,9 @@ MAIN_ARMS = (
     "sgpo_quarter",
     "prefix_all_incorrect",
 )
-NOISY_JUDGES = ("random:0.2", "random:0.4", "early:0.4", "late:0.4", "random:1")
+NOISY_JUDGES = ("random:0.2", "random:0.4", "stubborn:0.4", "early:0.4", "late:0.4", "random:1")
 JUDGED_ARMS = ("sgpo", "sgpo_votes", RECOMMENDED, "prefix_votes")
-JUDGE_RATES = (2e-4, 4e-4)  # the best of GRPO, and the best of the judged arms with an exact judge
+JUDGE_RATES = (1e-4, 2e-4, 4e-4)  # up to the best of the judged arms with an exact judge
 GUARDS = ("sgpo_spread", "sgpo_half", "prefix_1_1", "prefix_1_0")  # tried under one judge only
 
 
@@ -53,6 +53,12 @@ def _tune() -> list[Run]:
             # Within the budget of the others GRPO shows no difference between learning rates at 99 %
             hopeless = (dial, arm) == ("99", "grpo")
             runs += tuning_runs(dial, arm, BUDGET[dial] if hopeless else TUNING_BUDGET[dial])
+    # Between the best rates of GRPO and of the judged arms, and below the grid for those that are best at its end
+    runs += [Run("95", arm, 3e-4, TUNING_SEEDS[0], TUNING_BUDGET["95"], stop_at=STOP_AT) for arm in THREE]
+    runs += [
+        Run("95", arm, 2e-5, TUNING_SEEDS[0], TUNING_BUDGET["95"], stop_at=STOP_AT)
+        for arm in ("sign", "ngrpo", "lens")
+    ]
     return runs
 
 
@@ -113,7 +119,7 @@ def _group_sizes() -> list[Run]:
 
 def _axes() -> list[Run]:
     return [
-        Run(f"{axis}@{exposure:g}", arm, 1e-3 if arm == "sft" else TUNED, seed, 100_000)
+        Run(f"{axis}@{exposure:g}", arm, 1e-3 if arm == "sft" else AXIS_LEARNING_RATE, seed, 100_000)
         for seed in SEEDS
         for exposure in EXPOSURES
         for axis in AXES
@@ -125,7 +131,7 @@ def _reports() -> list[Run]:
     dials = {"20": 200_000, "75": 300_000, "95": 450_000, "99": 450_000}
     dials |= {f"{axis}@{exposure:g}": 100_000 for axis in ("representation", "depth") for exposure in (0.0, 0.1)}
     return [
-        Run(dial, arm, TUNED, 0, tokens, report=True, stop_at=STOP_AT)
+        Run(dial, arm, AXIS_LEARNING_RATE if "@" in dial else TUNED, 0, tokens, report=True, stop_at=STOP_AT)
         for dial, tokens in dials.items()
         for arm in THREE
     ]

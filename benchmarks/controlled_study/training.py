@@ -43,6 +43,7 @@ from trl_sgpo.analysis.report.probe import analyse_or_explain
 from trl_sgpo.judges import MajorityVote
 from trl_sgpo.tasks.rewrite_chain import (
     accuracy_reward,
+    chain_operations,
     evaluate,
     first_wrong_block,
     load_or_pretrain,
@@ -68,6 +69,12 @@ def problems(dial: str, n: int, seed: int) -> Dataset:
     return make_unseen_dataset(n, axis, N_OPERATIONS, seed=seed, length=LENGTH)
 
 
+def inside(dial: str, n: int, seed: int) -> list[str]:
+    """Prompts such as a base's pretraining shows, at its longest chains."""
+    operations = chain_operations(base_config(dial))
+    return list(make_dataset(n, N_OPERATIONS, seed=seed, length=LENGTH, operations=operations)["prompt"])
+
+
 def base_model(dial: str, folder: Path) -> Path:
     """The base model of a dial, made if it is not there yet."""
     return load_or_pretrain(folder / "bases" / dial.replace("@", "-"), base_config(dial), progress=False)
@@ -79,9 +86,8 @@ class Watcher(TrainerCallback):
     def __init__(self, run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         self.run, self.model, self.tokenizer = run, model, tokenizer
         self.held_out = problems(run.dial, N_EVALUATED, seed=2)["prompt"]
-        self.inside = None  # for a dial that trains outside of the pretraining: what becomes of the inside
-        if base_config(run.dial).axis is not None:
-            self.inside = make_dataset(N_EVALUATED, N_OPERATIONS, seed=3, length=LENGTH)["prompt"]
+        # For a dial that trains outside of the pretraining: what becomes of the inside
+        self.inside = inside(run.dial, N_EVALUATED, seed=3) if base_config(run.dial).axis is not None else None
         self.tokens, self.next_evaluation, self.updates = 0, 0, 0
         self.curve: list[dict[str, Any]] = []
         self.window: dict[str, list[float]] = {}
@@ -140,10 +146,14 @@ class Watcher(TrainerCallback):
 class SFTWatcher(Watcher):
     """Counts the tokens of the gold solutions instead."""
 
+    def __init__(self, run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(run, model, tokenizer)
+        solutions = tokenizer(list(problems(run.dial, 100, seed=1)["solution"]))["input_ids"]
+        self.tokens_per_solution = statistics.fmean(len(ids) + 1 for ids in solutions)
+
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
-            per_solution = TOKENS_PER_COMPLETION
-            self.count(per_solution * args.per_device_train_batch_size, control)
+            self.count(round(self.tokens_per_solution * args.per_device_train_batch_size), control)
 
 
 @torch.no_grad()
@@ -219,7 +229,8 @@ def _trainer(run: Run, base: Path, folder: Path) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(base)
     data = problems(run.dial, 8000, seed=1)
     if run.arm == "sft":
-        data = data.map(lambda row: {"completion": row["solution"]}, remove_columns=["solution"])
+        # TRL tokenises prompt and completion as one text, and this tokenizer splits at spaces
+        data = data.map(lambda row: {"completion": f" {row['solution']}"}, remove_columns=["solution"])
         sft = SFTConfig(
             **shared, per_device_train_batch_size=COMPLETIONS_PER_UPDATE, max_steps=100_000, max_length=None
         )
@@ -253,8 +264,7 @@ def report_folder(run: Run, folder: Path) -> Path:
 def _watch_sharpening(trainer: SGPOTrainer, run: Run, folder: Path) -> None:
     prompts = [{"prompt": prompt, "domain": "trained"} for prompt in problems(run.dial, N_PROBED, seed=4)["prompt"]]
     if base_config(run.dial).axis is not None:
-        inside = make_dataset(N_PROBED, N_OPERATIONS, seed=5, length=LENGTH)["prompt"]
-        prompts += [{"prompt": prompt, "domain": "inside"} for prompt in inside]
+        prompts += [{"prompt": prompt, "domain": "inside"} for prompt in inside(run.dial, N_PROBED, seed=5)]
     trainer.add_callback(
         SharpeningCallback(
             trainer=trainer,

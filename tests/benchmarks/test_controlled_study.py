@@ -29,14 +29,18 @@ def test_tokens_to_an_accuracy():
     record = curve((0, 0.0), (100, 0.2), (200, 0.6), (300, 0.4))
     assert tokens_to(record, 0.5) == pytest.approx(175)
     assert tokens_to(record, 0.7) == math.inf
-    assert tokens_to(curve((0, 0.6), (100, 0.4)), 0.5) == 0
+    assert tokens_to(curve((0, 0.6), (100, 0.4), (200, 0.6)), 0.5) == 0
 
 
 def test_area_under_a_curve():
     record = curve((0, 0.0), (100, 0.4), (200, 0.4))
     assert area(record, 100) == pytest.approx(0.2)
     assert area(record, 150) == pytest.approx((0.2 * 100 + 0.4 * 50) / 150)
-    assert area(record, 400) == pytest.approx((0.2 * 100 + 0.4 * 300) / 400)  # it had reached its goal and ended
+    # With a goal a curve counts up to its height, and one that ended there stays there
+    fast = curve((0, 0.0), (100, 0.4), (200, 0.35)) | {"stop_at": 0.4, "tokens": 400}
+    slow = curve((0, 0.0), (100, 0.4), (200, 0.5), (400, 0.6)) | {"stop_at": 0.4, "tokens": 400}
+    assert area(slow, 400) == pytest.approx((0.2 * 100 + 0.4 * 300) / 400)
+    assert area(fast, 400) == pytest.approx(area(slow, 400))
 
 
 class TestNoisyJudge:
@@ -47,7 +51,7 @@ class TestNoisyJudge:
             blocks = problem.blocks(noise=0.4, rng=rng)
             yield problem.prompt, blocks, first_wrong_block(problem.prompt, blocks)
 
-    @pytest.mark.parametrize("kind", ["random", "early", "late"])
+    @pytest.mark.parametrize("kind", ["random", "early", "late", "stubborn"])
     def test_share_and_direction_of_what_is_wrong(self, kind):
         judge = noisy_judge(kind, 0.4, seed=1)
         found = [(true, judge(prompt, blocks)) for prompt, blocks, true in self.problems()]
@@ -58,10 +62,16 @@ class TestNoisyJudge:
                 assert said <= true
             elif kind == "late":
                 assert said >= true
-        movable = {"random": range(5), "early": range(1, 5), "late": range(4)}[kind]
+        movable = {"early": range(1, 5), "late": range(4)}.get(kind, range(5))
         wrong = [true != said for true, said in found if true is not None and true in movable]
-        expected = 0.4 * 4 / 5 if kind == "random" else 0.4  # a random step is the right one once in five times
+        expected = (
+            0.4 * 4 / 5 if kind in ("random", "stubborn") else 0.4
+        )  # a random step is the right one once in five times
         assert sum(wrong) / len(wrong) == pytest.approx(expected, abs=0.04)
+
+    def test_a_stubborn_judge_repeats_itself(self):
+        one, other = noisy_judge("stubborn", 0.4, seed=1), noisy_judge("stubborn", 0.4, seed=2)
+        assert all(one(prompt, blocks) == other(prompt, blocks) for prompt, blocks, _ in self.problems())
 
     def test_unknown_kind(self):
         with pytest.raises(ValueError, match="kind='sloppy' is unknown"):
@@ -110,6 +120,17 @@ class TestRecords:
             best_learning_rate(records, replace(run, arm="grpo"))
 
 
+def test_sft_sees_the_prompt_that_it_is_evaluated_on(tmp_path, monkeypatch):
+    tiny = replace(settings.BASE, clean_updates=2, noisy_updates=2, layers=1, width=16, heads=2)
+    monkeypatch.setitem(settings.DIALS, "95", tiny)
+    run = Run("95", "sft", 1e-3, 0, 1_000)
+    trainer = training._trainer(run, training.base_model("95", tmp_path), tmp_path)
+    row, problem = trainer.train_dataset[0], training.problems("95", 1, seed=1)[0]
+    tokenizer = trainer.processing_class
+    prompt, solution = (tokenizer(problem[name])["input_ids"] for name in ("prompt", "solution"))
+    assert row["input_ids"] == [*prompt, *solution, tokenizer.eos_token_id]
+
+
 def test_runs_are_recorded_and_shown(tmp_path, monkeypatch, capsys):
     """Every kind of arm for two updates on a base of no skill, and the tables made of it."""
     tiny = replace(settings.BASE, clean_updates=2, noisy_updates=2, layers=1, width=16, heads=2)
@@ -130,5 +151,5 @@ def test_runs_are_recorded_and_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report.py", "--output", str(tmp_path / "results")])
     report.main()
     printed = capsys.readouterr().out
-    assert "| prefix credit | 0.001 | > 900k" in printed
+    assert "| prefix credit | 0.001 | > 2k" in printed
     assert (tmp_path / "results" / "curves_95.png").stat().st_size > 0

@@ -156,13 +156,15 @@ def sample_unseen(rng: random.Random, axis: str, n_operations: int, length: int)
     raise ValueError(f"axis={axis!r} is unknown: it must be one of {AXES}.")
 
 
-def make_dataset(n: int, n_operations: int, seed: int, length: int = 3, alphabet: str = ALPHABET) -> "Dataset":
+def make_dataset(
+    n: int, n_operations: int, seed: int, length: int = 3, alphabet: str = ALPHABET, operations: str = "RLVS"
+) -> "Dataset":
     """
     `n` random problems as a dataset with the columns `prompt` and `solution` (the gold blocks, joined by `;`), ready
     for a trainer.
     """
     rng = random.Random(seed)
-    return _as_dataset([sample_problem(rng, n_operations, length, alphabet) for _ in range(n)])
+    return _as_dataset([sample_problem(rng, n_operations, length, alphabet, operations) for _ in range(n)])
 
 
 def make_unseen_dataset(n: int, axis: str, n_operations: int, seed: int, length: int = 3) -> "Dataset":
@@ -381,9 +383,13 @@ def pretraining_traces(config: PretrainConfig) -> Iterator[list[tuple[str, str]]
 def _pretraining_problem(rng: random.Random, n_operations: int, config: PretrainConfig) -> Problem:
     if config.exposure > 0 and rng.random() < config.exposure:
         return sample_unseen(rng, cast(str, config.axis), config.max_operations, config.length)
-    alone_only = config.axis == "composition" and n_operations > 1
-    operations = "".join(OPERATIONS).replace(LONE_OPERATION, "") if alone_only else "".join(OPERATIONS)
+    operations = chain_operations(config) if n_operations > 1 else "".join(OPERATIONS)
     return sample_problem(rng, n_operations, config.length, operations=operations)
+
+
+def chain_operations(config: PretrainConfig) -> str:
+    """The operations that a pretraining shows in chains of several."""
+    return "".join(x for x in OPERATIONS if config.axis != "composition" or x != LONE_OPERATION)
 
 
 def pretrain(config: PretrainConfig, progress: bool = True) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
