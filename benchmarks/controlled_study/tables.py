@@ -1,10 +1,10 @@
 """The tables of the study: which runs each is made of. `report.py` reads them back from what was recorded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from controlled_study.records import tuning_runs
-from controlled_study.settings import AXIS_LEARNING_RATE, AXIS_NOISE, EXPOSURES, SEEDS, TUNING_SEEDS, Run
+from controlled_study.settings import AXIS_LEARNING_RATE, AXIS_NOISE, SEEDS, TUNING_SEEDS, Run
 
 from trl_sgpo.tasks.rewrite_chain import AXES
 
@@ -32,7 +32,7 @@ MAIN_ARMS = (
 )
 NOISY_JUDGES = ("random:0.2", "random:0.4", "stubborn:0.4", "early:0.4", "late:0.4", "random:1")
 JUDGED_ARMS = ("sgpo", "sgpo_votes", RECOMMENDED, "prefix_votes")
-JUDGE_RATES = (1e-4, 2e-4, 4e-4)  # up to the best of the judged arms with an exact judge
+JUDGE_RATES = (1e-4, 2e-4, 4e-4)  # up to the best with an exact judge
 GUARDS = ("sgpo_spread", "sgpo_half", "prefix_1_1", "prefix_1_0")  # tried under one judge only
 
 
@@ -80,10 +80,11 @@ def _dials() -> list[Run]:
         for arm in (*THREE, "prefix_all_incorrect")
     ]
     for dial in ("75", "20", "5"):
+        arms = (*THREE, "prefix_all_incorrect", *(("prefix_handover", "sgpo_handover") if dial == "75" else ()))
         runs += [
             Run(dial, arm, TUNED, seed, BUDGET[dial], probe=dial == "75" and arm in THREE)
             for seed in SEEDS
-            for arm in (*THREE, "prefix_all_incorrect", "prefix_handover", "sgpo_handover")
+            for arm in arms
         ]
     return runs
 
@@ -92,9 +93,10 @@ def _tune_judges() -> list[Run]:
     runs = []
     for judge in NOISY_JUDGES:
         for arm in JUDGED_ARMS:
-            runs += tuning_runs("95", arm, 250_000, judge, rates=JUDGE_RATES)
+            rates = JUDGE_RATES if arm.startswith("sgpo") else JUDGE_RATES[1:]  # prefix credit never chose the lowest
+            runs += tuning_runs("95", arm, 250_000, judge, rates)
     for arm in ("prefix_1_1", "prefix_1_0"):
-        runs += tuning_runs("95", arm, 250_000, "random:0.4", rates=JUDGE_RATES)
+        runs += tuning_runs("95", arm, 250_000, "random:0.4", rates=JUDGE_RATES[1:])
     return runs
 
 
@@ -117,11 +119,11 @@ def _group_sizes() -> list[Run]:
     ]
 
 
-def _axes() -> list[Run]:
+def _axes(exposures: Sequence[float]) -> list[Run]:
     return [
         Run(f"{axis}@{exposure:g}", arm, 1e-3 if arm == "sft" else AXIS_LEARNING_RATE, seed, 100_000)
         for seed in SEEDS
-        for exposure in EXPOSURES
+        for exposure in exposures
         for axis in AXES
         for arm in (*THREE, "sft")
     ]
