@@ -146,6 +146,9 @@ TABLES = {
     "tune_judges": Table("Which learning rate suits each arm under a judge that errs?", _tune_judges),
     "judges": Table("What does a judge that errs leave of it?", _judges),
     "group_sizes": Table("And with 4 or 16 completions per group?", _group_sizes),
-    "axes": Table(f"And outside of what pretraining showed? (pretraining noise {AXIS_NOISE})", _axes),
+    "axes": Table(
+        f"And outside of what pretraining showed? (pretraining noise {AXIS_NOISE})", lambda: _axes((0.0, 0.1))
+    ),
+    "axes_rare": Table("And where pretraining showed it rarely?", lambda: _axes((0.02,))),
     "reports": Table("What does the sharpening report say of each?", _reports),
 }
