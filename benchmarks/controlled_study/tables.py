@@ -15,7 +15,7 @@ THREE = ("grpo", "sgpo", RECOMMENDED)
 
 BUDGET = {"5": 150_000, "20": 200_000, "75": 300_000, "95": 900_000, "99": 900_000}  # generated tokens
 AREA = {"5": 150_000, "20": 200_000, "75": 300_000, "95": 250_000, "99": 250_000}  # tokens that areas are taken over
-JUDGE_BUDGET = 450_000
+JUDGE_BUDGET = 300_000  # half as many again as GRPO needs to 50 %
 TUNING_BUDGET = {"5": 100_000, "20": 150_000, "75": 250_000, "95": 350_000, "99": 450_000}
 STOP_AT = 0.75
 
@@ -104,7 +104,7 @@ def _judges() -> list[Run]:
     conditions = [(judge, arm) for judge in NOISY_JUDGES for arm in JUDGED_ARMS]
     conditions += [("random:0.4", arm) for arm in GUARDS]
     return [
-        Run("95", arm, TUNED, seed, JUDGE_BUDGET, judge=judge, stop_at=STOP_AT)
+        Run("95", arm, TUNED, seed, JUDGE_BUDGET, judge=judge, stop_at=0.6)
         for seed in SEEDS
         for judge, arm in conditions
     ]
@@ -112,7 +112,7 @@ def _judges() -> list[Run]:
 
 def _group_sizes() -> list[Run]:
     return [
-        Run("95", arm, TUNED, seed, 450_000, group_size=group_size, stop_at=STOP_AT)
+        Run("95", arm, TUNED, seed, 300_000, group_size=group_size, stop_at=0.6)
         for seed in SEEDS
         for group_size in (4, 16)
         for arm in THREE
