@@ -23,6 +23,7 @@ from conftest import (
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_sgpo import SGPOTrainer, StepJudge, StepwiseJudge, Verdict, remedies
+from trl_sgpo.config import SGPOConfig
 from trl_sgpo.groups import group_advantages
 from trl_sgpo.remedies import (
     LENS_MARGIN,
