@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from controlled_study.records import tuning_runs
-from controlled_study.settings import AXIS_LEARNING_RATE, AXIS_NOISE, SEEDS, TUNING_SEEDS, Run
+from controlled_study.settings import AXIS_LEARNING_RATE, AXIS_NOISE, LEARNING_RATES, SEEDS, TUNING_SEEDS, Run
 
 from trl_sgpo.tasks.rewrite_chain import AXES
 
@@ -50,9 +50,10 @@ def _tune() -> list[Run]:
         runs += tuning_runs("95", arm, TUNING_BUDGET["95"])
     for dial in ("99", "75", "20", "5"):
         for arm in (*THREE, "prefix_all_incorrect"):
-            # Within the budget of the others GRPO shows no difference between learning rates at 99 %
-            hopeless = (dial, arm) == ("99", "grpo")
-            runs += tuning_runs(dial, arm, BUDGET[dial] if hopeless else TUNING_BUDGET[dial])
+            if (dial, arm) == ("99", "grpo"):  # the others' budget shows no difference between its learning rates
+                runs += tuning_runs(dial, arm, BUDGET[dial], rates=LEARNING_RATES[:3])
+            else:
+                runs += tuning_runs(dial, arm, TUNING_BUDGET[dial])
     # Between the best rates of GRPO and of the judged arms, and below the grid for those that are best at its end
     runs += [Run("95", arm, 3e-4, TUNING_SEEDS[0], TUNING_BUDGET["95"], stop_at=STOP_AT) for arm in THREE]
     runs += [
@@ -64,7 +65,7 @@ def _tune() -> list[Run]:
 
 def _main() -> list[Run]:
     budget = dict.fromkeys(MAIN_ARMS, BUDGET["95"])
-    budget |= dict.fromkeys(REMEDIES, 600_000)  # three times what GRPO needs
+    budget |= dict.fromkeys(REMEDIES, 400_000)  # twice what GRPO needs
     budget["sgpo_quarter"] = 400_000  # off before SGPO is done
     return [
         Run("95", arm, TUNED, seed, budget[arm], stop_at=STOP_AT, probe=arm in THREE)
