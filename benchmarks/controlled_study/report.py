@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from controlled_study.records import Records, area, tokens_to  # noqa: E402
-from controlled_study.settings import ARMS, DIALS, EXPOSURES, LEARNING_RATES, TUNING_SEEDS  # noqa: E402
+from controlled_study.settings import ARMS, DIALS, EXPOSURES, TUNING_SEEDS  # noqa: E402
 from controlled_study.tables import (  # noqa: E402
     AREA,
     GUARDS,
@@ -109,32 +109,29 @@ def bases_table(records: Records) -> str:
 
 
 def tune_table(records: Records) -> str:
+    """Areas under the curves of the tuning runs; the best of each row is what the arm was run with."""
     found = defaultdict(list)
     for r in records.runs.values():
         if r["seed"] in TUNING_SEEDS:
-            found[r["dial"], r["arm"], r["learning_rate"]].append(area(r, TUNING_BUDGET[r["dial"]]))
+            tokens = min(TUNING_BUDGET[r["dial"]], r["tokens"])
+            found[r["dial"], r["arm"], r["judge"], r["learning_rate"]].append(area(r, tokens))
+    rates = sorted({rate for *_, rate in found})
     rows = []
-    for dial, arm in dict.fromkeys((dial, arm) for dial, arm, _ in found):
-        cells = [found.get((dial, arm, rate), []) for rate in LEARNING_RATES]
+    for dial, arm, judge in dict.fromkeys(key[:3] for key in found):
+        cells = [found.get((dial, arm, judge, rate), []) for rate in rates]
         means = [statistics.fmean(c) if c else -1.0 for c in cells]
-        rows.append(
-            [
-                dial,
-                ARMS[arm].label,
-                *(
-                    "-" if m < 0 else (f"**{m:.3f}**" if m == max(means) else f"{m:.3f}")
-                    for m in means
-                ),
-            ]
-        )  # fmt: skip
-    return markdown(["dial", "arm", *(f"{rate:g}" for rate in LEARNING_RATES)], rows)
+        shown = ["-" if m < 0 else (f"**{m:.3f}**" if m == max(means) else f"{m:.3f}") for m in means]
+        rows.append([dial, ARMS[arm].label, judge, *shown])
+    return markdown(["dial", "arm", "judge", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def speed_table(records: Records, dial: str, arms: Sequence[str], judge: str = "exact", group_size: int = 8) -> str:
     found = {arm: main_runs(records, dial, arm, judge, group_size) for arm in arms}
     found = {arm: rows for arm, rows in found.items() if rows}
-    speeds = {arm: [tokens_to(r) for r in rows] for arm, rows in found.items()}
     budgets = {arm: min(r["tokens"] for r in rows) for arm, rows in found.items()}
+    speeds = {
+        arm: [t if (t := tokens_to(r)) <= budgets[arm] else math.inf for r in rows] for arm, rows in found.items()
+    }
     rows = []
     for arm in sorted(
         found, key=lambda a: (statistics.median(speeds[a]), -statistics.fmean(area(r, AREA[dial]) for r in found[a]))
