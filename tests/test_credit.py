@@ -196,28 +196,36 @@ def stepwise(*first_errors):
 
 
 class TestTrainer:
-    def test_a_group_that_is_tied_teaches_where_the_error_is(self, make_trainer):
-        trainer = make_trainer([all_failed, stepwise(0)], credit_assignment="prefix", max_steps=1)
+    def test_equal_verdicts_teach_where_the_error_is(self, make_trainer):
+        trainer = make_trainer([all_failed, stepwise(1)], credit_assignment="prefix", max_steps=1)
         rounds = record_advantages(trainer)
         trainer.train()
+        assert (rounds[0][:, 0] == 1).all()
+        assert (rounds[0][:, 1] == -0.5).all()
+        assert not rounds[0][:, 2:].any()
+
+    def test_a_group_without_a_right_step_stays_as_grpo_leaves_it(self, make_trainer):
+        trainer = make_trainer([all_failed, stepwise(0)], credit_assignment="prefix", max_steps=1)
+        before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        trainer.train()
         assert logged(trainer, "sgpo/groups/tied") == [1.0]
-        assert (rounds[0][:, 0] == -0.5).all()
-        assert not rounds[0][:, 1:].any()
+        assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
     def test_ending_at_once_is_blamed(self, make_trainer):
         """Else a policy whose every step is blamed learns to write nothing."""
 
-        def nothing(text):
-            return []
+        def sometimes_nothing(text):
+            return [] if sum(map(ord, text)) % 2 else words_as_steps(text)
 
-        trainer = make_trainer(
-            [all_failed, StepwiseJudge(FixedJudge(0), segmenter=nothing)], credit_assignment="prefix", max_steps=1
-        )
+        judge = StepwiseJudge(FixedJudge(1), segmenter=sometimes_nothing)
+        trainer = make_trainer([all_failed, judge], credit_assignment="prefix", max_steps=1)
         rounds = record_advantages(trainer)
         trainer.train()
-        assert logged(trainer, "sgpo/judge_calls") == [0.0]
         assert logged(trainer, "sgpo/credit/unlocated") == [0.0]
-        assert (rounds[0][:, 0] == -0.5).all()
+        n_written = logged(trainer, "sgpo/judge_calls")[0]
+        assert 0 < n_written < len(rounds[0])
+        assert (rounds[0][:, 0] == 1).sum() == n_written
+        assert (rounds[0][:, 0] == -0.5).sum() == len(rounds[0]) - n_written
 
     def test_no_error_that_stands_for_the_last_step_is_an_error(self, make_trainer):
         class Blind(StepJudge):
@@ -238,7 +246,7 @@ class TestTrainer:
                 return [v if i % 4 == 0 else Verdict.abstain("no vote") for i, v in enumerate(super().judge(items))]
 
         trainer = make_trainer(
-            [all_failed, StepwiseJudge(Silent(0), segmenter=words_as_steps)], credit_assignment="prefix", max_steps=1
+            [all_failed, StepwiseJudge(Silent(1), segmenter=words_as_steps)], credit_assignment="prefix", max_steps=1
         )
         rounds = record_advantages(trainer)
         trainer.train()
@@ -255,7 +263,7 @@ class TestTrainer:
             assert not any(row[3:])
 
     def test_nothing_behind_the_error_has_a_gradient(self, make_trainer):
-        trainer = make_trainer([all_failed, stepwise(0)], credit_assignment="prefix", max_steps=1)
+        trainer = make_trainer([all_failed, stepwise(0, 2)], credit_assignment="prefix", max_steps=1)
         gradients = []
         inner = trainer._get_per_token_logps_and_entropies
 
@@ -268,8 +276,12 @@ class TestTrainer:
         trainer._get_per_token_logps_and_entropies = with_gradient
         trainer.train()
         (gradient,) = gradients
-        assert (gradient[:, 0] > 0).all()  # the loss falls as the first step becomes less likely
-        assert not gradient[:, 1:].any()
+        blamed = gradient[:, 0] > 0  # the loss falls as the first step becomes less likely
+        assert 0 < blamed.sum() < len(gradient)
+        assert not gradient[blamed][:, 1:].any()
+        assert (gradient[~blamed][:, :2] < 0).all()
+        assert (gradient[~blamed][:, 2] > 0).all()
+        assert not gradient[~blamed][:, 3:].any()
 
     def test_equals_a_hand_written_loss(self, make_trainer):
         trainer = make_trainer(

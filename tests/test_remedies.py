@@ -548,9 +548,10 @@ class TestDeadGroups:
 
     @pytest.mark.parametrize("credit", ["sequence", "prefix"])
     def test_with_a_judge(self, make_trainer, credit):
-        # Every verdict is the same: with one reward per completion such groups are tied, with credit per token they teach
+        # Wrong from the first step on: such groups are tied. A right step each: with credit per token they teach
+        first_error = 0 if credit == "sequence" else 1
         trainer = make_trainer(
-            [by_kind, stepwise(lambda problem, steps: 0)],
+            [by_kind, stepwise(lambda problem, steps: min(first_error, len(steps) - 1))],
             exclude_dead_groups=True,
             credit_assignment=credit,
             per_device_train_batch_size=16,

@@ -45,8 +45,8 @@ class SGPOConfig(GRPOConfig):
             Whom a verdict pays. `"sequence"`: every token of the completion alike, by Eq. 2, as in the paper. `"prefix"`:
             each token by what the verdict says of it. In a failed group the tokens before the first wrong step have the
             advantage `prefix_reward`, those of that step `-error_penalty`, and those behind it, which nobody judged, 0; no
-            group normalisation is involved, so tied groups teach too. A group with verdicts for fewer than half of its completions
-            stays as GRPO leaves it. With `judge_scope="all_incorrect"`, the verified
+            group normalisation is involved, so tied groups teach too. A group with verdicts for fewer than half of its completions,
+            or in which no completion has a right step, stays as GRPO leaves it. With `judge_scope="all_incorrect"`, the verified
             prefix of a wrong completion of a mixed group is spared GRPO's blame.
         prefix_reward (`float`, *optional*, defaults to `1.0`):
             Advantage of a token of the verified prefix, under `credit_assignment="prefix"`.

@@ -495,6 +495,9 @@ class SGPOTrainer(GRPOTrainer):
                 # judges that do not agree does, is one whose remaining verdicts are luck
                 n_verdicts_P = (~torch.isnan(gathered.rts.view_as(outcome_PG))).sum(dim=1)
                 judged_P = kinds.failed_P & (2 * n_verdicts_P >= (~torch.isnan(outcome_PG)).sum(dim=1))
+                # Where nobody has a right step there is blame alone, and it says what not to write, of nearly everything: a
+                # policy that cannot do the task at all is driven to whatever is not blamed, and forgets what it could do
+                judged_P &= gathered.rts.view_as(outcome_PG).nan_to_num(nan=0.0).amax(dim=1) > 0
                 in_failed_N, in_judged_N = (
                     flag_P.repeat_interleave(group_size)[first : first + len(prompts)]
                     for flag_P in (kinds.failed_P, judged_P)
