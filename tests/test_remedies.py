@@ -565,7 +565,7 @@ class TestDeadGroups:
             assert sorted(largest.tolist())[8:] == pytest.approx([largest.max().item()] * 8)
             assert largest.max() > 1.1
         else:
-            assert largest.min() == pytest.approx(SGPOConfig.error_penalty)  # nobody is dead, so nothing is scaled
+            assert largest.max() == SGPOConfig.prefix_reward  # nobody is dead, so nothing is scaled
 
     def test_advantages_per_token(self, make_trainer):
         def failed_or_solved(prompts, completions, kind, **kwargs):
