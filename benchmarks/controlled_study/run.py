@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from controlled_study.records import Records, best_learning_rate  # noqa: E402
-from controlled_study.settings import ARMS, DIALS, TUNING_SEEDS, Run  # noqa: E402
+from controlled_study.settings import ARMS, DIALS, TUNING_SEEDS, Run, base_folder  # noqa: E402
 from controlled_study.tables import TABLES  # noqa: E402
 
 
@@ -110,7 +110,8 @@ def main() -> None:
         runs: list[Run] = [] if table == "bases" else list(wanted(table, records, args))
         # Before the runs, which would make their bases each by itself
         dials = dict.fromkeys(DIALS if table == "bases" else (run.dial for run in runs))
-        bases = [dial for dial in dials if dial not in records.bases]
+        made = {dial for dial in dials if (base_folder(dial, args.work) / "pretrain_config.json").exists()}
+        bases = [dial for dial in dials if dial not in records.bases or dial not in made]
         missing = {run.key: run for run in runs if not records.done(run)}
         print(f"{table}: {len(bases)} bases and {len(missing)} runs to do", flush=True)
         for kind, what in (("base", bases), ("run", list(missing.values()))):

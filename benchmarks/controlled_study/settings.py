@@ -6,6 +6,7 @@ which it is recorded.
 """
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from trl_sgpo.tasks.rewrite_chain import PretrainConfig
@@ -146,6 +147,11 @@ class Run:
     def key(self) -> str:
         key = f"{self.dial}/{self.arm}/{self.judge}/G{self.group_size}/lr{self.learning_rate:g}/seed{self.seed}"
         return f"{key}/report" if self.report else key
+
+
+def base_folder(dial: str, folder: Path) -> Path:
+    """Where the base model of a dial is kept."""
+    return folder / "bases" / dial.replace("@", "-")
 
 
 def base_config(dial: str) -> PretrainConfig:

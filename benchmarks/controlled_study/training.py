@@ -24,6 +24,7 @@ from controlled_study.settings import (
     TOKENS_PER_COMPLETION,
     Run,
     base_config,
+    base_folder,
 )
 from datasets import Dataset
 from transformers import (
@@ -77,7 +78,7 @@ def inside(dial: str, n: int, seed: int) -> list[str]:
 
 def base_model(dial: str, folder: Path) -> Path:
     """The base model of a dial, made if it is not there yet."""
-    return load_or_pretrain(folder / "bases" / dial.replace("@", "-"), base_config(dial), progress=False)
+    return load_or_pretrain(base_folder(dial, folder), base_config(dial), progress=False)
 
 
 class Watcher(TrainerCallback):
