@@ -3,7 +3,6 @@
 import contextlib
 import io
 import math
-import random
 import statistics
 import time
 from dataclasses import asdict
@@ -303,7 +302,6 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     base = base_model(run.dial, folder)
-    random.seed(run.seed)
     trainer = _trainer(run, base, folder)
     trainer.remove_callback(PrinterCallback)
     kind = SFTWatcher if run.arm == "sft" else Watcher
