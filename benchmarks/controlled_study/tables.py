@@ -121,13 +121,15 @@ def _group_sizes() -> list[Run]:
 
 
 def _axes(exposures: Sequence[float]) -> list[Run]:
-    return [
-        Run(f"{axis}@{exposure:g}", arm, 1e-3 if arm == "sft" else AXIS_LEARNING_RATE, seed, 100_000)
-        for seed in SEEDS
-        for exposure in exposures
-        for axis in AXES
-        for arm in (*THREE, "sft")
-    ]
+    runs = []
+    for seed in SEEDS:
+        for exposure in exposures:
+            for axis in AXES:
+                dial = f"{axis}@{exposure:g}"
+                tokens = 300_000 if exposure else 100_000  # where nothing moves, nothing more is to be seen
+                runs += [Run(dial, arm, AXIS_LEARNING_RATE, seed, tokens) for arm in THREE]
+                runs.append(Run(dial, "sft", 1e-3, seed, 1_000_000, stop_at=0.9))
+    return runs
 
 
 def _reports() -> list[Run]:
