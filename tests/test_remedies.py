@@ -612,11 +612,6 @@ class TestErrors:
             ([stepwise()], {"failed_groups": "sign"}, "a StepwiseJudge and no outcome reward"),
             (
                 [by_kind],
-                {"failed_groups": "zvp", "use_liger_kernel": True},
-                "failed_groups='zvp' cannot be combined with use_liger_kernel=True",
-            ),
-            (
-                [by_kind],
                 {"exclude_dead_groups": True, "loss_type": "new_loss"},
                 r"exclude_dead_groups=True cannot be combined with loss_type='new_loss'.*Use one of \['bnpo', 'cispo'",
             ),

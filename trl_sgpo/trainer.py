@@ -235,8 +235,7 @@ class SGPOTrainer(GRPOTrainer):
             if the judge's reward weight is negative; if `args.failed_group_weight`, `args.failed_group_schedule` or
             `judge_scope="all_incorrect"` is combined with `multi_objective_aggregation="normalize_then_sum"`; if
             `args.failed_groups` names a remedy and it cannot be told which reward is the outcome; if
-            `failed_groups="zvp"` is combined with `use_liger_kernel`; if `args.exclude_dead_groups` is combined with a loss
-            whose denominator is unknown.
+            `args.exclude_dead_groups` is combined with a loss whose denominator is unknown.
     """
 
     _tag_names = ["trl", "sgpo"]
@@ -366,11 +365,6 @@ class SGPOTrainer(GRPOTrainer):
                     "'normalize_then_sum': there the judge's part of an advantage cannot be told from the rest, and it is "
                     "what the tokens' own credit takes the place of. Use 'sum_then_normalize'."
                 )
-            if getattr(args, "use_liger_kernel", False):
-                raise ValueError(
-                    "credit_assignment='prefix' cannot be combined with use_liger_kernel=True, whose fused loss takes one "
-                    "advantage per completion. Leave use_liger_kernel out, or use credit_assignment='sequence'."
-                )
             if args.importance_sampling_level != "token":
                 warnings.warn(
                     f"importance_sampling_level={args.importance_sampling_level!r} ties the tokens of a completion to one "
@@ -414,11 +408,6 @@ class SGPOTrainer(GRPOTrainer):
 
     def _check_remedy_settings(self, args: GRPOConfig) -> None:
         """Raises for settings under which what is done without a judge cannot work, warns where it works badly."""
-        if self._remedy == "zvp" and getattr(args, "use_liger_kernel", False):
-            raise ValueError(
-                "failed_groups='zvp' cannot be combined with use_liger_kernel=True, whose fused loss takes one advantage "
-                "per completion. Leave use_liger_kernel out, or use another remedy."
-            )
         if self._remedy == "zvp" and args.importance_sampling_level != "token":
             warnings.warn(
                 f"importance_sampling_level={args.importance_sampling_level!r} ties the tokens of a completion to one "
