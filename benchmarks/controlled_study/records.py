@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from controlled_study.settings import LEARNING_RATES, TUNING_SEEDS, Run
+from controlled_study.settings import COMPLETIONS_PER_UPDATE, LEARNING_RATES, TUNING_SEEDS, Run
 
 
 class Records:
@@ -20,7 +20,8 @@ class Records:
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.runs = {record["key"]: record for record in self._read("runs.jsonl")}
+        defaults = {"completions_per_update": COMPLETIONS_PER_UPDATE}  # which the first records do not name
+        self.runs = {record["key"]: defaults | record for record in self._read("runs.jsonl")}
         self.bases = {record["base"]: record for record in self._read("bases.jsonl")}
 
     def _read(self, name: str) -> list[dict[str, Any]]:
@@ -104,12 +105,13 @@ TUNED_AS = {
 def best_learning_rate(records: Records, run: Run) -> float:
     """
     The learning rate with the largest mean area under the curve over the tuning seeds, for the dial, the arm and the judge of
-    the run. Other group sizes take that of groups of eight.
+    the run, and for its completions per update. Other group sizes take that of groups of eight.
     """
     for arm in (run.arm, TUNED_AS.get(run.arm, run.arm)):
         found: dict[float, list[dict[str, Any]]] = {}
         for record in records.runs.values():
-            same = (record["dial"], record["arm"], record["judge"]) == (run.dial, arm, run.judge)
+            condition = (run.dial, arm, run.judge, run.completions_per_update)
+            same = tuple(record[k] for k in ("dial", "arm", "judge", "completions_per_update")) == condition
             if same and record["seed"] in TUNING_SEEDS and record["group_size"] == 8:
                 found.setdefault(record["learning_rate"], []).append(record)
         if found:

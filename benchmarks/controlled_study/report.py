@@ -21,12 +21,13 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from controlled_study.records import Records, area, tokens_to  # noqa: E402
-from controlled_study.settings import ARMS, DIALS, EXPOSURES, TUNING_SEEDS  # noqa: E402
+from controlled_study.settings import ARMS, COMPLETIONS_PER_UPDATE, DIALS, EXPOSURES, TUNING_SEEDS  # noqa: E402
 from controlled_study.tables import (  # noqa: E402
     AREA,
     GUARDS,
     JUDGE_BUDGET,
     JUDGED_ARMS,
+    LARGE_UPDATE,
     NOISY_JUDGES,
     RECOMMENDED,
     TABLES,
@@ -48,8 +49,10 @@ def select(records: Records, **where: Any) -> list[Row]:
     return sorted((r for r in rows if all(r[k] == v for k, v in where.items())), key=lambda r: r["seed"])
 
 
-def main_runs(records: Records, dial: str, arm: str, judge: str = "exact", group_size: int = 8) -> list[Row]:
-    return select(records, dial=dial, arm=arm, judge=judge, group_size=group_size)
+def main_runs(records: Records, dial: str, arm: str, judge: str = "exact", **others: int) -> list[Row]:
+    """The runs of an arm, in groups of eight and updates of the usual size where nothing else is said."""
+    sizes = {"group_size": 8, "completions_per_update": COMPLETIONS_PER_UPDATE} | others
+    return select(records, dial=dial, arm=arm, judge=judge, **sizes)
 
 
 def thousands(tokens: float, budget: float) -> str:
@@ -112,7 +115,7 @@ def tune_table(records: Records) -> str:
     """Areas under the curves of the tuning runs; the best of each row is what the arm was run with."""
     found = defaultdict(list)
     for r in records.runs.values():
-        if r["seed"] in TUNING_SEEDS:
+        if r["seed"] in TUNING_SEEDS and r["completions_per_update"] == COMPLETIONS_PER_UPDATE:
             tokens = min(TUNING_BUDGET[r["dial"]], r["tokens"])
             found[r["dial"], r["arm"], r["judge"], r["learning_rate"]].append(area(r, tokens))
     rates = sorted({rate for *_, rate in found})
@@ -125,8 +128,8 @@ def tune_table(records: Records) -> str:
     return markdown(["dial", "arm", "judge", *(f"{rate:g}" for rate in rates)], rows)
 
 
-def speed_table(records: Records, dial: str, arms: Sequence[str], judge: str = "exact", group_size: int = 8) -> str:
-    found = {arm: main_runs(records, dial, arm, judge, group_size) for arm in arms}
+def speed_table(records: Records, dial: str, arms: Sequence[str], **sizes: int) -> str:
+    found = {arm: main_runs(records, dial, arm, **sizes) for arm in arms}
     found = {arm: rows for arm, rows in found.items() if rows}
     budgets = {arm: min(r["tokens"] for r in rows) for arm, rows in found.items()}
     speeds = {
@@ -341,6 +344,8 @@ def main() -> None:
     sections.append((TABLES["judges"].question, judges_table(records)))
     for size in (4, 16):
         sections.append((f"Groups of {size}", speed_table(records, "95", THREE, group_size=size)))
+    large = speed_table(records, "95", THREE, completions_per_update=LARGE_UPDATE)
+    sections.append((f"Updates of {LARGE_UPDATE} completions", large))
     sections.append((TABLES["axes"].question, axes_table(records)))
     sections.append(("What training outside does to the inside, and to the entropy", drift_table(records)))
     sections.append(("Diversity: 64 samples for each of 32 problems", probes_table(records)))

@@ -121,6 +121,8 @@ class Run:
             Of the training; 100 and above are used for tuning only.
         group_size (`int`):
             Completions per prompt, G.
+        completions_per_update (`int`):
+            Of all groups of an update together.
         tokens (`int`):
             To be generated.
         stop_at (`float`, *optional*):
@@ -139,6 +141,7 @@ class Run:
     tokens: int
     judge: str = "exact"
     group_size: int = 8
+    completions_per_update: int = COMPLETIONS_PER_UPDATE
     stop_at: float | None = None
     probe: bool = False
     report: bool = False
@@ -146,6 +149,8 @@ class Run:
     @property
     def key(self) -> str:
         key = f"{self.dial}/{self.arm}/{self.judge}/G{self.group_size}/lr{self.learning_rate:g}/seed{self.seed}"
+        if self.completions_per_update != COMPLETIONS_PER_UPDATE:
+            key += f"/update{self.completions_per_update}"
         return f"{key}/report" if self.report else key
 
 

@@ -1,10 +1,17 @@
 """The tables of the study: which runs each is made of. `report.py` reads them back from what was recorded."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from controlled_study.records import tuning_runs
-from controlled_study.settings import AXIS_LEARNING_RATE, AXIS_NOISE, LEARNING_RATES, SEEDS, TUNING_SEEDS, Run
+from controlled_study.settings import (
+    AXIS_LEARNING_RATE,
+    AXIS_NOISE,
+    LEARNING_RATES,
+    SEEDS,
+    TUNING_SEEDS,
+    Run,
+)
 
 from trl_sgpo.tasks.rewrite_chain import AXES
 
@@ -18,6 +25,7 @@ AREA = {"5": 150_000, "20": 200_000, "75": 300_000, "95": 250_000, "99": 250_000
 JUDGE_BUDGET = 300_000  # half as many again as GRPO needs to 50 %
 TUNING_BUDGET = {"5": 100_000, "20": 150_000, "75": 250_000, "95": 350_000, "99": 450_000}
 STOP_AT = 0.75
+LARGE_UPDATE = 256  # completions
 
 CREDIT_ARMS = ("prefix_.3_1", "prefix_1_1", "prefix_1_0")
 REMEDIES = ("sign", "sign_.1", "ngrpo", "zvp", "lens")
@@ -120,6 +128,12 @@ def _group_sizes() -> list[Run]:
     ]
 
 
+def _large_updates() -> list[Run]:
+    tuning = [run for arm in THREE for run in tuning_runs("95", arm, 800_000, rates=LEARNING_RATES[2:])]
+    runs = [Run("95", arm, TUNED, seed, 1_200_000, stop_at=STOP_AT) for seed in SEEDS for arm in THREE]
+    return [replace(run, completions_per_update=LARGE_UPDATE) for run in (*tuning, *runs)]
+
+
 def _axes(exposures: Sequence[float]) -> list[Run]:
     runs = []
     for seed in SEEDS:
@@ -149,6 +163,7 @@ TABLES = {
     "tune_judges": Table("Which learning rate suits each arm under a judge that errs?", _tune_judges),
     "judges": Table("What does a judge that errs leave of it?", _judges),
     "group_sizes": Table("And with 4 or 16 completions per group?", _group_sizes),
+    "large_updates": Table("And with four times as many prompts per update?", _large_updates),
     "axes": Table(
         f"And outside of what pretraining showed? (pretraining noise {AXIS_NOISE})", lambda: _axes((0.0, 0.1))
     ),

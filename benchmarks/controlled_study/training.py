@@ -16,7 +16,6 @@ import transformers
 from controlled_study.noisy_judges import noisy_judge
 from controlled_study.settings import (
     ARMS,
-    COMPLETIONS_PER_UPDATE,
     LENGTH,
     MAX_COMPLETION_LENGTH,
     N_OPERATIONS,
@@ -232,18 +231,18 @@ def _trainer(run: Run, base: Path, folder: Path) -> Any:
         # TRL tokenises prompt and completion as one text, and this tokenizer splits at spaces
         data = data.map(lambda row: {"completion": f" {row['solution']}"}, remove_columns=["solution"])
         sft = SFTConfig(
-            **shared, per_device_train_batch_size=COMPLETIONS_PER_UPDATE, max_steps=100_000, max_length=None
+            **shared, per_device_train_batch_size=run.completions_per_update, max_steps=100_000, max_length=None
         )
         return SFTTrainer(model, args=sft, train_dataset=data, processing_class=tokenizer)
     # The run ends by its tokens. What is a fraction of the run is a fraction of the updates that they are good for
-    expected = run.tokens / (COMPLETIONS_PER_UPDATE * TOKENS_PER_COMPLETION)
+    expected = run.tokens / (run.completions_per_update * TOKENS_PER_COMPLETION)
     max_steps = math.ceil(20 * expected)
     config = dict(arm.config)
     if "judge_until" in config:
         config["judge_until"] *= expected / max_steps
     args = SGPOConfig(
         **shared,
-        per_device_train_batch_size=COMPLETIONS_PER_UPDATE,
+        per_device_train_batch_size=run.completions_per_update,
         num_generations=run.group_size,
         max_completion_length=MAX_COMPLETION_LENGTH + (24 if base_config(run.dial).axis else 0),
         max_steps=max_steps,
