@@ -102,19 +102,21 @@ TUNED_AS = {
 }
 
 
-def best_learning_rate(records: Records, run: Run) -> float:
+def best_learning_rate(
+    records: Records, dial: str, arm: str, judge: str, completions_per_update: int = COMPLETIONS_PER_UPDATE
+) -> float | None:
     """
-    The learning rate with the largest mean area under the curve over the tuning seeds, for the dial, the arm and the judge of
-    the run, and for its completions per update. Other group sizes take that of groups of eight.
+    The learning rate, of those that all arms are tuned on, with the largest mean area under the curve over the tuning seeds;
+    `None` if none was tried. Other group sizes take that of groups of eight.
     """
-    for arm in (run.arm, TUNED_AS.get(run.arm, run.arm)):
+    for tuned in (arm, TUNED_AS.get(arm, arm)):
         found: dict[float, list[dict[str, Any]]] = {}
         for record in records.runs.values():
-            condition = (run.dial, arm, run.judge, run.completions_per_update)
-            same = tuple(record[k] for k in ("dial", "arm", "judge", "completions_per_update")) == condition
-            if same and record["seed"] in TUNING_SEEDS and record["group_size"] == 8:
+            condition = tuple(record[k] for k in ("dial", "arm", "judge", "completions_per_update", "group_size"))
+            same = condition == (dial, tuned, judge, completions_per_update, 8)
+            if same and record["seed"] in TUNING_SEEDS and record["learning_rate"] in LEARNING_RATES:
                 found.setdefault(record["learning_rate"], []).append(record)
         if found:
             tokens = min(record["tokens"] for rows in found.values() for record in rows)
             return max(found, key=lambda rate: statistics.fmean(area(record, tokens) for record in found[rate]))
-    raise SystemExit(f"{run.arm} on dial {run.dial} has no tuned learning rate yet: run the table `tune` first.")
+    return None

@@ -20,7 +20,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from controlled_study.records import Records, area, tokens_to  # noqa: E402
+from controlled_study.records import Records, area, best_learning_rate, tokens_to  # noqa: E402
 from controlled_study.settings import ARMS, COMPLETIONS_PER_UPDATE, DIALS, EXPOSURES, TUNING_SEEDS  # noqa: E402
 from controlled_study.tables import (  # noqa: E402
     AREA,
@@ -50,9 +50,14 @@ def select(records: Records, **where: Any) -> list[Row]:
 
 
 def main_runs(records: Records, dial: str, arm: str, judge: str = "exact", **others: int) -> list[Row]:
-    """The runs of an arm, in groups of eight and updates of the usual size where nothing else is said."""
+    """
+    The runs of an arm, in groups of eight and updates of the usual size where nothing else is said, at the learning rate that
+    tuning chose.
+    """
     sizes = {"group_size": 8, "completions_per_update": COMPLETIONS_PER_UPDATE} | others
-    return select(records, dial=dial, arm=arm, judge=judge, **sizes)
+    rate = best_learning_rate(records, dial, arm, judge, sizes["completions_per_update"])
+    found = select(records, dial=dial, arm=arm, judge=judge, **sizes)
+    return [r for r in found if rate is None or r["learning_rate"] == rate]
 
 
 def thousands(tokens: float, budget: float) -> str:

@@ -12,12 +12,9 @@ goes on where it stopped. `report.py` makes the tables and pictures.
 import argparse
 import multiprocessing
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +25,18 @@ sys.path.insert(0, str(HERE.parent))
 from controlled_study.records import Records, best_learning_rate  # noqa: E402
 from controlled_study.settings import ARMS, DIALS, TUNING_SEEDS, Run, base_folder  # noqa: E402
 from controlled_study.tables import TABLES  # noqa: E402
-
-
-def _provenance() -> dict[str, Any]:
-    """Of the code as it is when the runs begin; "-dirty" if files differ from the commit."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
-    commit = subprocess.run(describe, capture_output=True, text=True, cwd=HERE)
-    return {
-        "commit": commit.stdout.strip(),
-        "versions": {name: version(name) for name in ("trl", "transformers", "torch")},
-        "hardware": f"{platform.machine()} CPU, 1 thread",
-    }
+from provenance import provenance  # noqa: E402
 
 
 def _work(task: tuple[str, Any, Path, dict[str, Any]]) -> dict[str, Any]:
     """In a process of its own: one run, or the description of one base."""
-    kind, what, folder, provenance = task
+    kind, what, folder, made_with = task
     from controlled_study import training
 
     if kind == "base":
-        return {"base": what, **training.describe_base(what, folder), **provenance}
+        return {"base": what, **training.describe_base(what, folder), **made_with}
     try:
-        return {"key": what.key, **asdict(what), **training.train(what, folder), **provenance}
+        return {"key": what.key, **asdict(what), **training.train(what, folder), **made_with}
     except Exception as error:  # one run that breaks must not lose the night
         return {"key": what.key, "error": f"{type(error).__name__}: {error}"}
 
@@ -64,8 +51,8 @@ def _quiet_worker() -> None:
 def execute(kind: str, what: Sequence[Any], folder: Path, records: Records, workers: int) -> None:
     from tqdm.auto import tqdm
 
-    provenance = _provenance()
-    tasks = [(kind, item, folder, provenance) for item in what]
+    made_with = provenance(("trl", "transformers", "torch"), threads=1)
+    tasks = [(kind, item, folder, made_with) for item in what]
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers, _quiet_worker, maxtasksperchild=8) as pool:
         bar = tqdm(pool.imap_unordered(_work, tasks), total=len(tasks), unit="run")
@@ -86,7 +73,12 @@ def wanted(table: str, records: Records, args: argparse.Namespace) -> Iterator[R
         if not wanted_seed or (args.arms and run.arm not in args.arms):
             continue
         if run.learning_rate == 0:
-            run = replace(run, learning_rate=best_learning_rate(records, run))
+            rate = best_learning_rate(records, run.dial, run.arm, run.judge, run.completions_per_update)
+            if rate is None:
+                raise SystemExit(
+                    f"{run.arm} on dial {run.dial} has no tuned learning rate yet: run the table `tune` first."
+                )
+            run = replace(run, learning_rate=rate)
         yield replace(run, tokens=round(run.tokens * args.tokens_factor))
 
 

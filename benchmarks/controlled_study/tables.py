@@ -58,11 +58,11 @@ def _tune() -> list[Run]:
         runs += tuning_runs("95", arm, TUNING_BUDGET["95"])
     for dial in ("99", "75", "20", "5"):
         for arm in (*THREE, "prefix_all_incorrect"):
-            if (dial, arm) == ("99", "grpo"):  # the others' budget shows no difference between its learning rates
-                runs += tuning_runs(dial, arm, BUDGET[dial], rates=LEARNING_RATES[:3])
-            else:
-                runs += tuning_runs(dial, arm, TUNING_BUDGET[dial])
-    # Between the best rates of GRPO and of the judged arms, and below the grid for those that are best at its end
+            # The others' budget shows no difference between the learning rates of GRPO at 99 %
+            late = (dial, arm) == ("99", "grpo")
+            runs += tuning_runs(dial, arm, (BUDGET if late else TUNING_BUDGET)[dial])
+    # What the grid leaves out, shown and not chosen from: between the best rates of GRPO and of the judged arms, and below
+    # those of the arms that are best at its end
     runs += [Run("95", arm, 3e-4, TUNING_SEEDS[0], TUNING_BUDGET["95"], stop_at=STOP_AT) for arm in THREE]
     runs += [
         Run("95", arm, 2e-5, TUNING_SEEDS[0], TUNING_BUDGET["95"], stop_at=STOP_AT)

@@ -109,15 +109,21 @@ class TestRecords:
         records = Records(tmp_path)
         for rate, accuracy in ((1e-4, 0.3), (2e-4, 0.5), (4e-4, 0.1)):
             records.append(self.record(rate, accuracy))
-        run = Run("95", "sgpo", 0.0, 0, 100)
-        assert best_learning_rate(records, run) == 2e-4
-        assert best_learning_rate(records, replace(run, arm="sgpo_half")) == 2e-4
-        with pytest.raises(SystemExit, match="no tuned learning rate"):
-            best_learning_rate(records, replace(run, judge="late:0.4"))
+        records.append(self.record(3e-4, 0.9))  # not on the grid that all arms are tuned on
+        assert best_learning_rate(records, "95", "sgpo", "exact") == 2e-4
+        assert best_learning_rate(records, "95", "sgpo_half", "exact") == 2e-4
+        assert best_learning_rate(records, "95", "sgpo", "late:0.4") is None
         records.append(self.record(1e-4, 0.2, judge="late:0.4"))
-        assert best_learning_rate(records, replace(run, judge="late:0.4")) == 1e-4
-        with pytest.raises(SystemExit, match="run the table `tune` first"):
-            best_learning_rate(records, replace(run, arm="grpo"))
+        assert best_learning_rate(records, "95", "sgpo", "late:0.4") == 1e-4
+        assert best_learning_rate(records, "95", "sgpo", "exact", completions_per_update=256) is None
+
+    def test_the_report_reads_the_runs_at_the_chosen_learning_rate(self, tmp_path):
+        records = Records(tmp_path)
+        for rate, accuracy in ((1e-4, 0.3), (2e-4, 0.5)):
+            records.append(self.record(rate, accuracy))
+            run = Run("95", "sgpo", rate, 0, 100)
+            records.append({"key": run.key, **vars(run), **curve((0, 0.0), (100, accuracy))})
+        assert [row["learning_rate"] for row in report.main_runs(records, "95", "sgpo")] == [2e-4]
 
 
 def test_sft_sees_the_prompt_that_it_is_evaluated_on(tmp_path, monkeypatch):
