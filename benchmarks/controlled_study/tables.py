@@ -8,6 +8,7 @@ from controlled_study.settings import (
     AXIS_LEARNING_RATE,
     AXIS_NOISE,
     LEARNING_RATES,
+    MORE_SEEDS,
     SEEDS,
     TUNING_SEEDS,
     Run,
@@ -40,6 +41,9 @@ MAIN_ARMS = (
 )
 NOISY_JUDGES = ("random:0.2", "random:0.4", "stubborn:0.4", "early:0.4", "late:0.4", "random:1")
 JUDGED_ARMS = ("sgpo", "sgpo_votes", RECOMMENDED, "prefix_votes")
+# By three seeds not to be told from each other, or from GRPO
+CLOSE_ARMS = ("grpo", "grpo_exclude", "zvp", "sgpo", "sgpo_all_incorrect", RECOMMENDED, "prefix_all_incorrect")
+CLOSE_CONDITIONS = (("random:1", "prefix_votes"),)
 JUDGE_RATES = (1e-4, 2e-4, 4e-4)  # up to the best with an exact judge
 GUARDS = ("sgpo_spread", "sgpo_half", "prefix_1_1", "prefix_1_0")  # tried under one judge only
 
@@ -77,8 +81,8 @@ def _main() -> list[Run]:
     budget["sgpo_quarter"] = 400_000  # off before SGPO is done
     return [
         Run("95", arm, TUNED, seed, budget[arm], stop_at=STOP_AT, probe=arm in THREE)
-        for seed in SEEDS
-        for arm in MAIN_ARMS
+        for seed in (*SEEDS, *MORE_SEEDS)
+        for arm in (MAIN_ARMS if seed in SEEDS else CLOSE_ARMS)
     ]
 
 
@@ -92,7 +96,7 @@ def _dials() -> list[Run]:
         arms = (*THREE, "prefix_all_incorrect", *(("prefix_handover", "sgpo_handover") if dial == "75" else ()))
         runs += [
             Run(dial, arm, TUNED, seed, BUDGET[dial], probe=dial == "75" and arm in THREE)
-            for seed in SEEDS
+            for seed in (*SEEDS, *MORE_SEEDS)
             for arm in arms
         ]
     return runs
@@ -114,8 +118,8 @@ def _judges() -> list[Run]:
     conditions += [("random:0.4", arm) for arm in GUARDS]
     return [
         Run("95", arm, TUNED, seed, JUDGE_BUDGET, judge=judge, stop_at=0.6)
-        for seed in SEEDS
-        for judge, arm in conditions
+        for seed in (*SEEDS, *MORE_SEEDS)
+        for judge, arm in (conditions if seed in SEEDS else CLOSE_CONDITIONS)
     ]
 
 
@@ -128,10 +132,17 @@ def _group_sizes() -> list[Run]:
     ]
 
 
+def _tune_large_updates() -> list[Run]:
+    runs = [run for arm in THREE for run in tuning_runs("95", arm, 800_000, rates=LEARNING_RATES[2:])]
+    return [replace(run, completions_per_update=LARGE_UPDATE) for run in runs]
+
+
 def _large_updates() -> list[Run]:
-    tuning = [run for arm in THREE for run in tuning_runs("95", arm, 800_000, rates=LEARNING_RATES[2:])]
-    runs = [Run("95", arm, TUNED, seed, 1_200_000, stop_at=STOP_AT) for seed in SEEDS for arm in THREE]
-    return [replace(run, completions_per_update=LARGE_UPDATE) for run in (*tuning, *runs)]
+    return [
+        Run("95", arm, TUNED, seed, 1_200_000, completions_per_update=LARGE_UPDATE, stop_at=STOP_AT)
+        for seed in SEEDS
+        for arm in THREE
+    ]
 
 
 def _axes(exposures: Sequence[float]) -> list[Run]:
@@ -163,6 +174,9 @@ TABLES = {
     "tune_judges": Table("Which learning rate suits each arm under a judge that errs?", _tune_judges),
     "judges": Table("What does a judge that errs leave of it?", _judges),
     "group_sizes": Table("And with 4 or 16 completions per group?", _group_sizes),
+    "tune_large_updates": Table(
+        "Which learning rate suits updates of four times as many prompts?", _tune_large_updates
+    ),
     "large_updates": Table("And with four times as many prompts per update?", _large_updates),
     "axes": Table(
         f"And outside of what pretraining showed? (pretraining noise {AXIS_NOISE})", lambda: _axes((0.0, 0.1))
