@@ -9,13 +9,21 @@ from typing import Any
 
 
 def commit() -> str:
-    """The commit of this checkout, with "-dirty" if files differ from it; "unknown" without git or outside of a repository."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
+    """
+    The commit of this checkout, with "-dirty" if tracked files other than recorded results differ from it; "unknown" without
+    git or outside of a repository.
+    """
+
+    def git(*arguments: str) -> str:
+        root = Path(__file__).parents[1]
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root, check=True).stdout.strip()
+
     try:
-        found = subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:
+        name = git("rev-parse", "--short=7", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/*/results*")
+    except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip() if found.returncode == 0 else "unknown"
+    return f"{name}-dirty" if changed else name
 
 
 def hardware(threads: int | None = None) -> str:

@@ -8,13 +8,16 @@ Prompts differ in difficulty (normal logits of pass@1); both sides are drawn fro
 
 import argparse
 import json
-import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.provenance import commit
 from trl_sgpo.analysis.metrics import mean_estimate, pass_at_k, support_table
 from trl_sgpo.analysis.report.verdict import LEVEL, Evidence, decide
 
@@ -50,8 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=200, help="simulated pairs per size of probe")
     args = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
-    results = {"commit": commit.stdout.strip(), "pairs": args.pairs, "level": LEVEL, "probes": []}
+    results = {"commit": commit(), "pairs": args.pairs, "level": LEVEL, "probes": []}
     for n_prompts, n_samples in PROBES:
         bar = tqdm(range(args.pairs), desc=f"{n_prompts} prompts x {n_samples} samples")
         found = [verdict(n_prompts, n_samples, seed) for seed in bar]

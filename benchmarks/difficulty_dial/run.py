@@ -6,15 +6,16 @@ letters and number of operations.
 """
 
 import json
-import platform
-import subprocess
+import sys
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.provenance import provenance
 from trl_sgpo.tasks.rewrite_chain import PretrainConfig, evaluate, load_or_pretrain, make_dataset
 
 
@@ -38,11 +39,8 @@ def main():
             dial = {"noise": config.noise, "length": config.length, "n_operations": n_operations}
             rows.append({**dial, **asdict(evaluate(model, tokenizer, prompts))})
             print(json.dumps(rows[-1]), flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     record = {
-        "commit": commit,
-        "versions": {name: version(name) for name in ("trl", "transformers", "torch")},
-        "hardware": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        **provenance(("trl", "transformers", "torch"), threads=torch.get_num_threads()),
         "config": asdict(PretrainConfig()),
         "rows": rows,
     }

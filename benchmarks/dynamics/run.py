@@ -8,7 +8,7 @@ exact population gradients. One core, no GPU.
 import argparse
 import json
 import platform
-import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.provenance import commit
 from trl_sgpo.analysis.dynamics import (
     ARMS,
     JUDGED,
@@ -271,12 +274,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     PLOTS.mkdir(exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
     arms = [(arm, settings) for arm in ARMS for settings in settings_of(arm)]
     swept = ("sgd", "noisy", "noisy_one_skill")
     noisy = ("noisy", "noisy_one_skill")
     results: dict[str, Any] = {
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "versions": {
             "python": platform.python_version(),
             "numpy": np.__version__,

@@ -23,6 +23,9 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.provenance import commit
 from trl_sgpo import JudgeItem
 from trl_sgpo.judges.openai import OpenAIJudge
 
@@ -254,9 +257,7 @@ def main():
         except PackageNotFoundError:
             versions[name] = None
     result = {
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
-        ).stdout.strip(),
+        "commit": commit(),
         "versions": versions,
         "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "requests": REQUESTS,

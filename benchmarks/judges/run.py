@@ -9,9 +9,12 @@ folder.
 
 import argparse
 import shutil
-import subprocess
+import sys
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.provenance import commit
 from trl_sgpo.analysis.judge_tables import show
 from trl_sgpo.scripts.judge_eval import JudgeEvalArguments, evaluate, write_json
 
@@ -61,7 +64,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", nargs="+", required=True, help="names of the Hub or local files")
     data = parser.parse_args().data
-    record = {}
+    head, record = {"commit": commit()}, {}
     for name, judge in JUDGES.items():
         output = Path("outputs/judges", name.replace(", ", "-").replace(" ", "-"))
         args = JudgeEvalArguments(judge, data, str(output), robustness=True, robustness_rows=1000, injection_rows=50)
@@ -70,9 +73,8 @@ def main():
         record[name] = rounded(compact(results))
         if name == "arithmetic":
             shutil.copy(output / "judge.png", HERE / "arithmetic.png")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
-    head = {key: results[key] for key in ("data", "versions", "hardware", "settings")}
-    write_json(HERE / "results.json", {"commit": commit, **head, "judges": record})
+    head |= {key: results[key] for key in ("data", "versions", "hardware", "settings")}
+    write_json(HERE / "results.json", {**head, "judges": record})
 
 
 if __name__ == "__main__":

@@ -9,19 +9,19 @@ both. Two cases: no failed group (the judge is never asked) and every group fail
 """
 
 import json
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.provenance import provenance
 from trl_sgpo import SGPOConfig, SGPOTrainer, StepwiseJudge
 from trl_sgpo.tasks.rewrite_chain import (
     PretrainConfig,
@@ -141,11 +141,7 @@ def bootstrap(ratios, draws=2000):
 def main():
     torch.set_num_threads(2)
     result = {
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE
-        ).stdout.strip(),
-        "versions": {name: version(name) for name in ("trl", "transformers", "torch", "accelerate")},
-        "hardware": f"{platform.processor() or platform.machine()}, 2 threads",
+        **provenance(("trl", "transformers", "torch", "accelerate")),
         "steps": ROUNDS * (STEPS - WARM_UP),
     }
     for case, outcome, credit_assignment in CASES:

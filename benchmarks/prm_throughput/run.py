@@ -13,7 +13,7 @@ import os
 import platform
 import random
 import statistics
-import subprocess
+import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -23,6 +23,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.provenance import commit
 from trl_sgpo import JudgeItem
 from trl_sgpo.judges.batches import token_batches
 from trl_sgpo.judges.prm import PRMJudge, pad_right
@@ -182,9 +185,7 @@ def main():
     to_bare = [bare / judged for judged, bare in zip(seconds["judge"], seconds["bare"], strict=True)]
     to_prefixes = [prefix / judged for judged, prefix in zip(seconds["judge"], seconds["prefixes"], strict=False)]
     result = {
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE
-        ).stdout.strip(),
+        "commit": commit(),
         "versions": {name: version(name) for name in ("trl", "transformers", "tokenizers", "torch")},
         "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {THREADS} thread, CPU",
         "seed": 0,

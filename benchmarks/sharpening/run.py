@@ -12,12 +12,9 @@ Every run is kept in outputs/sharpening/<arm>-seed<n> when it is done, so that a
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +23,9 @@ import torch
 import transformers
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.provenance import provenance
 from trl_sgpo import StepwiseJudge
 from trl_sgpo.analysis import SharpeningCallback
 from trl_sgpo.analysis.metrics import (
@@ -300,12 +300,9 @@ def main() -> None:
                 f"{last['support']}",
                 flush=True,
             )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     record = {
-        "commit": commit,
+        **provenance(("trl", "transformers", "torch", "accelerate"), threads=torch.get_num_threads()),
         "command": " ".join(["python", *sys.argv]),
-        "versions": {name: version(name) for name in ("trl", "transformers", "torch", "accelerate")},
-        "hardware": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "batch_metrics": overhead(base),
         "sampling": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_completion_length": 40, "n": N_SAMPLES},
         "runs": runs,

@@ -13,14 +13,11 @@ training, and after it that of the judge's body under the output embeddings that
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -32,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "quickstart"))
 from run import BASE, GROUP_SIZE, N_OPERATIONS, TOKENS, LearningCurve  # the quickstart's
 
+from benchmarks.provenance import provenance
 from recipes.judge.judges import FinishedPRMJudge
 from trl_sgpo.analysis.judge_metrics import NO_ERROR, first_error_f1
 from trl_sgpo.judges import JudgeItem, StepJudge, Verdict
@@ -213,12 +211,8 @@ def main() -> None:
     prompts = make_dataset(128, N_OPERATIONS, seed=2, length=BASE.length)["prompt"]
     judge = PRMJudge(args.judge, device="cpu")
     record = {
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT
-        ).stdout.strip(),
+        **provenance(("trl", "transformers", "torch", "accelerate"), threads=torch.get_num_threads()),
         "command": " ".join(["python", *sys.argv]),
-        "versions": {name: version(name) for name in ("trl", "transformers", "torch", "accelerate")},
-        "hardware": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "judge": {
             "threshold": judge.threshold,
             "training": json.loads((args.judge / "judge_train.json").read_text()),

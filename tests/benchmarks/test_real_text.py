@@ -22,7 +22,9 @@ from benchmarks.real_text.judge import (
     make_judge,
     plain_text,
 )
-from benchmarks.real_text.run import corrupt, epoch_batches, main
+from benchmarks.real_text.judge_evaluation import corrupt
+from benchmarks.real_text.pretraining import epoch_batches
+from benchmarks.real_text.run import main
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -283,7 +285,7 @@ def test_the_whole_experiment_and_that_nothing_finished_is_repeated(data, tmp_pa
 
 
 def test_pretraining_goes_on_where_it_was_broken_off(data, tmp_path, monkeypatch, capsys):
-    import benchmarks.real_text.run as module
+    import benchmarks.real_text.pretraining as module
 
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     monkeypatch.setattr(module, "SECONDS_BETWEEN_CHECKPOINTS", 0)
