@@ -21,9 +21,18 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from controlled_study.records import Records, area, best_learning_rate, tokens_to  # noqa: E402
-from controlled_study.settings import ARMS, COMPLETIONS_PER_UPDATE, DIALS, EXPOSURES, TUNING_SEEDS  # noqa: E402
+from controlled_study.settings import (  # noqa: E402
+    ARMS,
+    COMPLETIONS_PER_UPDATE,
+    DIALS,
+    EXPOSURES,
+    LEARNING_RATES,
+    TUNING_CHECK_SEEDS,
+    TUNING_SEEDS,
+)
 from controlled_study.tables import (  # noqa: E402
     AREA,
+    COMMON_RATE,
     GUARDS,
     JUDGE_BUDGET,
     JUDGED_ARMS,
@@ -45,19 +54,21 @@ Row = dict[str, Any]
 
 def select(records: Records, **where: Any) -> list[Row]:
     """The recorded runs with these values, tuning left out, by seed."""
-    rows = [r for r in records.runs.values() if r["seed"] not in TUNING_SEEDS and not r.get("report")]
+    tuning = (*TUNING_SEEDS, *TUNING_CHECK_SEEDS)
+    rows = [r for r in records.runs.values() if r["seed"] not in tuning and not r.get("report")]
     return sorted((r for r in rows if all(r[k] == v for k, v in where.items())), key=lambda r: r["seed"])
 
 
-def main_runs(records: Records, dial: str, arm: str, judge: str = "exact", **others: int) -> list[Row]:
+def main_runs(records: Records, dial: str, arm: str, judge: str = "exact", **others: Any) -> list[Row]:
     """
-    The runs of an arm, in groups of eight and updates of the usual size where nothing else is said, at the learning rate that
+    The runs of an arm; where nothing else is said, in groups of eight, updates of the usual size, and at the learning rate that
     tuning chose.
     """
-    sizes = {"group_size": 8, "completions_per_update": COMPLETIONS_PER_UPDATE} | others
-    rate = best_learning_rate(records, dial, arm, judge, sizes["completions_per_update"])
-    found = select(records, dial=dial, arm=arm, judge=judge, **sizes)
-    return [r for r in found if rate is None or r["learning_rate"] == rate]
+    where = {"group_size": 8, "completions_per_update": COMPLETIONS_PER_UPDATE} | others
+    tuned = best_learning_rate(records, dial, arm, judge, where["completions_per_update"])
+    if tuned is not None:
+        where.setdefault("learning_rate", tuned)
+    return select(records, dial=dial, arm=arm, judge=judge, **where)
 
 
 def thousands(tokens: float, budget: float) -> str:
@@ -133,8 +144,28 @@ def tune_table(records: Records) -> str:
     return markdown(["dial", "arm", "judge", *(f"{rate:g}" for rate in rates)], rows)
 
 
-def speed_table(records: Records, dial: str, arms: Sequence[str], **sizes: int) -> str:
-    found = {arm: main_runs(records, dial, arm, **sizes) for arm in arms}
+def tune_check_table(records: Records) -> str:
+    """Areas under the curves of single seeds: the one that chose the learning rates, and two that did not."""
+    rows = []
+    for arm in (*THREE, "zvp"):
+        for seed in (*TUNING_SEEDS, *TUNING_CHECK_SEEDS):
+            found = {
+                r["learning_rate"]: area(r, TUNING_BUDGET["95"])
+                for r in records.runs.values()
+                if (r["dial"], r["arm"], r["judge"], r["seed"]) == ("95", arm, "exact", seed)
+                and r["completions_per_update"] == COMPLETIONS_PER_UPDATE
+                and r["learning_rate"] in LEARNING_RATES
+            }
+            if found:
+                best = max(found.values())
+                cells = [found.get(rate) for rate in LEARNING_RATES]
+                shown = ["-" if c is None else (f"**{c:.3f}**" if c == best else f"{c:.3f}") for c in cells]
+                rows.append([ARMS[arm].label, str(seed), *shown])
+    return markdown(["arm", "seed", *(f"{rate:g}" for rate in LEARNING_RATES)], rows)
+
+
+def speed_table(records: Records, dial: str, arms: Sequence[str], **others: Any) -> str:
+    found = {arm: main_runs(records, dial, arm, **others) for arm in arms}
     found = {arm: rows for arm, rows in found.items() if rows}
     budgets = {arm: min(r["tokens"] for r in rows) for arm, rows in found.items()}
     speeds = {
@@ -203,7 +234,10 @@ def records_arms(records: Records, judge: str) -> set[str]:
 
 
 def axes_table(records: Records) -> str:
-    """Accuracy on problems outside of the pretraining, which are trained on, at the end of the run."""
+    """
+    Accuracy on problems outside of the pretraining, which are trained on: its mean over the run, and at the end of it. SFT is
+    there for what the architecture can, with more tokens, so only its end is shown.
+    """
     rows = []
     for axis in AXES:
         for exposure in EXPOSURES:
@@ -211,10 +245,12 @@ def axes_table(records: Records) -> str:
             found = {arm: main_runs(records, dial, arm) for arm in (*THREE, "sft")}
             if not found["grpo"]:
                 continue
-            cells = [
-                spread([r["curve"][-1]["accuracy"] for r in runs], lambda a: f"{a:.2f}") if runs else "-"
-                for runs in found.values()
-            ]
+            cells = []
+            for arm, runs in found.items():
+                ends = [r["curve"][-1]["accuracy"] for r in runs]
+                areas = [area(r, r["tokens"]) for r in runs]
+                shown = [spread(values, lambda a: f"{a:.2f}") for values in (areas, ends) if values]
+                cells.append(("; ".join(shown) if arm != "sft" else shown[-1]) if runs else "-")
             at_first = found["grpo"][0]["curve"][0]
             tied = [p["tied"] for r in found["sgpo"] for p in r["curve"][1:2] if "tied" in p]
             rows.append(
@@ -339,6 +375,7 @@ def main() -> None:
     args = parser.parse_args()
     records = Records(args.output)
     sections = [("Bases", bases_table(records)), (TABLES["tune"].question, tune_table(records))]
+    sections.append((TABLES["tune_check"].question, tune_check_table(records)))
     for dial in DIALS:
         arms = [arm for arm in ARMS if main_runs(records, dial, arm)]
         if arms:
@@ -346,6 +383,8 @@ def main() -> None:
                 (f"Tokens to 50 % at {failed_share(records, dial)} failed groups", speed_table(records, dial, arms))
             )
             draw_curves(records, dial, arms, args.output / f"curves_{dial}.png")
+    common = speed_table(records, "95", THREE, learning_rate=COMMON_RATE)
+    sections.append((TABLES["common_rate"].question, common))
     sections.append((TABLES["judges"].question, judges_table(records)))
     for size in (4, 16):
         sections.append((f"Groups of {size}", speed_table(records, "95", THREE, group_size=size)))

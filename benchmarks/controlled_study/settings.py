@@ -37,6 +37,7 @@ EXPOSURES = (0.0, 0.02, 0.1)
 LEARNING_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)  # every arm is tuned on the same ones
 AXIS_LEARNING_RATE = 2e-4  # the highest at which every arm lives with 95 % failed groups
 TUNING_SEEDS = (100,)
+TUNING_CHECK_SEEDS = (101, 102)  # nothing is chosen by them
 SEEDS = (0, 1, 2)
 MORE_SEEDS = (3, 4)  # where the intervals of three overlap
 

@@ -10,6 +10,7 @@ from controlled_study.settings import (
     LEARNING_RATES,
     MORE_SEEDS,
     SEEDS,
+    TUNING_CHECK_SEEDS,
     TUNING_SEEDS,
     Run,
 )
@@ -26,6 +27,7 @@ AREA = {"5": 150_000, "20": 200_000, "75": 300_000, "95": 250_000, "99": 250_000
 JUDGE_BUDGET = 300_000  # half as many again as GRPO needs to 50 %
 TUNING_BUDGET = {"5": 100_000, "20": 150_000, "75": 250_000, "95": 350_000, "99": 450_000}
 STOP_AT = 0.75
+COMMON_RATE = 2e-4  # GRPO's best
 LARGE_UPDATE = 256  # completions
 
 CREDIT_ARMS = ("prefix_.3_1", "prefix_1_1", "prefix_1_0")
@@ -73,6 +75,11 @@ def _tune() -> list[Run]:
         for arm in ("sign", "ngrpo", "lens")
     ]
     return runs
+
+
+def _tune_check() -> list[Run]:
+    runs = [run for arm in (*THREE, "zvp") for run in tuning_runs("95", arm, TUNING_BUDGET["95"])]
+    return [replace(run, seed=seed) for run in runs for seed in TUNING_CHECK_SEEDS]
 
 
 def _main() -> list[Run]:
@@ -132,6 +139,10 @@ def _group_sizes() -> list[Run]:
     ]
 
 
+def _common_rate() -> list[Run]:
+    return [Run("95", arm, COMMON_RATE, seed, 400_000, stop_at=STOP_AT) for seed in SEEDS for arm in THREE]
+
+
 def _tune_large_updates() -> list[Run]:
     runs = [run for arm in THREE for run in tuning_runs("95", arm, 800_000, rates=LEARNING_RATES[2:])]
     return [replace(run, completions_per_update=LARGE_UPDATE) for run in runs]
@@ -169,8 +180,10 @@ def _reports() -> list[Run]:
 
 TABLES = {
     "tune": Table("Which learning rate suits each arm?", _tune),
+    "tune_check": Table("Would two more seeds have chosen the same?", _tune_check),
     "main": Table("At about 95 % failed groups, how many tokens does each arm need to 50 % accuracy?", _main),
     "dials": Table("And at 5, 20, 75 and 99 %?", _dials),
+    "common_rate": Table("How much of it is the learning rate that an arm bears? All at GRPO's:", _common_rate),
     "tune_judges": Table("Which learning rate suits each arm under a judge that errs?", _tune_judges),
     "judges": Table("What does a judge that errs leave of it?", _judges),
     "group_sizes": Table("And with 4 or 16 completions per group?", _group_sizes),
