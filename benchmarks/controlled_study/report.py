@@ -128,20 +128,23 @@ def bases_table(records: Records) -> str:
 
 
 def tune_table(records: Records) -> str:
-    """Areas under the curves of the tuning runs; the best of each row is what the arm was run with."""
-    found = defaultdict(list)
+    """Areas under the curves of the tuning runs; bold is what the arm was run with."""
+    found: dict[tuple[str, str, str, int], dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for r in records.runs.values():
-        if r["seed"] in TUNING_SEEDS and r["completions_per_update"] == COMPLETIONS_PER_UPDATE:
-            tokens = min(TUNING_BUDGET[r["dial"]], r["tokens"])
-            found[r["dial"], r["arm"], r["judge"], r["learning_rate"]].append(area(r, tokens))
-    rates = sorted({rate for *_, rate in found})
+        if r["seed"] in TUNING_SEEDS:
+            found[r["dial"], r["arm"], r["judge"], r["completions_per_update"]][r["learning_rate"]].append(r)
+    rates = sorted({rate for runs in found.values() for rate in runs})
     rows = []
-    for dial, arm, judge in dict.fromkeys(key[:3] for key in found):
-        cells = [found.get((dial, arm, judge, rate), []) for rate in rates]
-        means = [statistics.fmean(c) if c else -1.0 for c in cells]
-        shown = ["-" if m < 0 else (f"**{m:.3f}**" if m == max(means) else f"{m:.3f}") for m in means]
-        rows.append([dial, ARMS[arm].label, judge, *shown])
-    return markdown(["dial", "arm", "judge", *(f"{rate:g}" for rate in rates)], rows)
+    for condition, runs in found.items():
+        tokens = min(r["tokens"] for some in runs.values() for r in some)
+        chosen = best_learning_rate(records, *condition)
+        cells = []
+        for rate in rates:
+            cell = f"{statistics.fmean(area(r, tokens) for r in runs[rate]):.3f}" if rate in runs else "-"
+            cells.append(f"**{cell}**" if rate == chosen else cell)
+        dial, arm, judge, completions = condition
+        rows.append([dial, ARMS[arm].label, judge, str(completions), *cells])
+    return markdown(["dial", "arm", "judge", "completions per update", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def tune_check_table(records: Records) -> str:

@@ -96,7 +96,7 @@ def _main() -> list[Run]:
 def _dials() -> list[Run]:
     runs = [
         Run("99", arm, TUNED, seed, BUDGET["99"], stop_at=STOP_AT)
-        for seed in SEEDS
+        for seed in (*SEEDS, *MORE_SEEDS)
         for arm in (*THREE, "prefix_all_incorrect")
     ]
     for dial in ("75", "20", "5"):
