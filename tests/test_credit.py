@@ -211,21 +211,57 @@ class TestTrainer:
         assert logged(trainer, "sgpo/groups/tied") == [1.0]
         assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
-    def test_ending_at_once_is_blamed(self, make_trainer):
+    def test_ending_at_once_is_blamed(self, make_trainer, tokenizer):
         """Else a policy whose every step is blamed learns to write nothing."""
-
-        def sometimes_nothing(text):
-            return [] if sum(map(ord, text)) % 2 else words_as_steps(text)
-
-        judge = StepwiseJudge(FixedJudge(1), segmenter=sometimes_nothing)
-        trainer = make_trainer([all_failed, judge], credit_assignment="prefix", max_steps=1)
+        ends_often = {"sequence_bias": [[[tokenizer.eos_token_id], 3.0]]}
+        trainer = make_trainer(
+            [all_failed, stepwise(1)], credit_assignment="prefix", max_steps=1, generation_kwargs=ends_often
+        )
         rounds = record_advantages(trainer)
         trainer.train()
         assert logged(trainer, "sgpo/credit/unlocated") == [0.0]
         n_written = logged(trainer, "sgpo/judge_calls")[0]
         assert 0 < n_written < len(rounds[0])
-        assert (rounds[0][:, 0] == 1).sum() == n_written
-        assert (rounds[0][:, 0] == -0.5).sum() == len(rounds[0]) - n_written
+        assert (rounds[0][:, 0] == -0.5).sum() >= len(rounds[0]) - n_written  # and solutions of one wrong step
+
+    def test_what_no_step_was_found_in_is_not_blamed(self, make_trainer):
+        def finds_steps_at_times(text):
+            return [] if sum(map(ord, text)) % 2 else words_as_steps(text)
+
+        judge = StepwiseJudge(FixedJudge(1), segmenter=finds_steps_at_times)
+        trainer = make_trainer([all_failed, judge], credit_assignment="prefix", max_steps=1)
+        rounds = record_advantages(trainer)
+        trainer.train()
+        n_judged = logged(trainer, "sgpo/judge_calls")[0]
+        assert 0 < n_judged < len(rounds[0])
+        assert rounds[0].any(dim=1).sum() <= n_judged
+
+    def test_the_judge_has_no_part_in_the_rewards(self, make_trainer):
+        """So it moves no other group, however the rewards are put together."""
+        for config in ({"scale_rewards": "batch"}, {"multi_objective_aggregation": "normalize_then_sum"}):
+            ours = make_trainer([by_kind, stepwise(1, 2)], credit_assignment="prefix", max_steps=1, **config)
+            theirs = make_trainer([by_kind], GRPOTrainer, GRPOConfig, max_steps=1, **config)
+            rounds_a, rounds_b = record_advantages(ours), record_advantages(theirs)
+            ours.train()
+            theirs.train()
+            mixed = rounds_b[0] != 0
+            assert mixed.any()
+            assert not mixed.all()
+            assert torch.equal(rounds_a[0][mixed][:, 0], rounds_b[0][mixed])
+            assert rounds_a[0][~mixed].any()
+
+    def test_groups_of_equal_scores_are_rescued(self, make_trainer):
+        trainer = make_trainer([all_failed, stepwise(1)], credit_assignment="prefix", max_steps=1)
+        trainer.train()
+        assert logged(trainer, "sgpo/groups/rescued") == [1.0]
+        assert logged(trainer, "sgpo/groups/tied") == [0.0]
+
+    def test_min_rts_spread(self, make_trainer):
+        trainer = make_trainer([all_failed, stepwise(1)], credit_assignment="prefix", max_steps=1, min_rts_spread=0.99)
+        rounds = record_advantages(trainer)
+        trainer.train()
+        assert logged(trainer, "sgpo/groups/tied") == [1.0]
+        assert not rounds[0].any()
 
     def test_no_error_that_stands_for_the_last_step_is_an_error(self, make_trainer):
         class Blind(StepJudge):
@@ -389,11 +425,3 @@ class TestTrainer:
     def test_bad_settings(self, config, message):
         with pytest.raises(ValueError, match=message):
             SGPOConfig("out", report_to="none", use_cpu=True, bf16=False, **config)
-
-    def test_normalize_then_sum_is_refused(self, make_trainer):
-        with pytest.raises(ValueError, match="credit_assignment='prefix' cannot be combined"):
-            make_trainer(
-                [by_kind, stepwise(0)],
-                credit_assignment="prefix",
-                multi_objective_aggregation="normalize_then_sum",
-            )

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from trl_sgpo.groups import (
     blend_advantages,
+    credited_groups,
     fill_failed_groups,
     fill_mixed_groups,
     group_advantages,
@@ -168,6 +169,21 @@ class TestFillFailedGroups:
         assert torch.isnan(groups.column_PG).all()
         assert not groups.rescued_P.item()
         assert not groups.tied_P.item()
+
+
+@given(matrix(st.sampled_from([None, 0.0, 0.25, 0.5])), st.sampled_from([0.0, 0.3]))
+def test_credited_groups_equal_their_rules(rts, min_spread):
+    outcome = torch.zeros(len(rts), len(rts[0]))
+    groups = credited_groups(outcome, tensor(rts), torch.ones(len(rts), dtype=torch.bool), min_spread)
+    for i, row in enumerate(rts):
+        given_rts = [value for value in row if value is not None]
+        enough = 2 * len(given_rts) >= len(row)
+        pays = enough and max(given_rts) > 0 and max(given_rts) - min(given_rts) >= min_spread
+        assert groups.rescued_P[i] == pays
+        assert groups.tied_P[i] == (enough and not pays)
+    none = credited_groups(outcome, tensor(rts), torch.zeros(len(rts), dtype=torch.bool), min_spread)
+    assert not none.rescued_P.any()
+    assert not none.tied_P.any()
 
 
 class TestFillMixedGroups:

@@ -416,6 +416,25 @@ class TestWhen:
         assert logged(trainer, "eval_sgpo/groups/failed") == [0.5] * 2
         assert not any(key.startswith("eval_sgpo/judge") for entry in trainer.state.log_history for key in entry)
 
+    def test_off_in_evaluation_after_a_generation_that_ends_in_training_mode(self, make_trainer, dataset):
+        """As with TRL's continuous batching. The mode of a round is the one that TRL took before."""
+        judge = CountingJudge()
+        trainer = make_trainer([by_kind, stepwise(judge)], trainer_args={"eval_dataset": dataset}, eval_strategy="no")
+        generate, compute_loss = trainer._generate, trainer.compute_loss
+
+        def ends_in_training_mode(*args, **kwargs):
+            result = generate(*args, **kwargs)
+            trainer.model.train()
+            return result
+
+        def in_evaluation(model, *args, **kwargs):  # TRL's loss reads the mode again
+            return compute_loss(model.eval(), *args, **kwargs)
+
+        trainer._generate, trainer.compute_loss = ends_in_training_mode, in_evaluation
+        trainer.evaluate()
+        assert judge.calls == 0
+        assert logged(trainer, "eval_sgpo/groups/failed") == [0.5]
+
     @pytest.mark.parametrize(
         ("until", "n_updates", "n_judged"), [(0.25, 12, 3), (0.7, 10, 7), (1.0, 3, 3), (0.01, 4, 1)]
     )

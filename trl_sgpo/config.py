@@ -45,9 +45,12 @@ class SGPOConfig(GRPOConfig):
             Whom a verdict pays. `"sequence"`: every token of the completion alike, by Eq. 2, as in the paper. `"prefix"`:
             each token by what the verdict says of it. In a failed group the tokens before the first wrong step have the
             advantage `prefix_reward`, those of that step `-error_penalty`, and those behind it, which nobody judged, 0; no
-            group normalisation is involved, so tied groups teach too. A group with verdicts for fewer than half of its completions,
-            or in which no completion has a right step, stays as GRPO leaves it. With `judge_scope="all_incorrect"`, the verified
-            prefix of a wrong completion of a mixed group is spared GRPO's blame.
+            group normalisation is involved, so groups of equal scores teach too. A group with verdicts for fewer than half of its
+            completions, or in which no completion has a right step, stays as GRPO leaves it. With
+            `judge_scope="all_incorrect"`, the verified prefix of a wrong completion of a mixed group is spared GRPO's blame. The
+            judge has no part in the rewards then: its column and `reward_weights` do not matter, and `reward` compares with a
+            GRPO run's. Credit begins at the first judged step, so thinking has some only if `StepwiseJudge` is given
+            `include_thinking=True`.
         prefix_reward (`float`, *optional*, defaults to `1.0`):
             Advantage of a token of the verified prefix, under `credit_assignment="prefix"`.
         error_penalty (`float`, *optional*, defaults to `0.5`):

@@ -37,9 +37,9 @@ def locate_steps(
 
     The steps are looked for in the text that the ids decode to, since the text of a parsed message has lost characters (special
     tokens, the marks around thinking or a tool call). The last step comes first and each one before the next, for what is
-    judged stands at the end: thinking in front of it may hold the same sentences. A token that reaches into a step belongs
-    to it, so a token that holds the end of one step and the beginning of the next is the next one's. A character that is
-    spread over several tokens, as in byte-level vocabularies, takes all of them along.
+    judged stands at the end: thinking in front of it may hold the same sentences. White space around a step is not looked
+    for: that behind the wrong step is not part of it, and a token that holds the end of one step and the beginning of the
+    next is the next one's. A character that is spread over several tokens, as in byte-level vocabularies, takes all of them along.
 
     Args:
         decode (`Callable`):

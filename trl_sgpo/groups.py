@@ -185,6 +185,55 @@ def fill_failed_groups(
     return JudgedGroups(column_PG, rescued_P, enough_P & flat_P, rts_range_P, spread_factor_P)
 
 
+class CreditedGroups(NamedTuple):
+    """Failed groups whose verdicts pay tokens; those that were judged and pay none. Each of shape `(P,)` and boolean."""
+
+    rescued_P: Tensor
+    tied_P: Tensor
+
+
+def credited_groups(
+    outcome_PG: Tensor, rts_PG: Tensor, failed_P: Tensor, min_rts_spread: float = 0.0
+) -> CreditedGroups:
+    """
+    The failed groups whose verdicts pay tokens. What a token earns is not relative to the group, so equal scores teach too;
+    these groups do not:
+
+    - One with verdicts for fewer than half of its completions. A judge that mostly abstains, as a vote of judges that do not
+      agree does, is one whose remaining verdicts are luck.
+    - One in which no completion has a right step. There is blame alone, and it says what not to write, of nearly everything: a
+      policy that cannot do the task at all is driven to whatever is not blamed, and forgets what it could do.
+    - One whose RTS span less than `min_rts_spread`.
+
+    Args:
+        outcome_PG (`torch.Tensor` of shape `(P, G)`):
+            Outcome rewards, NaN where a completion has none.
+        rts_PG (`torch.Tensor` of shape `(P, G)`):
+            Reasoning trajectory scores, NaN where there is no verdict.
+        failed_P (`torch.Tensor` of shape `(P,)`):
+            Which groups failed.
+        min_rts_spread (`float`, *optional*, defaults to `0.0`):
+            The RTS range that a group needs.
+
+    Returns:
+        [`CreditedGroups`]: Failed groups with too few verdicts are neither.
+
+    Example:
+
+    ```python
+    >>> nan = float("nan")
+    >>> rts = torch.tensor([[0.4, 0.4], [0.0, 0.0], [nan, nan]])
+    >>> credited_groups(torch.zeros(3, 2), rts, torch.tensor([True, True, True]))
+    CreditedGroups(rescued_P=tensor([ True, False, False]), tied_P=tensor([False,  True, False]))
+    ```
+    """
+    judged_PG = ~torch.isnan(rts_PG)
+    enough_P = failed_P & (2 * judged_PG.sum(dim=1) >= (~torch.isnan(outcome_PG)).sum(dim=1))
+    right_step_P = rts_PG.nan_to_num(nan=0.0).amax(dim=1) > 0
+    rescued_P = enough_P & right_step_P & (value_range(rts_PG) >= min_rts_spread)
+    return CreditedGroups(rescued_P, enough_P & ~rescued_P)
+
+
 def fill_mixed_groups(
     outcome_PG: Tensor,
     reward_PG: Tensor,

@@ -631,14 +631,17 @@ class CutCompletion:
         text (`str`):
             What the policy wrote, as [`completion_to_text`] returns it.
         spans (`tuple[tuple[int, int], ...]`):
-            Spans of the steps in `text`, in order. Empty if there is nothing to judge.
+            Spans of the steps in `text`, in order. Empty if there is nothing to judge, or the segmenter found no step.
         context (`dict[int, str]`):
             By index of a step: the text in front of it that the policy did not write (tool results).
+        blank (`bool`):
+            Whether there is nothing to judge: no text, or none but white space and the tags of thinking.
     """
 
     text: str
     spans: tuple[Span, ...]
     context: dict[int, str]
+    blank: bool
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -679,7 +682,7 @@ def cut_completion(
     texts: list[str] = []
     spans: list[Span] = []
     context: dict[int, str] = {}
-    offset, pending = 0, []
+    offset, pending, blank = 0, [], True
     for turn in completion_turns(completion):
         if not turn.by_policy:
             pending.extend([turn.text] if turn.text.strip() else [])
@@ -687,13 +690,14 @@ def cut_completion(
             start, end = judged_region(turn.text, include_thinking=include_thinking)
             region = turn.text[start:end]
             cut = check_spans(region, segmenter(region)) if region.strip() else []
+            blank = blank and not region.strip()
             if cut and pending:
                 context[len(spans)] = "\n\n".join(pending)
                 pending = []
             spans.extend((offset + start + left, offset + start + right) for left, right in cut)
             texts.append(turn.text)
             offset += len(turn.text) + len("\n\n")
-    return CutCompletion(text="\n\n".join(texts), spans=tuple(spans), context=context)
+    return CutCompletion(text="\n\n".join(texts), spans=tuple(spans), context=context, blank=blank)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -34,9 +34,11 @@ from trl_sgpo.analysis.metrics import pass_at_k
 from trl_sgpo.config import SGPOConfig
 from trl_sgpo.credit import StepTokens, locate_steps, prefix_credit
 from trl_sgpo.groups import (
+    CreditedGroups,
     GroupKinds,
     JudgedGroups,
     blend_advantages,
+    credited_groups,
     fill_failed_groups,
     fill_mixed_groups,
     group_advantages,
@@ -110,7 +112,7 @@ class _VerdictsOfRound:
 
     scores: list[StepScore | None]
     in_failed_group_B: Tensor
-    in_judged_group_B: Tensor  # a failed one with verdicts for enough of its completions
+    in_rescued_group_B: Tensor
     completion_ids: list[list[int]]
     weight: float
 
@@ -232,9 +234,9 @@ class SGPOTrainer(GRPOTrainer):
     Raises:
         ValueError: If the installed TRL is not supported, `reward_funcs` holds two judges, a judge without an outcome
             reward, or several candidates for it with `args.outcome_reward` not set; if `args.outcome_reward` is unknown;
-            if the judge's reward weight is negative; if `args.failed_group_weight`, `args.failed_group_schedule` or
-            `judge_scope="all_incorrect"` is combined with `multi_objective_aggregation="normalize_then_sum"`; if
-            `args.failed_groups` names a remedy and it cannot be told which reward is the outcome; if
+            if the judge's reward weight is negative; if, with `credit_assignment="sequence"`, `args.failed_group_weight`,
+            `args.failed_group_schedule` or `judge_scope="all_incorrect"` is combined with
+            `multi_objective_aggregation="normalize_then_sum"`; if `args.failed_groups` names a remedy and it cannot be told which reward is the outcome; if
             `args.exclude_dead_groups` is combined with a loss whose denominator is unknown.
     """
 
@@ -345,6 +347,7 @@ class SGPOTrainer(GRPOTrainer):
         self._verdicts: _VerdictsOfRound | None = None
         self._groups_to_remedy: _FailedGroups | None = None
         self._flat_P: Tensor | None = None
+        self._mode_of_round: str | None = None
         self._judge_seconds = 0.0
         self._silent_rounds = 0
         self._truncation_warned = False
@@ -359,12 +362,6 @@ class SGPOTrainer(GRPOTrainer):
                 "a weight of at least 0."
             )
         if self.credit_assignment == "prefix":
-            if args.multi_objective_aggregation == "normalize_then_sum":
-                raise ValueError(
-                    "credit_assignment='prefix' cannot be combined with multi_objective_aggregation="
-                    "'normalize_then_sum': there the judge's part of an advantage cannot be told from the rest, and it is "
-                    "what the tokens' own credit takes the place of. Use 'sum_then_normalize'."
-                )
             if args.importance_sampling_level != "token":
                 warnings.warn(
                     f"importance_sampling_level={args.importance_sampling_level!r} ties the tokens of a completion to one "
@@ -373,6 +370,7 @@ class SGPOTrainer(GRPOTrainer):
                     UserWarning,
                     stacklevel=3,
                 )
+            return  # the judge has no part in the rewards, so it does not matter how these are put together
         if args.multi_objective_aggregation == "normalize_then_sum":
             if self.failed_group_schedule != "constant":
                 raise ValueError(
@@ -424,6 +422,9 @@ class SGPOTrainer(GRPOTrainer):
 
     @property
     def _mode(self) -> str:
+        """As TRL takes it, before it generates: some ways of generating leave the model in training mode."""
+        if self._mode_of_round is not None:
+            return self._mode_of_round
         return "train" if self.model is not None and self.model.training else "eval"
 
     @property
@@ -478,21 +479,25 @@ class SGPOTrainer(GRPOTrainer):
             scores = self._judge(judge, local, inputs, prompts, completions)
             self._warn_of_truncated([completion_ids_list[i] for i in local])
             gathered = self._gather_scores(judge, scores)
-            self._fill_judge_column(judge, rewards_per_func, outcome_PG, kinds, gathered)
+            rts_PG = gathered.rts.view_as(outcome_PG)
+            rewards_PGF = rewards_per_func.view(*outcome_PG.shape, -1)
+            # The judge's column is empty so far
+            others_PG = weighted_sum(rewards_PGF, self.reward_weights.to(rewards_per_func.device))
+            groups: JudgedGroups | CreditedGroups
             if self.credit_assignment == "prefix":
-                # A group with few verdicts stays as GRPO leaves it here too: a judge that mostly abstains, as a vote of
-                # judges that do not agree does, is one whose remaining verdicts are luck
-                n_verdicts_P = (~torch.isnan(gathered.rts.view_as(outcome_PG))).sum(dim=1)
-                judged_P = kinds.failed_P & (2 * n_verdicts_P >= (~torch.isnan(outcome_PG)).sum(dim=1))
-                # Where nobody has a right step there is blame alone, and it says what not to write, of nearly everything: a
-                # policy that cannot do the task at all is driven to whatever is not blamed, and forgets what it could do
-                judged_P &= gathered.rts.view_as(outcome_PG).nan_to_num(nan=0.0).amax(dim=1) > 0
-                in_failed_N, in_judged_N = (
+                # The column stays empty: the judge has no part in any group's rewards, and its verdicts pay tokens
+                groups = credited_groups(outcome_PG, rts_PG, kinds.failed_P, self.min_rts_spread)
+                in_failed_N, in_rescued_N = (
                     flag_P.repeat_interleave(group_size)[first : first + len(prompts)]
-                    for flag_P in (kinds.failed_P, judged_P)
+                    for flag_P in (kinds.failed_P, groups.rescued_P)
                 )
                 weight = self._weight_of_round(kinds)
-                self._verdicts = _VerdictsOfRound(scores, in_failed_N, in_judged_N, completion_ids_list, weight)
+                self._verdicts = _VerdictsOfRound(scores, in_failed_N, in_rescued_N, completion_ids_list, weight)
+            else:
+                groups = self._fill_judge_column(judge, rewards_PGF, outcome_PG, others_PG, rts_PG, kinds)
+            self._log_failed_groups(kinds.failed_P, groups.rescued_P, groups.tied_P, others_PG)
+            compared_P = kinds.failed_P & ((~torch.isnan(rts_PG)).sum(dim=1) >= 2)
+            self._log_verdicts(judge, gathered, value_range(rts_PG)[compared_P])
         elif self.stepwise_judge is not None and self.failed_groups == "judge" and self._mode == "train":
             # A round in which nobody was asked counts too: what is logged is the mean over rounds
             for name in ("groups/rescued", "groups/tied", "groups/tied_other_rewards", "judge_calls", "judge_seconds"):
@@ -538,26 +543,24 @@ class SGPOTrainer(GRPOTrainer):
     def _fill_judge_column(
         self,
         judge: StepwiseJudge,
-        rewards_per_func: Tensor,
+        rewards_PGF: Tensor,
         outcome_PG: Tensor,
+        others_PG: Tensor,
+        rts_PG: Tensor,
         kinds: GroupKinds,
-        scores: _GatheredScores,
-    ) -> None:
+    ) -> JudgedGroups:
         """
-        Writes the judge's column of the gathered matrix of shape `(P * G, F)`, in place, and logs what became of the
-        failed groups. The same on every rank.
+        Writes the judge's column of the gathered rewards, of shape `(P, G, F)`, in place; `others_PG` is the weighted sum
+        of all other columns. The same on every rank.
         """
-        weights_F = self.reward_weights.to(rewards_per_func.device)
-        rewards_PGF = rewards_per_func.view(*outcome_PG.shape, len(weights_F))  # a view: filling one fills the other
-        others_PG = weighted_sum(rewards_PGF, weights_F)  # the judge's column is still empty
-        rts_PG = scores.rts.view_as(outcome_PG)
+        weights_F = self.reward_weights.to(rewards_PGF.device)
         reward_PG = judge.rewards(rts_PG)
         # Where a completion without an outcome has another reward, it would be compared with rewards that hold the
         # judge's while its own does not: such a group stays as GRPO leaves it
         uneven_P = (torch.isnan(outcome_PG) & ~torch.isnan(others_PG)).any(dim=1)
         groups = fill_failed_groups(outcome_PG, rts_PG, reward_PG, kinds.failed_P & ~uneven_P, self.min_rts_spread)
         column_PG = groups.column_PG
-        if self.judge_scope == "all_incorrect" and self.credit_assignment == "sequence":
+        if self.judge_scope == "all_incorrect":
             judge_weight = float(weights_F[self._judge_index])
             mixed_PG = fill_mixed_groups(
                 outcome_PG, reward_PG, others_PG, kinds.mixed_P & ~uneven_P, self.success_threshold, judge_weight
@@ -569,9 +572,7 @@ class SGPOTrainer(GRPOTrainer):
             column_PG = column_PG.masked_fill(torch.isnan(rts_PG), torch.nan)
         rewards_PGF[:, :, self._judge_index] = column_PG
 
-        # Where credit goes to tokens, no part of the judge's reaches them by way of the group
-        weight = self._weight_of_round(kinds) if self.credit_assignment == "sequence" else 0.0
-        factor_P = torch.where(groups.rescued_P, weight, 1.0).to(reward_PG.dtype)
+        factor_P = torch.where(groups.rescued_P, self._weight_of_round(kinds), 1.0).to(reward_PG.dtype)
         if sums_first and self.scale_rewards == "group":
             factor_P = factor_P * groups.spread_factor_P
         if (factor_P != 1).any():
@@ -579,12 +580,11 @@ class SGPOTrainer(GRPOTrainer):
                 others_PG, self.scale_rewards, scale_PG=weighted_sum(rewards_PGF, weights_F)
             )
             self._advantage_scaling = _AdvantageScaling(without_judge_PG, factor_P)
-        self._log_failed_groups(kinds.failed_P, groups, others_PG)
-        compared_P = kinds.failed_P & ((~torch.isnan(rts_PG)).sum(dim=1) >= 2)
-        self._log_verdicts(judge, scores, groups.rts_range_P[compared_P])
+        return groups
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._forget_round()
+        self._mode_of_round = self._mode
         output = super()._generate_and_score_completions(inputs)
         if self._flat_P is not None:
             # A group of equal rewards is dead, and would not be exactly so: taking the mean leaves a rounding residue
@@ -603,6 +603,7 @@ class SGPOTrainer(GRPOTrainer):
 
     def _forget_round(self) -> None:
         """What `_calculate_rewards` has to say holds for the round at hand."""
+        self._mode_of_round = None
         self._advantage_scaling = self._verdicts = self._groups_to_remedy = self._flat_P = None
 
     def _local_rows(self, output: dict[str, Any]) -> slice:
@@ -716,9 +717,11 @@ class SGPOTrainer(GRPOTrainer):
         tool_mask = output.get("tool_mask")
         places: list[StepTokens | None] = []
         n_errors = 0
+        own_BT = self._own_tokens(output)
+        has_loss = own_BT.any(dim=1).tolist()  # none if it was truncated and masked
         for i, (score, ids) in enumerate(zip(verdicts.scores, verdicts.completion_ids, strict=True)):
             place = None
-            if score is not None and (score.first_error is not None or score.status == "error"):
+            if score is not None and has_loss[i] and (score.first_error is not None or score.status == "error"):
                 n_errors += 1
                 if score.first_error is None:  # an empty completion: ending at once is its error
                     place = StepTokens(0, 0, len(ids))
@@ -731,13 +734,12 @@ class SGPOTrainer(GRPOTrainer):
         if counts[0] > 0:
             self._log("sgpo/credit/unlocated", 1 - (counts[1] / counts[0]).item())
         credit_BT = prefix_credit(places, length, self.prefix_reward, self.error_penalty).to(advantages_B)
-        credit_BT = verdicts.weight * credit_BT * verdicts.in_judged_group_B.unsqueeze(1)
+        credit_BT = verdicts.weight * credit_BT * verdicts.in_rescued_group_B.unsqueeze(1)
         # In a mixed group GRPO blames the whole of a wrong completion: what was verified is spared
         verified_BT = prefix_credit(places, length, 1.0, 0.0).to(advantages_B) > 0
         spared_BT = verified_BT & ~verdicts.in_failed_group_B.unsqueeze(1)
         shared_BT = advantages_B.unsqueeze(1).expand(-1, length)
         advantages_BT = shared_BT.masked_fill(spared_BT & (shared_BT < 0), 0.0) + credit_BT
-        own_BT = self._own_tokens(output)
         mean_B = (advantages_BT * own_BT).sum(dim=1) / own_BT.sum(dim=1).clamp(min=1)
         touched_B = (advantages_BT != shared_BT).any(dim=1)
         self._replace_logged_advantages(gather(torch.where(touched_B, mean_B, advantages_B)))
@@ -768,15 +770,15 @@ class SGPOTrainer(GRPOTrainer):
             if full.any():
                 self._log(f"sgpo/pass@{k}", float(pass_at_k(n[full], c[full], k).mean()))
 
-    def _log_failed_groups(self, failed_P: Tensor, groups: JudgedGroups, others_PG: Tensor) -> None:
+    def _log_failed_groups(self, failed_P: Tensor, rescued_P: Tensor, tied_P: Tensor, others_PG: Tensor) -> None:
         """What became of the failed groups: shares of all groups."""
         lowest_P = others_PG.nan_to_num(nan=torch.inf).amin(dim=1)
         others_teach_P = others_PG.nan_to_num(nan=-torch.inf).amax(dim=1) > lowest_P
         for name, group_P in (
-            ("rescued", groups.rescued_P),
-            ("tied", groups.tied_P),
-            ("tied_other_rewards", groups.tied_P & others_teach_P),
-            ("unjudged", failed_P & ~groups.rescued_P & ~groups.tied_P),
+            ("rescued", rescued_P),
+            ("tied", tied_P),
+            ("tied_other_rewards", tied_P & others_teach_P),
+            ("unjudged", failed_P & ~rescued_P & ~tied_P),
         ):
             self._log(f"sgpo/groups/{name}", group_P.float().mean().item())
 
@@ -838,7 +840,11 @@ class SGPOTrainer(GRPOTrainer):
         if self.is_world_process_zero():
             folder = Path(cast(str, self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
-            settings = {"outcome_reward": outcome_reward, "success_threshold": self.success_threshold}
+            settings = {
+                "outcome_reward": outcome_reward,
+                "success_threshold": self.success_threshold,
+                "credit_assignment": self.credit_assignment,
+            }
             (folder / "sgpo.json").write_text(json.dumps(settings, indent=2) + "\n")
 
     def _warn_of_truncated(self, completion_ids: list[list[int]]) -> None:

@@ -78,6 +78,11 @@ class TestScore:
         score(judge, text, include_thinking=True)
         assert len(judge.items[0].steps) > 2
 
+    def test_a_text_in_which_the_segmenter_finds_no_step_is_an_abstention(self):
+        scored = score(judge_of(), "A long answer without any head.", segmenter=lambda text: [])
+        assert (scored.status, scored.reason, scored.called) == ("abstain", "the segmenter found no step", False)
+        assert scored.rts_steps is None
+
     def test_a_segmenter_that_fails_later_is_an_abstention(self, caplog):
         def segmenter(text):
             if "Then add" in text:

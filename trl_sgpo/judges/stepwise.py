@@ -265,9 +265,12 @@ class StepwiseJudge:
                 self._show_traceback("A completion could not be cut into steps")
                 scores[i] = _unscored(Verdict.abstain(f"{type(error).__name__}: {error}"), 0, called=False)
                 continue
-            if not cut.spans:
+            if cut.blank:
                 # Nothing was written, so nothing is right, and no judge has to be asked
                 scores[i] = StepScore("error", None, 0, 0.0, 0.0, "empty completion", called=False)
+                continue
+            if not cut.spans:
+                scores[i] = _unscored(Verdict.abstain("the segmenter found no step"), 0, called=False)
                 continue
             cuts[i] = cut
             items.append(item)

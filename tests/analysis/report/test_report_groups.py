@@ -37,8 +37,8 @@ def rows_of(outcome_PG, advantage_PG=None, judge_PG=None, rts_PG=None, verdict_P
     )
 
 
-def kinds_of(rows, size):
-    groups = make_groups(rows, size, "accuracy")
+def kinds_of(rows, size, **settings):
+    groups = make_groups(rows, size, "accuracy", **settings)
     names = ("solved", "mixed", "rescued", "other_rewards", "tied", "abstained", "unjudged", "unscored")
     return [names[k] for k in groups.kind], groups
 
@@ -102,6 +102,12 @@ def test_one_group_per_file_is_no_guess():
     advantage = (outcome - outcome.mean(1, keepdims=True)).ravel()
     file = np.repeat(np.arange(8), 4)
     assert infer_group_size(file, file * 0, advantage) == (4, "")
+
+
+def test_prefix_credit_rescues_where_somebody_has_a_right_step():
+    # The judge has no part in the rewards there, and equal scores teach
+    rows = rows_of([[0, 0]] * 2, [[0.4, 0.4], [0.7, -0.7]], rts_PG=[[0.5, 0.5], [0, 0]], other_PG=[[0, 0], [1, 0]])
+    assert kinds_of(rows, 2, credit_assignment="prefix")[0] == ["rescued", "other_rewards"]
 
 
 def test_kinds_without_a_judge():

@@ -25,7 +25,8 @@ GLOSSARY: dict[str, Entry] = {
     ),
     "rescued": Entry(
         "rescued",
-        "Failed groups that teach, since a step-wise judge scored their completions differently.",
+        "Failed groups that teach, since a step-wise judge scored their completions differently (with "
+        "credit_assignment='prefix': since it found right steps).",
         "Says that there is a gradient, not that it points the right way: that depends on the judge.",
     ),
     "other_rewards": Entry(
@@ -35,7 +36,8 @@ GLOSSARY: dict[str, Entry] = {
     ),
     "tied": Entry(
         "tied",
-        "Failed groups that were judged, with equal scores: still no gradient.",
+        "Failed groups that were judged, with equal scores (with credit_assignment='prefix': without any right step): still no "
+        "gradient.",
         "A few long steps tie more often than many short ones, so the share depends on how completions are cut.",
     ),
     "abstained": Entry(

@@ -151,7 +151,13 @@ def split_groups(file: np.ndarray, prompt: np.ndarray, size: int) -> np.ndarray:
     return flat[:, None] + np.arange(size)[None, :]
 
 
-def make_groups(rows: Rows, size: int, outcome: str | None, success_threshold: float = 0.5) -> Groups:
+def make_groups(
+    rows: Rows,
+    size: int,
+    outcome: str | None,
+    success_threshold: float = 0.5,
+    credit_assignment: str = "sequence",
+) -> Groups:
     """
     What became of each group.
 
@@ -164,6 +170,9 @@ def make_groups(rows: Rows, size: int, outcome: str | None, success_threshold: f
             The reward that says right or wrong. Without it groups have no kind.
         success_threshold (`float`, *optional*, defaults to `0.5`):
             A completion is correct when its outcome reaches this.
+        credit_assignment (`str`, *optional*, defaults to `"sequence"`):
+            With `"prefix"` the judge has no part in the rewards: a failed group that teaches and in which somebody has a right
+            step is rescued.
     """
     index_PG = split_groups(rows.file, rows.prompt, size)
     n_rows, n_groups = len(rows.step), len(index_PG)
@@ -184,8 +193,9 @@ def make_groups(rows: Rows, size: int, outcome: str | None, success_threshold: f
     ).sum(axis=1)
     scored = n_scored >= 2
     failed = scored & (n_correct == 0)
+    differs_P = (np.nan_to_num(rts_PG) > 0).any(axis=1) if credit_assignment == "prefix" else spread_P > 0
     of_failed = [
-        (live & (spread_P > 0), "rescued"),
+        (live & differs_P, "rescued"),
         (live, "other_rewards"),
         ((judged_P >= 2) & (2 * judged_P >= size), "tied"),
         (silent_P > 0, "abstained"),

@@ -162,12 +162,12 @@ def read_run(
     if size is None:
         size, guess = infer_group_size(rows.file, rows.prompt, rows.advantage)
         run.missing += [guess] if guess else []
-    run.groups = _groups(run, rows, size, success_threshold)
+    run.groups = _groups(run, rows, size, success_threshold, settings.get("credit_assignment", "sequence"))
     return run
 
 
-def _groups(run: Run, rows: Rows, size: int, success_threshold: float) -> Groups | None:
-    groups = make_groups(rows, size, run.outcome, success_threshold)
+def _groups(run: Run, rows: Rows, size: int, success_threshold: float, credit_assignment: str) -> Groups | None:
+    groups = make_groups(rows, size, run.outcome, success_threshold, credit_assignment)
     if size == 1:
         run.missing.append(
             "Every completion has a prompt of its own (G = 1): there are no groups, so no group split and no pass@k beyond "
