@@ -65,14 +65,12 @@ def tokens_to(record: dict[str, Any], accuracy: float = 0.5) -> float:
 
 def area(record: dict[str, Any], tokens: int) -> float:
     """
-    Mean accuracy over the first `tokens` generated tokens: the area under the curve by trapezoids, divided by its width. Where
-    runs end early at a goal, `stop_at`, the curve is cut off at its height, so that one that ended keeps what one that went on
-    has.
+    Mean accuracy over the first `tokens` generated tokens: the area under the curve by trapezoids, divided by its width. A run
+    that ended keeps its last accuracy. Where runs end early at a goal, `stop_at`, the curve is cut off at its height, so that
+    one that ended has no less than one that went on.
     """
     goal = record.get("stop_at") or 1.0
     points = [(point["tokens"], min(point["accuracy"], goal)) for point in record["curve"]]
-    if goal < 1.0 and record["curve"][-1]["tokens"] < min(tokens, record["tokens"]):  # it ended at its goal
-        points[-1] = (points[-1][0], goal)
     points.append((max(tokens, points[-1][0]), points[-1][1]))
     total = 0.0
     for (x0, y0), (x1, y1) in itertools.pairwise(points):

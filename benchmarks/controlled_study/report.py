@@ -80,16 +80,13 @@ def spread(values: Sequence[float], show: Any) -> str:
     return f"{show(statistics.median(values))} [{show(min(values))}, {show(max(values))}]"
 
 
-def ratio(a: Sequence[float], b: Sequence[float], budget_a: float, budget_b: float) -> str:
-    """
-    Median of a over median of b. For one that did not get there its budget stands, and the ratio is a bound.
-    """
-    x, y = statistics.median(a), statistics.median(b)
+def ratio(x: float, y: float, budget_x: float, budget_y: float) -> str:
+    """x over y. For one that did not get there (infinite) its budget stands, and the ratio is a bound."""
     if y == 0 or (math.isinf(x) and math.isinf(y)):
         return "-"
     if math.isinf(x):
-        return f"> {budget_a / y:.1f}"
-    return f"{x / y:.2f}" if math.isfinite(y) else f"< {x / budget_b:.2f}"
+        return f"> {budget_x / y:.1f}"
+    return f"{x / y:.2f}" if math.isfinite(y) else f"< {x / budget_y:.2f}"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -125,6 +122,19 @@ def bases_table(records: Records) -> str:
         ["dial", "failed groups of 8", "pass@1", "greedy", "RTS", "pass@64", "the same, every step right", "entropy"],
         rows,
     )
+
+
+def judge_errors_table(records: Records) -> str:
+    """How often each judge that errs is wrong about the wrong solutions of the bases: where it cannot move, it is right."""
+    names = [name for name in DIALS if "judge_errors" in records.bases.get(name, {}).get("probe", {})]
+    rows = [
+        [
+            failed_share(records, name),
+            *(f"{records.bases[name]['probe']['judge_errors'][j]:.0%}" for j in NOISY_JUDGES),
+        ]
+        for name in names
+    ]
+    return markdown(["failed groups of 8", *NOISY_JUDGES], rows)
 
 
 def tune_table(records: Records) -> str:
@@ -167,24 +177,42 @@ def tune_check_table(records: Records) -> str:
     return markdown(["arm", "seed", *(f"{rate:g}" for rate in LEARNING_RATES)], rows)
 
 
+def speeds_of(runs: Iterable[Row]) -> dict[int, float]:
+    """Tokens to 50 % by seed; infinite if it was not reached within the tokens of the run."""
+    speeds = {r["seed"]: (tokens_to(r), r["tokens"]) for r in runs}
+    return {seed: tokens if tokens <= budget else math.inf for seed, (tokens, budget) in speeds.items()}
+
+
+def on_shared_seeds(*speeds: dict[int, float]) -> list[float]:
+    """The median of each, over the seeds that all of them have: arms are compared on nothing else."""
+    shared = set.intersection(*map(set, speeds))
+    return [statistics.median(s[seed] for seed in shared) for s in speeds] if shared else [math.inf] * len(speeds)
+
+
 def speed_table(records: Records, dial: str, arms: Sequence[str], **others: Any) -> str:
     found = {arm: main_runs(records, dial, arm, **others) for arm in arms}
     found = {arm: rows for arm, rows in found.items() if rows}
     budgets = {arm: min(r["tokens"] for r in rows) for arm, rows in found.items()}
-    speeds = {
-        arm: [t if (t := tokens_to(r)) <= budgets[arm] else math.inf for r in rows] for arm, rows in found.items()
-    }
+    speeds = {arm: speeds_of(rows) for arm, rows in found.items()}
     rows = []
     for arm in sorted(
-        found, key=lambda a: (statistics.median(speeds[a]), -statistics.fmean(area(r, AREA[dial]) for r in found[a]))
+        found,
+        key=lambda a: (
+            statistics.median(speeds[a].values()),
+            -statistics.fmean(area(r, AREA[dial]) for r in found[a]),
+        ),
     ):
         rows.append(
             [
                 ARMS[arm].label,
                 f"{found[arm][0]['learning_rate']:g}",
-                spread(speeds[arm], lambda t, budget=budgets[arm]: thousands(t, budget)),
-                ratio(speeds[arm], speeds["grpo"], budgets[arm], budgets["grpo"]) if "grpo" in speeds else "",
-                ratio(speeds[arm], speeds["sgpo"], budgets[arm], budgets["sgpo"]) if "sgpo" in speeds else "",
+                spread(list(speeds[arm].values()), lambda t, budget=budgets[arm]: thousands(t, budget)),
+                *(
+                    ratio(*on_shared_seeds(speeds[arm], speeds[other]), budgets[arm], budgets[other])
+                    if other in speeds
+                    else ""
+                    for other in ("grpo", "sgpo")
+                ),
                 spread([area(r, AREA[dial]) for r in found[arm]], lambda a: f"{a:.3f}"),
                 str(len(found[arm])),
             ]
@@ -208,22 +236,23 @@ def judges_table(records: Records) -> str:
     Tokens to 50 %, and how much of the tokens that the arm saves against GRPO with an exact judge it still saves with one that
     errs, by medians.
     """
-    grpo = statistics.median([tokens_to(r) for r in main_runs(records, "95", "grpo")] or [math.inf])
+    grpo = speeds_of(main_runs(records, "95", "grpo"))
     rows = []
     for arm in (*JUDGED_ARMS, *GUARDS):
         cells = []
         # Without errors four judgments are one, and a guard is measured under one judge only
         plain = arm.removesuffix("_votes") if arm not in records_arms(records, "exact") else arm
-        exact = [tokens_to(r) for r in main_runs(records, "95", plain)]
+        exact = speeds_of(main_runs(records, "95", plain))
         for judge in ("exact", *NOISY_JUDGES):
             found = main_runs(records, "95", plain if judge == "exact" else arm, judge)
             if not found:
                 cells.append("-")
                 continue
-            speeds = [tokens_to(r) for r in found]
-            cell = spread(speeds, lambda t: thousands(t, JUDGE_BUDGET))
-            if exact and judge != "exact":
-                saved = (grpo - statistics.median(speeds)) / (grpo - statistics.median(exact))
+            speeds = speeds_of(found)
+            cell = spread(list(speeds.values()), lambda t: thousands(t, JUDGE_BUDGET))
+            if exact and grpo and judge != "exact":
+                without, erring, right = on_shared_seeds(grpo, speeds, exact)
+                saved = (without - erring) / (without - right)
                 cell += f", {saved:.0%}" if math.isfinite(saved) else ", lost"
             cells.append(cell)
         if any(cell != "-" for cell in cells):
@@ -236,6 +265,14 @@ def records_arms(records: Records, judge: str) -> set[str]:
     return {r["arm"] for r in select(records, dial="95", judge=judge, group_size=8)}
 
 
+def axis_runs(records: Records, dial: str, arm: str) -> list[Row]:
+    """The runs of an arm outside of the pretraining; of an arm with several learning rates those at the better one."""
+    by_rate = defaultdict(list)
+    for r in main_runs(records, dial, arm):
+        by_rate[r["learning_rate"]].append(r)
+    return max(by_rate.values(), key=lambda runs: statistics.fmean(area(r, r["tokens"]) for r in runs), default=[])
+
+
 def axes_table(records: Records) -> str:
     """
     Accuracy on problems outside of the pretraining, which are trained on: its mean over the run, and at the end of it. SFT is
@@ -245,7 +282,7 @@ def axes_table(records: Records) -> str:
     for axis in AXES:
         for exposure in EXPOSURES:
             dial = f"{axis}@{exposure:g}"
-            found = {arm: main_runs(records, dial, arm) for arm in (*THREE, "sft")}
+            found = {arm: axis_runs(records, dial, arm) for arm in (*THREE, "sft")}
             if not found["grpo"]:
                 continue
             cells = []
@@ -276,7 +313,7 @@ def drift_table(records: Records) -> str:
     for axis in AXES:
         for exposure in EXPOSURES:
             for arm in THREE:
-                runs = main_runs(records, f"{axis}@{exposure:g}", arm)
+                runs = axis_runs(records, f"{axis}@{exposure:g}", arm)
                 if not runs:
                     continue
                 inside = [[r["curve"][i]["inside"] for r in runs] for i in (0, -1)]
@@ -389,6 +426,7 @@ def main() -> None:
     common = speed_table(records, "95", THREE, learning_rate=COMMON_RATE)
     sections.append((TABLES["common_rate"].question, common))
     sections.append((TABLES["judges"].question, judges_table(records)))
+    sections.append(("Share of wrong verdicts on the bases' wrong solutions", judge_errors_table(records)))
     for size in (4, 16):
         sections.append((f"Groups of {size}", speed_table(records, "95", THREE, group_size=size)))
     large = speed_table(records, "95", THREE, completions_per_update=LARGE_UPDATE)

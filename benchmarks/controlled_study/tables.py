@@ -164,6 +164,8 @@ def _axes(exposures: Sequence[float]) -> list[Run]:
                 dial = f"{axis}@{exposure:g}"
                 tokens = 300_000 if exposure else 100_000  # where nothing moves, nothing more is to be seen
                 runs += [Run(dial, arm, AXIS_LEARNING_RATE, seed, tokens) for arm in THREE]
+                if exposure:  # GRPO dies at this rate where nearly all groups fail
+                    runs.append(Run(dial, "grpo", AXIS_LEARNING_RATE / 2, seed, tokens))
                 if not exposure:  # what the architecture can, from the base that knows least
                     runs.append(Run(dial, "sft", 1e-3, seed, 1_000_000, stop_at=0.9))
     return runs

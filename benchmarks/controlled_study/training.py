@@ -5,6 +5,7 @@ import io
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from controlled_study.settings import (
     base_config,
     base_folder,
 )
+from controlled_study.tables import NOISY_JUDGES
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -125,6 +127,10 @@ class Watcher(TrainerCallback):
             if self.tokens >= self.run.tokens or reached:
                 control.should_training_stop = True
 
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.tokens > self.curve[-1]["tokens"]:  # it ran out of updates before its tokens
+            self.evaluate()
+
     def on_log(self, args, state, control, logs, **kwargs):
         if "completions/mean_length" not in logs:
             return
@@ -159,7 +165,7 @@ class SFTWatcher(Watcher):
 def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dial: str) -> dict[str, Any]:
     """
     64 samples for each of 32 held-out problems: pass@k by the verifier and with every step right, distinct solutions per
-    problem, and the entropy per token (nats) on the samples.
+    problem, the entropy per token (nats) on the samples, and how often each judge that errs is wrong about the wrong ones.
     """
     prompts = problems(dial, N_PROBED, seed=4)["prompt"]
     was_training = model.training
@@ -195,7 +201,24 @@ def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dial: str)
         "verified_pass": {k: round(float(pass_at_k(n, verified, k).mean()), 4) for k in (1, 8, 64)},
         "distinct": round(statistics.fmean(len(set(t)) for t in texts), 2),
         "entropy": round(statistics.fmean(entropies), 4),
+        "judge_errors": judge_errors(prompts, texts),
     }
+
+
+def judge_errors(prompts: Sequence[str], texts: Sequence[Sequence[str]]) -> dict[str, float]:
+    """The share of verdicts that name another step than the first wrong one, by judge, over the wrong solutions."""
+    wrong = []
+    for prompt, solutions in zip(prompts, texts, strict=True):
+        for text in solutions:
+            steps = tuple(text[start:end] for start, end in segment_blocks(text))
+            if steps and (first := first_wrong_block(prompt, steps)) is not None:
+                wrong.append((prompt, steps, first))
+    shares = {}
+    for name in NOISY_JUDGES:
+        kind, probability = name.split(":")
+        judge = noisy_judge(kind, float(probability), seed=0)
+        shares[name] = round(statistics.fmean(judge(prompt, steps) != first for prompt, steps, first in wrong), 3)
+    return shares
 
 
 def _judge(run: Run) -> StepwiseJudge:

@@ -37,7 +37,7 @@ def test_area_under_a_curve():
     assert area(record, 100) == pytest.approx(0.2)
     assert area(record, 150) == pytest.approx((0.2 * 100 + 0.4 * 50) / 150)
     # With a goal a curve counts up to its height, and one that ended there stays there
-    fast = curve((0, 0.0), (100, 0.4), (200, 0.35)) | {"stop_at": 0.4, "tokens": 400}
+    fast = curve((0, 0.0), (100, 0.4), (200, 0.45)) | {"stop_at": 0.4, "tokens": 400}
     slow = curve((0, 0.0), (100, 0.4), (200, 0.5), (400, 0.6)) | {"stop_at": 0.4, "tokens": 400}
     assert area(slow, 400) == pytest.approx((0.2 * 100 + 0.4 * 300) / 400)
     assert area(fast, 400) == pytest.approx(area(slow, 400))
