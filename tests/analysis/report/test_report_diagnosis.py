@@ -32,6 +32,8 @@ def test_answer(signs, words):
         ({"unjudged": 0.9}, "nobody judged them: a step-wise judge"),
         ({"unjudged": 0.2, "has_judge": True}, "judge_until"),
         ({"tied": 0.5}, "unit='characters'"),
+        ({"tied": 0.5, "rts": 0.1}, "unit='characters'"),
+        ({"tied": 0.5, "rts": 0.0}, "no completion of the run has a right step"),
         ({"abstained": 0.2}, "verdict_reason"),
         ({"solved": 0.6}, "harder data"),
         ({"other_rewards": 0.3}, "learning format"),

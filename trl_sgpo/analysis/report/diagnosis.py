@@ -27,6 +27,8 @@ class Signs:
             Share of completions that were cut off.
         distinct (`float`):
             Mean number of distinct answers of a group.
+        rts (`float`):
+            Mean reasoning trajectory score of what was judged.
         rts_gap_start, rts_gap_end (`float`):
             RTS by steps minus RTS by characters, in the first and last fifth.
     """
@@ -47,6 +49,7 @@ class Signs:
     still: float = math.nan
     clipped: float = math.nan
     distinct: float = math.nan
+    rts: float = math.nan
     rts_gap_start: float = math.nan
     rts_gap_end: float = math.nan
 
@@ -119,12 +122,18 @@ def advice(s: Signs) -> list[str]:
             "(SGPOTrainer with a StepwiseJudge). Without one: easier data, or more completions per prompt (num_generations "
             f"above {s.group_size}).",
         )
-    when(
-        s.tied,
-        0.2,
-        f"{_percent(s.tied)} of the groups are tied: all their completions fail at the same place, so there is nothing to prefer. "
-        "Easier data, a finer segmenter, unit='characters', or more completions per prompt.",
-    )
+    tied = f"{_percent(s.tied)} of the groups are tied: "
+    if s.rts == 0:
+        tied += (
+            "no completion of the run has a right step, so there is nothing to reward, however it is judged. Easier data, or "
+            "show the model solutions first (supervised fine-tuning)."
+        )
+    else:
+        tied += (
+            "all their completions fail at the same place, so there is nothing to prefer. Easier data, a finer segmenter, "
+            "unit='characters', or more completions per prompt."
+        )
+    when(s.tied, 0.2, tied)
     when(
         s.abstained,
         0.1,

@@ -254,6 +254,7 @@ def _signs(run: Run, numbers: Mapping[str, Mapping[str, Series]]) -> Signs:
         still=float((grad == 0).mean()) if grad.size else math.nan,
         clipped=mean("clipped"),
         distinct=mean("distinct_answers"),
+        rts=mean("rts"),
         rts_gap_start=mean("rts_gap", "start"),
         rts_gap_end=mean("rts_gap", "end"),
     )
