@@ -41,7 +41,8 @@ MAIN_ARMS = (
     "sgpo_quarter",
     "prefix_all_incorrect",
 )
-NOISY_JUDGES = ("random:0.2", "random:0.4", "stubborn:0.4", "early:0.4", "late:0.4", "random:1")
+# At first most errors are in the first step, and "early" cannot move those: "early:1" is wrong about as often as "late:0.4"
+NOISY_JUDGES = ("random:0.2", "random:0.4", "stubborn:0.4", "early:0.4", "early:1", "late:0.4", "random:1")
 JUDGED_ARMS = ("sgpo", "sgpo_votes", RECOMMENDED, "prefix_votes")
 # By three seeds not to be told from each other, or from GRPO
 CLOSE_ARMS = ("grpo", "grpo_exclude", "zvp", "sgpo", "sgpo_all_incorrect", RECOMMENDED, "prefix_all_incorrect")
