@@ -39,6 +39,7 @@ from controlled_study.tables import (  # noqa: E402
     LARGE_UPDATE,
     NOISY_JUDGES,
     RECOMMENDED,
+    REMEDIES,
     TABLES,
     THREE,
     TUNING_BUDGET,
@@ -389,14 +390,14 @@ def draw_curves(records: Records, dial: str, arms: Sequence[str], path: Path) ->
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     others = [a for a in arms if a not in COLORS]
-    shades = plt.get_cmap("tab20")
+    shades = plt.get_cmap("Dark2")
     for arm in arms:
         runs = main_runs(records, dial, arm)
         for i, record in enumerate(runs):
             x = [p["tokens"] / 1000 for p in record["curve"]]
             y = [p["accuracy"] for p in record["curve"]]
-            color = COLORS.get(arm) or shades(others.index(arm) % 20)
-            style = {"lw": 2} if arm in COLORS else {"lw": 1, "alpha": 0.8}
+            color = COLORS.get(arm) or shades(others.index(arm))
+            style = {"lw": 2, "zorder": 3} if arm in COLORS else {"lw": 1}
             axis.plot(x, y, color=color, label=ARMS[arm].label if i == 0 else None, **style)
     axis.axhline(0.5, color="black", lw=0.5, ls=":")
     axis.set_xlabel("generated tokens (thousands)")
@@ -422,7 +423,9 @@ def main() -> None:
             sections.append(
                 (f"Tokens to 50 % at {failed_share(records, dial)} failed groups", speed_table(records, dial, arms))
             )
-            draw_curves(records, dial, arms, args.output / f"curves_{dial}.png")
+            # The variants of an arm would lie over each other
+            drawn = [arm for arm in arms if arm in (*THREE, *REMEDIES)]
+            draw_curves(records, dial, drawn, args.output / f"curves_{dial}.png")
     common = speed_table(records, "95", THREE, learning_rate=COMMON_RATE)
     sections.append((TABLES["common_rate"].question, common))
     sections.append((TABLES["judges"].question, judges_table(records)))
