@@ -527,8 +527,13 @@ def test_turn_of_thinking_and_tool_calls():
 )
 def test_blank_completion_has_no_steps(completion):
     cut = cut_completion(completion, segmenter=lambda text: pytest.fail("there is nothing to cut"))
-    assert cut == CutCompletion(completion_to_text(completion), (), {})
+    assert cut == CutCompletion(completion_to_text(completion), (), {}, blank=True)
     assert cut.steps == ()
+
+
+def test_a_text_without_steps_is_not_blank():
+    cut = cut_completion("<think>Hm.</think>It is 4.", segmenter=lambda text: [])
+    assert (cut.steps, cut.blank) == ((), False)
 
 
 def test_segmenter_can_be_replaced():

@@ -580,7 +580,11 @@ class TestLogs:
         )
         trainer.train()
         settings = json.loads((tmp_path / "run" / "sgpo.json").read_text())
-        assert settings == {"outcome_reward": "by_kind", "success_threshold": 0.5}
+        assert settings == {
+            "outcome_reward": "by_kind",
+            "success_threshold": 0.5,
+            "credit_assignment": "sequence",
+        }
 
     def test_model_card(self, make_trainer, tmp_path):
         trainer = make_trainer([by_kind, stepwise(gamma=0.3)], judge_until=0.25)
