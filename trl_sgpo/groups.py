@@ -111,8 +111,6 @@ class JudgedGroups(NamedTuple):
         rescued_P, tied_P (`torch.Tensor` of shape `(P,)`):
             Failed groups that have a gradient now; failed groups whose scores are equal, or span less than allowed.
             Failed groups with too few verdicts are neither.
-        rts_range_P (`torch.Tensor` of shape `(P,)`):
-            Largest minus smallest RTS of each group.
         spread_factor_P (`torch.Tensor` of shape `(P,)`):
             `sqrt((J - 1) / (n - 1))` for rescued groups with J verdicts among n completions, else 1. See
             [`fill_failed_groups`].
@@ -121,7 +119,6 @@ class JudgedGroups(NamedTuple):
     column_PG: Tensor
     rescued_P: Tensor
     tied_P: Tensor
-    rts_range_P: Tensor
     spread_factor_P: Tensor
 
 
@@ -171,9 +168,9 @@ def fill_failed_groups(
     n_scored_P, n_judged_P = scored_PG.sum(dim=1), judged_PG.sum(dim=1)
 
     enough_P = failed_P & (n_judged_P >= 2) & (2 * n_judged_P >= n_scored_P)
-    rts_range_P = value_range(rts_PG)
+    range_P = value_range(rts_PG)
     # Different scores may still earn equal rewards, where the logistic is flat to machine precision
-    flat_P = (rts_range_P == 0) | (value_range(reward_PG) == 0) | (rts_range_P < min_rts_spread)
+    flat_P = (range_P == 0) | (value_range(reward_PG) == 0) | (range_P < min_rts_spread)
     rescued_P = enough_P & ~flat_P
 
     mean_P = torch.nanmean(reward_PG, dim=1)
@@ -182,7 +179,7 @@ def fill_failed_groups(
 
     factor_P = ((n_judged_P - 1).clamp(min=0) / (n_scored_P - 1).clamp(min=1)).sqrt()
     spread_factor_P = torch.where(rescued_P, factor_P, 1.0).to(reward_PG.dtype)
-    return JudgedGroups(column_PG, rescued_P, enough_P & flat_P, rts_range_P, spread_factor_P)
+    return JudgedGroups(column_PG, rescued_P, enough_P & flat_P, spread_factor_P)
 
 
 class CreditedGroups(NamedTuple):

@@ -236,8 +236,8 @@ class SGPOTrainer(GRPOTrainer):
             reward, or several candidates for it with `args.outcome_reward` not set; if `args.outcome_reward` is unknown;
             if the judge's reward weight is negative; if, with `credit_assignment="sequence"`, `args.failed_group_weight`,
             `args.failed_group_schedule` or `judge_scope="all_incorrect"` is combined with
-            `multi_objective_aggregation="normalize_then_sum"`; if `args.failed_groups` names a remedy and it cannot be told which reward is the outcome; if
-            `args.exclude_dead_groups` is combined with a loss whose denominator is unknown.
+            `multi_objective_aggregation="normalize_then_sum"`; if `args.failed_groups` names a remedy and it cannot be told
+            which reward is the outcome; if `args.exclude_dead_groups` is combined with a loss whose denominator is unknown.
     """
 
     _tag_names = ["trl", "sgpo"]

@@ -162,12 +162,10 @@ class SFTWatcher(Watcher):
 
 
 @torch.no_grad()
-def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dial: str) -> dict[str, Any]:
-    """
-    64 samples for each of 32 held-out problems: pass@k by the verifier and with every step right, distinct solutions per
-    problem, the entropy per token (nats) on the samples, and how often each judge that errs is wrong about the wrong ones.
-    """
-    prompts = problems(dial, N_PROBED, seed=4)["prompt"]
+def sample(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
+) -> tuple[list[list[str]], list[float]]:
+    """64 samples for each prompt, and the entropies (nats) of all their tokens."""
     was_training = model.training
     model.eval()
     with torch.random.fork_rng():
@@ -192,6 +190,11 @@ def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dial: str)
             log_p = model(input_ids=samples).logits[:, ids.shape[1] - 1 : -1].log_softmax(-1)
             entropies += (-(log_p.exp() * log_p).sum(-1))[written].tolist()
     model.train(was_training)
+    return texts, entropies
+
+
+def diversity(prompts: Sequence[str], texts: Sequence[Sequence[str]], entropies: Sequence[float]) -> dict[str, Any]:
+    """pass@k by the verifier and with every step right, distinct solutions per problem, and the mean entropy per token."""
     correct = np.array([sum(accuracy_reward([p] * len(t), t)) for p, t in zip(prompts, texts, strict=True)])
     verified = np.array([sum(right_prefix(p, x) == 1 for x in t) for p, t in zip(prompts, texts, strict=True)])
     verified = np.minimum(verified, correct)
@@ -201,8 +204,13 @@ def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dial: str)
         "verified_pass": {k: round(float(pass_at_k(n, verified, k).mean()), 4) for k in (1, 8, 64)},
         "distinct": round(statistics.fmean(len(set(t)) for t in texts), 2),
         "entropy": round(statistics.fmean(entropies), 4),
-        "judge_errors": judge_errors(prompts, texts),
     }
+
+
+def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dial: str) -> dict[str, Any]:
+    """The diversity of 64 samples for each of 32 held-out problems."""
+    prompts = problems(dial, N_PROBED, seed=4)["prompt"]
+    return diversity(prompts, *sample(model, tokenizer, prompts))
 
 
 def judge_errors(prompts: Sequence[str], texts: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -357,11 +365,13 @@ def describe_base(dial: str, folder: Path) -> dict[str, Any]:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     prompts = problems(dial, N_DESCRIBED, seed=5)["prompt"]
     result = evaluate(model, tokenizer, prompts, n_samples=8, max_new_tokens=MAX_COMPLETION_LENGTH + 24)
+    probed = problems(dial, N_PROBED, seed=4)["prompt"]
+    texts, entropies = sample(model, tokenizer, probed)
     return {
         "config": asdict(base_config(dial)),
         "accuracy": result.accuracy,
         "greedy": result.greedy_accuracy,
         "right_prefix": result.right_prefix,
         "failed_groups": result.failed_groups,
-        "probe": probe(model, tokenizer, dial),
+        "probe": {**diversity(probed, texts, entropies), "judge_errors": judge_errors(probed, texts)},
     }
