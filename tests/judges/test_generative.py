@@ -75,7 +75,10 @@ def tiny_model(tokenizer):
 
 
 def overfit(model, tokenizer, answer, steps=90, learning_rate=5e-3):
-    """Trains until the model answers everything with `answer`, on the very ids that the judge asks with."""
+    """
+    Trains until the model answers everything with `answer`, on the very ids that the judge asks with. The learning rate falls to
+    0: at a constant one the last updates shake the weights, and one round in twelve with nonces that were not seen goes wrong.
+    """
     layout = QuestionLayout(tokenizer)
     rng = random.Random(0)
     with pytest.MonkeyPatch.context() as patch:  # drawn nonces, but the same ones in every run
@@ -83,6 +86,7 @@ def overfit(model, tokenizer, answer, steps=90, learning_rate=5e-3):
         asked = [layout.encode(SHORT.ask(item)) for item in ITEMS * 5]
     target = [*layout.encode_answer(answer), tokenizer.eos_token_id]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     for step in range(steps):
         prompt = asked[step % len(asked)]
         ids = torch.tensor([[*prompt, *target]])
@@ -90,6 +94,7 @@ def overfit(model, tokenizer, answer, steps=90, learning_rate=5e-3):
         model(input_ids=ids, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
 
 
