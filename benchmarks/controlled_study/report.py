@@ -27,6 +27,7 @@ from controlled_study.settings import (  # noqa: E402
     DIALS,
     EXPOSURES,
     LEARNING_RATES,
+    OTHER_BASES,
     TUNING_CHECK_SEEDS,
     TUNING_SEEDS,
 )
@@ -428,6 +429,9 @@ def main() -> None:
             draw_curves(records, dial, drawn, args.output / f"curves_{dial}.png")
     common = speed_table(records, "95", THREE, learning_rate=COMMON_RATE)
     sections.append((TABLES["common_rate"].question, common))
+    for base in OTHER_BASES:
+        title = f"Another base model ({base}), {failed_share(records, base)} failed groups"
+        sections.append((title, speed_table(records, base, THREE)))
     sections.append((TABLES["judges"].question, judges_table(records)))
     sections.append(("Share of wrong verdicts on the bases' wrong solutions", judge_errors_table(records)))
     for size in (4, 16):

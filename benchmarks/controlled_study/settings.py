@@ -31,6 +31,8 @@ DIALS = {
     "95": replace(BASE, noise=0.75),
     "99": replace(BASE, noise=0.97),
 }
+# As dial 95, from other seeds of the pretraining: are the results those of one base model?
+OTHER_BASES = {f"95-base{seed}": replace(DIALS["95"], seed=seed) for seed in (1, 2)}
 AXIS_NOISE = 0.5
 EXPOSURES = (0.0, 0.02, 0.1)
 
@@ -38,8 +40,8 @@ LEARNING_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)  # every arm is tuned on the sam
 AXIS_LEARNING_RATE = 2e-4  # the highest at which every arm lives with 95 % failed groups
 TUNING_SEEDS = (100,)
 TUNING_CHECK_SEEDS = (101, 102)  # nothing is chosen by them
-SEEDS = (0, 1, 2)
-MORE_SEEDS = (3, 4)  # where the intervals of three overlap
+SEEDS = (0, 1, 2, 3, 4)
+AXIS_SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Run:
 
     Args:
         dial (`str`):
-            A key of `DIALS`, or `"<axis>@<exposure>"`.
+            A key of `DIALS` or `OTHER_BASES`, or `"<axis>@<exposure>"`.
         arm (`str`):
             A key of `ARMS`.
         judge (`str`):
@@ -166,4 +168,4 @@ def base_config(dial: str) -> PretrainConfig:
     if "@" in dial:
         axis, exposure = dial.split("@")
         return replace(BASE, noise=AXIS_NOISE, axis=axis, exposure=float(exposure))
-    return DIALS[dial]
+    return (DIALS | OTHER_BASES)[dial]

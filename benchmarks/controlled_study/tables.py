@@ -7,8 +7,9 @@ from controlled_study.records import tuning_runs
 from controlled_study.settings import (
     AXIS_LEARNING_RATE,
     AXIS_NOISE,
+    AXIS_SEEDS,
     LEARNING_RATES,
-    MORE_SEEDS,
+    OTHER_BASES,
     SEEDS,
     TUNING_CHECK_SEEDS,
     TUNING_SEEDS,
@@ -24,6 +25,7 @@ THREE = ("grpo", "sgpo", RECOMMENDED)
 
 BUDGET = {"5": 150_000, "20": 200_000, "75": 300_000, "95": 900_000, "99": 900_000}  # generated tokens
 AREA = {"5": 150_000, "20": 200_000, "75": 300_000, "95": 250_000, "99": 250_000}  # tokens that areas are taken over
+AREA |= dict.fromkeys(OTHER_BASES, AREA["95"])
 JUDGE_BUDGET = 300_000  # half as many again as GRPO needs to 50 %
 TUNING_BUDGET = {"5": 100_000, "20": 150_000, "75": 250_000, "95": 350_000, "99": 450_000}
 STOP_AT = 0.75
@@ -42,11 +44,18 @@ MAIN_ARMS = (
     "prefix_all_incorrect",
 )
 # At first most errors are in the first step, and "early" cannot move those: "early:1" is wrong about as often as "late:0.4"
-NOISY_JUDGES = ("random:0.2", "random:0.4", "stubborn:0.4", "early:0.4", "early:1", "late:0.4", "random:1")
+NOISY_JUDGES = (
+    "random:0.2",
+    "random:0.4",
+    "stubborn:0.4",
+    "early:0.2",
+    "early:0.4",
+    "early:1",
+    "late:0.2",
+    "late:0.4",
+    "random:1",
+)
 JUDGED_ARMS = ("sgpo", "sgpo_votes", RECOMMENDED, "prefix_votes")
-# By three seeds not to be told from each other, or from GRPO
-CLOSE_ARMS = ("grpo", "grpo_exclude", "zvp", "sgpo", "sgpo_all_incorrect", RECOMMENDED, "prefix_all_incorrect")
-CLOSE_CONDITIONS = (("random:1", "prefix_votes"),)
 JUDGE_RATES = (1e-4, 2e-4, 4e-4)  # up to the best with an exact judge
 GUARDS = ("sgpo_spread", "sgpo_half", "prefix_1_1", "prefix_1_0")  # tried under one judge only
 
@@ -89,25 +98,38 @@ def _main() -> list[Run]:
     budget["sgpo_quarter"] = 400_000  # off before SGPO is done
     return [
         Run("95", arm, TUNED, seed, budget[arm], stop_at=STOP_AT, probe=arm in THREE)
-        for seed in (*SEEDS, *MORE_SEEDS)
-        for arm in (MAIN_ARMS if seed in SEEDS else CLOSE_ARMS)
+        for seed in SEEDS
+        for arm in MAIN_ARMS
     ]
 
 
 def _dials() -> list[Run]:
     runs = [
         Run("99", arm, TUNED, seed, BUDGET["99"], stop_at=STOP_AT)
-        for seed in (*SEEDS, *MORE_SEEDS)
+        for seed in SEEDS
         for arm in (*THREE, "prefix_all_incorrect")
     ]
     for dial in ("75", "20", "5"):
         arms = (*THREE, "prefix_all_incorrect", *(("prefix_handover", "sgpo_handover") if dial == "75" else ()))
         runs += [
             Run(dial, arm, TUNED, seed, BUDGET[dial], probe=dial == "75" and arm in THREE)
-            for seed in (*SEEDS, *MORE_SEEDS)
+            for seed in SEEDS
             for arm in arms
         ]
     return runs
+
+
+def _tune_other_bases() -> list[Run]:
+    return [run for base in OTHER_BASES for arm in THREE for run in tuning_runs(base, arm, TUNING_BUDGET["95"])]
+
+
+def _other_bases() -> list[Run]:
+    return [
+        Run(base, arm, TUNED, seed, BUDGET["95"], stop_at=STOP_AT)
+        for base in OTHER_BASES
+        for seed in SEEDS
+        for arm in THREE
+    ]
 
 
 def _tune_judges() -> list[Run]:
@@ -126,8 +148,8 @@ def _judges() -> list[Run]:
     conditions += [("random:0.4", arm) for arm in GUARDS]
     return [
         Run("95", arm, TUNED, seed, JUDGE_BUDGET, judge=judge, stop_at=0.6)
-        for seed in (*SEEDS, *MORE_SEEDS)
-        for judge, arm in (conditions if seed in SEEDS else CLOSE_CONDITIONS)
+        for seed in SEEDS
+        for judge, arm in conditions
     ]
 
 
@@ -159,7 +181,7 @@ def _large_updates() -> list[Run]:
 
 def _axes(exposures: Sequence[float]) -> list[Run]:
     runs = []
-    for seed in SEEDS:
+    for seed in AXIS_SEEDS:
         for exposure in exposures:
             for axis in AXES:
                 dial = f"{axis}@{exposure:g}"
@@ -188,6 +210,8 @@ TABLES = {
     "main": Table("At about 95 % failed groups, how many tokens does each arm need to 50 % accuracy?", _main),
     "dials": Table("And at 5, 20, 75 and 99 %?", _dials),
     "common_rate": Table("How much of it is the learning rate that an arm bears? All at GRPO's:", _common_rate),
+    "tune_other_bases": Table("Which learning rate suits each arm on other base models?", _tune_other_bases),
+    "other_bases": Table("And from base models of other pretraining seeds?", _other_bases),
     "tune_judges": Table("Which learning rate suits each arm under a judge that errs?", _tune_judges),
     "judges": Table("What does a judge that errs leave of it?", _judges),
     "group_sizes": Table("And with 4 or 16 completions per group?", _group_sizes),
