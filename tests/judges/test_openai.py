@@ -514,7 +514,7 @@ class TestVotes:
     def test_plurality(self, serve):
         answers = iter(["FIRST_ERROR: 2", "FIRST_ERROR: 1", "FIRST_ERROR: 2", "no idea"])
         server = serve(lambda request: next(answers))
-        judge = OpenAIJudge("m", server.url, votes=4, temperature=0.7)
+        judge = OpenAIJudge("m", server.url, votes=4)
         verdict = judge.judge(ITEMS[:1])[0]
         assert (verdict.first_error, verdict.confidence) == (1, 0.5)
         assert len(server.requests) == 4
@@ -703,7 +703,11 @@ class TestArguments:
             ({"max_retries": -1}, ValueError, "max_retries=-1 must be a whole number of at least 0"),
             ({"max_tokens": 1.5}, ValueError, "max_tokens=1.5 must be a whole number"),
             ({"max_characters": 0}, ValueError, "max_characters"),
-            ({"votes": 4}, ValueError, "votes=4 with temperature=0 would ask the same thing 4 times.*temperature=0.7"),
+            (
+                {"votes": 4, "temperature": 0},
+                ValueError,
+                "votes=4 with temperature=0 would ask the same thing 4 times.*temperature=0.7",
+            ),
             ({"temperature": -1}, ValueError, "temperature=-1"),
             ({"min_agreement": 2}, ValueError, "min_agreement=2 must lie in"),
             ({"output": "yaml"}, ValueError, "output='yaml' is unknown: it must be one of"),

@@ -78,7 +78,7 @@ class OpenAIJudge(StepJudge):
             The texts of the question.
         votes (`int`, *optional*, defaults to `1`):
             How often each completion is judged; the answer given most often wins (see
-            [`~trl_sgpo.judges.combinators.plurality`]). More than one needs a `temperature` above zero.
+            [`~trl_sgpo.judges.combinators.plurality`]).
         min_agreement (`float`, *optional*, defaults to `0.5`):
             Share of all votes that the winner needs.
         max_concurrency (`int`, *optional*, defaults to `128`):
@@ -95,8 +95,8 @@ class OpenAIJudge(StepJudge):
         max_characters (`int`, *optional*):
             Room for the problem, the reference and the steps, in characters (three to four of them make a token). Steps
             that do not fit are not shown. No limit by default.
-        temperature (`float`, *optional*, defaults to `0.0`):
-            Sampling temperature.
+        temperature (`float`, *optional*):
+            Sampling temperature. Defaults to 0 for one vote and to 0.7 for several.
         output (`str`, *optional*, defaults to `"auto"`):
             Form of the answer: `"json_schema"`, `"json_object"`, `"text"`, or `"auto"` for the first of these that the
             server does not refuse.
@@ -138,7 +138,7 @@ class OpenAIJudge(StepJudge):
         max_retries: int = 2,
         max_tokens: int = 1024,
         max_characters: int | None = None,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         output: str = "auto",
         extra_body: Mapping[str, Any] | None = None,
         breaker_failures: int = 8,
@@ -169,8 +169,12 @@ class OpenAIJudge(StepJudge):
             raise ValueError(
                 f"min_agreement={min_agreement!r} must lie in [0, 1]: it is the share of all votes that the winner needs."
             )
+        if temperature is None:
+            temperature = 0.0 if votes == 1 else 0.7
         if not isinstance(temperature, int | float) or not 0 <= temperature < 100:
-            raise ValueError(f"temperature={temperature!r} must be a number of at least 0. The default is 0.")
+            raise ValueError(
+                f"temperature={temperature!r} must be a number of at least 0. The default for one vote is 0."
+            )
         if votes > 1 and temperature == 0:
             raise ValueError(
                 f"votes={votes} with temperature=0 would ask the same thing {votes} times and get the same answer. Set "
