@@ -49,7 +49,8 @@ from controlled_study.tables import (  # noqa: E402
 from trl_sgpo.tasks.rewrite_chain import AXES  # noqa: E402
 
 
-COLORS = {"grpo": "#8a8f98", "sgpo": "#1f6feb", RECOMMENDED: "#d1480a", "sft": "#2f9e44"}
+COLORS = {"grpo": "#8a8f98", "sgpo": "#1f6feb", RECOMMENDED: "#d1480a"}
+DRAWN = ("75", "95", "99")  # below, all arms lie over each other
 
 Row = dict[str, Any]
 
@@ -179,10 +180,11 @@ def tune_check_table(records: Records) -> str:
     return markdown(["arm", "seed", *(f"{rate:g}" for rate in LEARNING_RATES)], rows)
 
 
-def speeds_of(runs: Iterable[Row]) -> dict[int, float]:
-    """Tokens to 50 % by seed; infinite if it was not reached within the tokens of the run."""
-    speeds = {r["seed"]: (tokens_to(r), r["tokens"]) for r in runs}
-    return {seed: tokens if tokens <= budget else math.inf for seed, (tokens, budget) in speeds.items()}
+def speeds_of(runs: Sequence[Row]) -> dict[int, float]:
+    """Tokens to 50 % by seed; infinite if it was not reached within the budget, which is that of the shortest run."""
+    budget = min((r["tokens"] for r in runs), default=0)
+    speeds = {r["seed"]: tokens_to(r) for r in runs}
+    return {seed: tokens if tokens <= budget else math.inf for seed, tokens in speeds.items()}
 
 
 def on_shared_seeds(*speeds: dict[int, float]) -> list[float]:
@@ -372,41 +374,63 @@ def probes_table(records: Records) -> str:
 
 def reports_table(records: Records) -> str:
     rows = []
-    for record in records.runs.values():
-        if record.get("report"):
-            verdict = record["verdict"]
-            perplexity = verdict["base_perplexity"]
-            shown = f"{perplexity['base']:.2f} to {perplexity['policy']:.2f}" if perplexity else "-"
-            rows.append(
-                [record["dial"], ARMS[record["arm"]].label, verdict["headline"], "; ".join(verdict["evidence"]), shown]
-            )
-    return markdown(["dial", "arm", "verdict", "evidence", "the base's perplexity on the samples"], rows)
+    dials = [*DIALS, *(f"{axis}@{exposure:g}" for axis in AXES for exposure in EXPOSURES)]
+    reports = {(r["dial"], r["arm"]): r for r in records.runs.values() if r.get("report")}
+    for record in (reports[dial, arm] for dial in dials for arm in THREE if (dial, arm) in reports):
+        verdict = record["verdict"]
+        perplexity = verdict["base_perplexity"]
+        shown = f"{perplexity['base']:.2f} to {perplexity['policy']:.2f}" if perplexity else "-"
+        accuracy = record["curve"][-1]["accuracy"]
+        rows.append(
+            [
+                record["dial"],
+                ARMS[record["arm"]].label,
+                f"{record['tokens_generated'] // 1000}k: {accuracy:.2f}",
+                verdict["headline"],
+                "; ".join(verdict["evidence"]),
+                shown,
+                " ".join(verdict["groups"]),
+            ]
+        )
+    header = ["dial", "arm", "tokens: accuracy", "verdict", "evidence", "the base's perplexity on the samples"]
+    return markdown([*header, "what it says of the groups"], rows)
 
 
 def draw_curves(records: Records, dial: str, arms: Sequence[str], path: Path) -> None:
+    """A line per seed. Arms that leave the ground are drawn in full, the others dashed and thin."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     others = [a for a in arms if a not in COLORS]
-    shades = plt.get_cmap("Dark2")
+    shades = ("#b5179e", "#087f5b", "#7048e8", "#000000", "#5c940d", "#e0a100")
     for arm in arms:
         runs = main_runs(records, dial, arm)
+        color = COLORS.get(arm) or shades[others.index(arm)]
+        style = {"lw": 1.8, "zorder": 3} if arm in COLORS else {"lw": 1, "ls": (0, (4, 2)), "zorder": 4}
         for i, record in enumerate(runs):
             x = [p["tokens"] / 1000 for p in record["curve"]]
             y = [p["accuracy"] for p in record["curve"]]
-            color = COLORS.get(arm) or shades(others.index(arm))
-            style = {"lw": 2, "zorder": 3} if arm in COLORS else {"lw": 1}
-            axis.plot(x, y, color=color, label=ARMS[arm].label if i == 0 else None, **style)
+            label = f"{ARMS[arm].label} ({record['learning_rate']:g})" if i == 0 else None
+            axis.plot(x, y, color=color, label=label, **style)
     axis.axhline(0.5, color="black", lw=0.5, ls=":")
-    axis.set_xlabel("generated tokens (thousands)")
+    axis.set_xlabel("generated tokens (thousands); a run ends at its goal or its budget")
     axis.set_ylabel("accuracy on held-out problems")
-    axis.set_title(f"Base model with {failed_share(records, dial)} failed groups", loc="left", fontsize=11)
+    axis.set_title(
+        f"Base model with {failed_share(records, dial)} failed groups, a line per seed", loc="left", fontsize=11
+    )
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axis.legend(
+        frameon=False,
+        fontsize=8,
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+        title="arm (learning rate)",
+        title_fontsize=8,
+    )
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -424,8 +448,9 @@ def main() -> None:
             sections.append(
                 (f"Tokens to 50 % at {failed_share(records, dial)} failed groups", speed_table(records, dial, arms))
             )
+        if arms and dial in DRAWN:
             # The variants of an arm would lie over each other
-            drawn = [arm for arm in arms if arm in (*THREE, *REMEDIES)]
+            drawn = [arm for arm in arms if arm in (*THREE, "grpo_exclude", *REMEDIES)]
             draw_curves(records, dial, drawn, args.output / f"curves_{dial}.png")
     common = speed_table(records, "95", THREE, learning_rate=COMMON_RATE)
     sections.append((TABLES["common_rate"].question, common))

@@ -179,13 +179,17 @@ def _large_updates() -> list[Run]:
     ]
 
 
+def _axis_budget(exposure: float) -> int:
+    return 300_000 if exposure else 100_000  # where nothing moves, nothing more is to be seen
+
+
 def _axes(exposures: Sequence[float]) -> list[Run]:
     runs = []
     for seed in AXIS_SEEDS:
         for exposure in exposures:
             for axis in AXES:
                 dial = f"{axis}@{exposure:g}"
-                tokens = 300_000 if exposure else 100_000  # where nothing moves, nothing more is to be seen
+                tokens = _axis_budget(exposure)
                 runs += [Run(dial, arm, AXIS_LEARNING_RATE, seed, tokens) for arm in THREE]
                 if exposure:  # GRPO dies at this rate where nearly all groups fail
                     runs.append(Run(dial, "grpo", AXIS_LEARNING_RATE / 2, seed, tokens))
@@ -195,11 +199,10 @@ def _axes(exposures: Sequence[float]) -> list[Run]:
 
 
 def _reports() -> list[Run]:
-    dials = {"20": 200_000, "75": 300_000, "95": 450_000, "99": 450_000}
-    dials |= {f"{axis}@{exposure:g}": 100_000 for axis in ("representation", "depth") for exposure in (0.0, 0.1)}
+    budgets = BUDGET | {f"{axis}@{exposure:g}": _axis_budget(exposure) for axis in AXES for exposure in (0.0, 0.1)}
     return [
         Run(dial, arm, AXIS_LEARNING_RATE if "@" in dial else TUNED, 0, tokens, report=True, stop_at=STOP_AT)
-        for dial, tokens in dials.items()
+        for dial, tokens in budgets.items()
         for arm in THREE
     ]
 

@@ -40,7 +40,8 @@ from trl import SFTConfig, SFTTrainer
 from trl_sgpo import SGPOConfig, SGPOTrainer, StepwiseJudge
 from trl_sgpo.analysis import SharpeningCallback
 from trl_sgpo.analysis.metrics import pass_at_k
-from trl_sgpo.analysis.report.probe import analyse_or_explain
+from trl_sgpo.analysis.report.runs import read_run
+from trl_sgpo.analysis.report.summary import summarise
 from trl_sgpo.judges import MajorityVote
 from trl_sgpo.tasks.rewrite_chain import (
     accuracy_reward,
@@ -312,10 +313,13 @@ def _watch_sharpening(trainer: SGPOTrainer, run: Run, folder: Path) -> None:
 
 def _verdict(run: Run, folder: Path) -> dict[str, Any]:
     """What the report says of the run's last probe, and of its groups."""
-    numbers, verdict, _ = analyse_or_explain(report_folder(run, folder) / "sharpening", domain="trained")
+    path = report_folder(run, folder)
+    said = summarise([read_run(path, path.name, run.arm)], domain="trained")["runs"][0]
+    numbers, diagnosis = said["sharpening"], said["diagnosis"]
     return {
-        "headline": verdict.headline,
-        "evidence": list(verdict.evidence),
+        "headline": said["verdict"].headline,
+        "evidence": list(said["verdict"].evidence),
+        "groups": [diagnosis["answer"], *diagnosis["advice"]],
         "base_perplexity": _perplexities(numbers),
     }
 

@@ -146,8 +146,8 @@ def test_runs_are_recorded_and_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training, "N_PROBED", 2)
     records = Records(tmp_path / "results")
     records.append({"base": "95", **training.describe_base("95", tmp_path)})
-    for arm in ("grpo", "sgpo", "prefix", "sft"):
-        run = Run("95", arm, 1e-3, 0, 2_000, probe=arm == "prefix")
+    runs = [Run("95", arm, 1e-3, 0, 2_000, probe=arm == "prefix") for arm in ("grpo", "sgpo", "prefix", "sft")]
+    for run in (*runs, replace(runs[1], report=True)):
         record = {"key": run.key, **vars(run), **training.train(run, tmp_path)}
         assert record["tokens_generated"] >= 2_000
         assert len(record["curve"]) == 2
@@ -158,4 +158,6 @@ def test_runs_are_recorded_and_shown(tmp_path, monkeypatch, capsys):
     report.main()
     printed = capsys.readouterr().out
     assert "| prefix credit | 0.001 | > 2k" in printed
+    assert "| 95 | SGPO, as in the paper | 2k: 0.00 | Unknown, because the probe has only 2 prompts" in printed
+    assert "Nothing is learnt: none of the 16 logged groups teaches" in printed
     assert (tmp_path / "results" / "curves_95.png").stat().st_size > 0
