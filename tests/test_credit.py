@@ -1,6 +1,7 @@
 """From a verdict's step to the tokens: against a naive mapping character by character, with three kinds of tokenizers."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_sgpo import SGPOConfig, StepJudge, StepwiseJudge, Verdict
 from trl_sgpo.credit import StepTokens, locate_steps, prefix_credit
+from trl_sgpo.steps import cut_completion
 from trl_sgpo.tasks.rewrite_chain import build_tokenizer
 
 
@@ -70,87 +72,200 @@ def decoder(tokenizer):
 def characters_of_tokens(tokenizer, ids):
     """For each token the characters of the text that it takes part in, found by decoding every beginning."""
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    ends = []
+    ends, broken = [], []
     for i in range(len(ids) + 1):
         beginning = tokenizer.decode(ids[:i], skip_special_tokens=True)
         same = 0
         while same < min(len(beginning), len(text)) and beginning[same] == text[same]:
             same += 1
-        ends.append(same)
+        ends.append(max([same, *ends[-1:]]))  # a character that is cut in two may garble what stands in front of it
+        broken.append(len(beginning) > same)
     owned = []
     for i in range(len(ids)):
-        later = next((end for end in ends[i + 1 :] if end > ends[i]), None)
-        # A token without text of its own holds the first bytes of the character that a later one completes
-        owned.append(set() if later is None else set(range(ends[i], ends[i + 1] if ends[i + 1] > ends[i] else later)))
+        mine = set(range(ends[i], ends[i + 1]))
+        # Without text of its own, or with the first bytes of a character behind it, it takes part in what a later one completes
+        if (not mine or broken[i + 1]) and (end := next((end for end in ends[i + 1 :] if end > ends[i + 1]), None)):
+            mine |= set(range(ends[i + 1], end))
+        owned.append(mine)
     return text, owned
+
+
+def cut_at(*texts):
+    """A completion of these texts, each a step."""
+    ends = [sum(map(len, texts[: i + 1])) for i in range(len(texts))]
+    return cut_completion("".join(texts), lambda text: list(pairwise([0, *ends])))
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
 @given(
     pieces=st.lists(
-        st.text("ab 12=é京🙂.", min_size=1, max_size=12).filter(lambda piece: piece.strip()), min_size=1, max_size=5
+        st.text("ab 12=é京🙂.\n", min_size=1, max_size=12).filter(lambda piece: piece.strip()), min_size=1, max_size=5
     ),
     data=st.data(),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_tokens_equal_those_of_the_naive_mapping(kind, pieces, data):
     tokenizer = TOKENIZERS[kind]
-    # Marked, so that no step's text stands anywhere else
-    steps = [f"S{i}:{piece.strip()}\n\n" for i, piece in enumerate(pieces)]
+    steps = [pieces[0].lstrip(), *pieces[1:]]
     ids = tokenizer("".join(steps), add_special_tokens=False)["input_ids"]
     first_error = data.draw(st.integers(0, len(steps) - 1))
     text, owned = characters_of_tokens(tokenizer, ids)
     assert text == "".join(steps)
-    start = len("".join(steps[:first_error]))
-    end = start + len(steps[first_error].strip())
-    place = locate_steps(decoder(tokenizer), ids, steps, first_error)
-    # The first token with a character of the wrong step, and the first behind its last visible one
-    assert place.start == 0
-    assert place.error == next(i for i, mine in enumerate(owned) if mine and max(mine) >= start)
-    assert place.end == next((i for i, mine in enumerate(owned) if mine and max(mine) >= end), len(ids))
+
+    def first_with(position):
+        return next((i for i, mine in enumerate(owned) if mine and max(mine) >= position), len(ids))
+
+    def visible(i):
+        begin = len("".join(steps[:i]))
+        step = steps[i]
+        return begin + len(step) - len(step.lstrip()), begin + len(step.rstrip())
+
+    place = locate_steps(decoder(tokenizer), ids, cut_at(*steps), first_error)
+    start, end = visible(first_error)
+    # The first token with a visible character of the wrong step, and the first behind its last one
+    error = first_with(start)
+    assert place.error == (error, max(first_with(end) if end < len(text) else len(ids), error + 1))
+    assert place.verified == (((0, error),) if error else ())
 
 
 def test_words():
     tokenizer = TOKENIZERS["words"]
     ids = tokenizer("b c [V] ; c b <eos>")["input_ids"]
-    assert locate_steps(decoder(tokenizer), ids, ["b c [V] ;", " c b"], 0) == StepTokens(0, 0, 4)
+    cut = cut_at("b c [V] ;", " c b")
+    assert locate_steps(decoder(tokenizer), ids, cut, 0) == StepTokens((), (0, 4))
     # The end-of-text token is no part of the last step
-    assert locate_steps(decoder(tokenizer), ids, ["b c [V] ;", " c b"], 1) == StepTokens(0, 4, 6)
+    assert locate_steps(decoder(tokenizer), ids, cut, 1) == StepTokens(((0, 4),), (4, 6))
+
+
+def test_bytes_in_front_of_a_character_in_bytes_belong_to_what_they_are():
+    """A character that is not complete yet turns the bytes in front of it into something else."""
+    tokenizer = TOKENIZERS["sentencepiece"]
+    steps = ["ab.\n\n", "🙂 5.\n", "京 6."]
+    ids = tokenizer("".join(steps), add_special_tokens=False)["input_ids"]
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    place = locate_steps(decoder(tokenizer), ids, cut_at(*steps), 0)
+    assert tokenizer.decode(ids[slice(*place.error)]) in ("ab", "ab.")
+    place = locate_steps(decoder(tokenizer), ids, cut_at(*steps), 1)
+    assert pieces[place.error[0]] == "<0xF0>"
+
+
+def test_a_completion_that_is_cut_off_inside_a_character():
+    tokenizer = TOKENIZERS["byte_level"]
+    whole = tokenizer("One. Two 京", add_special_tokens=False)["input_ids"]
+    ids = whole[:-1]
+    text = tokenizer.decode(ids)
+    assert text.endswith("\ufffd")
+    assert locate_steps(decoder(tokenizer), ids, cut_at("One. ", text[5:]), 1).error[1] == len(ids)
 
 
 def test_what_cannot_be_found():
     tokenizer = TOKENIZERS["byte_level"]
     ids = tokenizer("One. Two. Three.")["input_ids"]
-    assert locate_steps(decoder(tokenizer), ids, ["One.", "Four."], 1) is None
-    assert locate_steps(decoder(tokenizer), ids, ["Zero.", "Two."], 1).error > 0
-    assert locate_steps(decoder(tokenizer), [], ["One."], 0) is None
+    assert locate_steps(decoder(tokenizer), ids, cut_at("One. ", "Four."), 1) is None
+    assert locate_steps(decoder(tokenizer), [], cut_at("One."), 0) is None
+    place = locate_steps(decoder(tokenizer), ids, cut_at("Zero.\n", "Two."), 1)
+    assert tokenizer.decode(ids[slice(*place.error)]).strip() == "Two."
+    assert place.verified == ()
 
 
-def test_tool_results_are_part_of_no_step():
+def test_what_lies_between_the_steps_is_not_judged():
     tokenizer = TOKENIZERS["byte_level"]
-    turns = ["I multiply. ", "Tool: So it is 43. ", "So it is 43."]
-    ids = [tokenizer(turn)["input_ids"] for turn in turns]
-    joined = [token for turn in ids for token in turn]
-    by_policy = [i != 1 for i, turn in enumerate(ids) for _ in turn]
-    place = locate_steps(decoder(tokenizer), joined, ["I multiply. ", "So it is 43."], 1, by_policy)
-    assert place == StepTokens(0, len(ids[0]) + len(ids[1]), len(joined))
-
-
-def test_thinking_with_the_same_words_is_not_the_step():
-    tokenizer = TOKENIZERS["byte_level"]
-    thinking, answer = "<think>We add. So x = 5.</think>", "We add. So x = 5."
-    ids = tokenizer(thinking + answer)["input_ids"]
-    place = locate_steps(decoder(tokenizer), ids, ["We add. ", "So x = 5."], 1)
-    assert tokenizer.decode(ids[place.start : place.end]) == answer
-    assert tokenizer.decode(ids[place.error : place.end]).strip() == "So x = 5."
-
-
-def test_a_tool_call_is_found_by_its_other_lines():
-    tokenizer = TOKENIZERS["byte_level"]
-    text = 'Add.\nLet me see.\n<tool_call>{"name": "f"}</tool_call>'
+    text = "x = 1 (as x = 1 was given) so x = 2 done"
+    places = [(0, 5), (27, 35)]
     ids = tokenizer(text)["input_ids"]
-    place = locate_steps(decoder(tokenizer), ids, ["Add.", 'Let me see.\nf({"a": 1})'], 1)
-    assert tokenizer.decode(ids[place.error : place.end]) == "Let me see."
+    place = locate_steps(decoder(tokenizer), ids, cut_completion(text, lambda text: places), 1)
+    assert [tokenizer.decode(ids[slice(*span)]).strip() for span in place.verified] == ["x = 1"]
+    assert tokenizer.decode(ids[slice(*place.error)]).strip() == "so x = 2"
+
+
+class TestMessages:
+    """What a chat parser makes of a completion is not what stands in its ids."""
+
+    CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 3}}\n</tool_call>'
+    CALLS = [{"type": "function", "function": {"name": "f", "arguments": {"a": 3}}}]
+
+    def located(self, turns, messages, first_error, **options):
+        """The verified text, piece by piece, and the wrong step's; `turns` are texts, those of tools as tuples of one."""
+        tokenizer = TOKENIZERS["byte_level"]
+        ids, by_policy = [], []
+        for turn in turns:
+            tokens = tokenizer(turn[0] if isinstance(turn, tuple) else turn, add_special_tokens=False)["input_ids"]
+            ids += tokens
+            by_policy += [isinstance(turn, str)] * len(tokens)
+        cut = cut_completion(messages, **options)
+        place = locate_steps(decoder(tokenizer), ids, cut, first_error, by_policy if len(turns) > 1 else None)
+        return [tokenizer.decode(ids[slice(*span)]) for span in place.verified], tokenizer.decode(
+            ids[slice(*place.error)]
+        )
+
+    def test_tool_results_are_part_of_no_step(self):
+        messages = [
+            {"role": "assistant", "content": "I multiply."},
+            {"role": "tool", "content": "So it is 43."},
+            {"role": "assistant", "content": "So it is 43."},
+        ]
+        turns = ["I multiply.<eos>", ("Tool: So it is 43. ",), "So it is 43.<eos>"]
+        assert self.located(turns, messages, 0) == ([], "I multiply.")
+        assert self.located(turns, messages, 1) == (["I multiply.<eos>"], "So it is 43.")
+
+    def test_thinking_that_quotes_a_step_is_not_the_step(self):
+        messages = [
+            {"role": "assistant", "content": "3 * 4 = 12.", "tool_calls": self.CALLS},
+            {"role": "tool", "content": "12"},
+            {
+                "role": "assistant",
+                "content": "12 + 1 = 14.",
+                "reasoning_content": "I wrote 3 * 4 = 12. And 12 + 1 = 14.",
+            },
+        ]
+        turns = [
+            f"3 * 4 = 12.\n{self.CALL}<eos>",
+            ("12",),
+            "<think>\nI wrote 3 * 4 = 12. And 12 + 1 = 14.\n</think>\n\n12 + 1 = 14.<eos>",
+        ]
+        assert self.located(turns, messages, 0) == ([], "3 * 4 = 12.")
+        assert self.located(turns, messages, 1) == (["3 * 4 = 12.\n"], self.CALL)
+        assert self.located(turns, messages, 2) == ([turns[0]], "12 + 1 = 14.")
+
+    def test_thinking_that_the_parser_left_out(self):
+        for messages in ("<think>We add. So x = 5.</think>We add. So x = 5.", [{"content": "We add. So x = 5."}]):
+            place = self.located(["<think>We add. So x = 5.</think>We add. So x = 5."], messages, 1)
+            assert place == (["We add. "], "So x = 5.")
+
+    def test_thinking_is_paid_if_it_is_judged(self):
+        messages = [{"role": "assistant", "reasoning_content": "We add 2.\n\nThen 5.", "content": "10 it is."}]
+        # The chat template has put the first mark into the prompt
+        turns = ["We add 2.\n\nThen 5.\n</think>\n\n10 it is.<eos>"]
+        assert self.located(turns, messages, 0, include_thinking=True) == ([], "We add 2.")
+        assert self.located(turns, messages, 1, include_thinking=True)[0] == ["We add 2.\n\n"]
+        verified, error = self.located(turns, messages, 2, include_thinking=True)
+        assert error == "10 it is."
+        assert "".join(verified).startswith("We add 2.\n\nThen 5.")
+
+    def test_a_tool_call_is_part_of_its_step(self):
+        messages = [{"role": "assistant", "content": "a:", "tool_calls": self.CALLS}]
+        assert self.located([f"a:\n{self.CALL}<eos>"], messages, 0) == ([], f"a:\n{self.CALL}")
+        messages = [{"role": "assistant", "content": "", "tool_calls": self.CALLS}]
+        assert self.located([f"{self.CALL}<eos>"], messages, 0) == ([], self.CALL)
+
+    def test_several_calls(self):
+        calls = [*self.CALLS, {"type": "function", "function": {"name": "g", "arguments": {}}}]
+        other = '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'
+        messages = [{"role": "assistant", "content": "Look.", "tool_calls": calls}]
+        verified, error = self.located([f"Look.\n{self.CALL}\n{other}<eos>"], messages, 2)
+        assert verified[0].startswith(f"Look.\n{self.CALL}")
+        assert error == 'g", "arguments": {}}\n</tool_call>'
+
+    def test_a_parser_that_has_taken_something_out_of_the_middle(self):
+        messages = [{"role": "assistant", "content": "Add.\n\nStop. 5."}]
+        turns = ["Add.\n\n<note>x</note>\n\nStop. 5.<eos>"]
+        assert self.located(turns, messages, 1) == (["Add.\n\n<note>x</note>\n\n"], "Stop. 5.")
+
+    def test_a_rollout_that_holds_what_others_wrote(self):
+        """Such a completion is one string: its steps are where they are, and the loss masks what the policy did not write."""
+        turns = ["I call f.\n\n", ("Tool says 43.\n\n",), "So 44."]
+        text = "I call f.\n\nTool says 43.\n\nSo 44."
+        assert self.located(turns, text, 2) == (["I call f.\n\nTool says 43.\n\n"], "So 44.")
 
 
 def test_long_completions_are_fast():
@@ -163,19 +278,19 @@ def test_long_completions_are_fast():
         calls.append(len(part))
         return tokenizer.decode(part, skip_special_tokens=True)
 
-    assert locate_steps(decode, ids, steps, 650).error > 0
+    assert locate_steps(decode, ids, cut_at(*steps), 650).error[0] > 0
     assert len(calls) < 100  # not one per token
 
 
 def test_credit_equals_loop():
-    places = [StepTokens(1, 3, 4), None, StepTokens(0, 0, 2)]
+    places = [StepTokens(((0, 1), (2, 3)), (3, 4)), None, StepTokens((), (0, 2))]
     credit = prefix_credit(places, 5, 0.3, 1.0)
     for row, place in zip(credit.tolist(), places, strict=True):
         for t, value in enumerate(row):
             expected = 0.0
-            if place and place.start <= t < place.error:
+            if place and any(start <= t < end for start, end in place.verified):
                 expected = 0.3
-            elif place and place.error <= t < place.end:
+            elif place and place.error[0] <= t < place.error[1]:
                 expected = -1.0
             assert value == pytest.approx(expected)
 
@@ -193,6 +308,13 @@ class FixedJudge(StepJudge):
 
 def stepwise(*first_errors):
     return StepwiseJudge(FixedJudge(*first_errors), segmenter=words_as_steps)
+
+
+@pytest.fixture
+def make_trainer(make_trainer, tokenizer):
+    """As everywhere, but no completion ends before its length, since what is checked of each row needs several steps."""
+    full_length = {"suppress_tokens": [tokenizer.pad_token_id, tokenizer.eos_token_id]}
+    return lambda *args, **config: make_trainer(*args, **{"generation_kwargs": full_length, **config})
 
 
 class TestTrainer:
@@ -405,7 +527,7 @@ class TestTrainer:
     )
     @pytest.mark.filterwarnings("ignore")
     def test_trains(self, make_trainer, config):
-        trainer = make_trainer([by_kind, stepwise(1, 2)], credit_assignment="prefix", **config)
+        trainer = make_trainer([by_kind, stepwise(1, 2)], credit_assignment="prefix", generation_kwargs=None, **config)
         trainer.train()
         assert sum(logged(trainer, "sgpo/judge_calls")) > 0
         assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())

@@ -7,87 +7,111 @@ tokens are rewarded, those of the wrong step blamed, and the rest is left alone 
 thought). Differs from the paper of SGPO, which has no per-token credit. Nothing here knows about TRL.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise, takewhile
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from trl_sgpo.steps import CutCompletion, Span, Turn
+
+
+Decode = Callable[[Sequence[int]], str]
+
+_THINKING_ENDS = re.compile(r"\s*</think(?:ing)?>")
+
 
 class StepTokens(NamedTuple):
     """
-    The tokens of a completion that a verdict speaks of, as half-open ranges of positions in the completion: the verified
-    prefix is `[start, error)`, the first wrong step `[error, end)`.
+    The tokens of a completion that a verdict speaks of, as half-open ranges of positions in the completion.
+
+    Args:
+        verified (`tuple[tuple[int, int], ...]`):
+            The steps before the first wrong one: one range for those of a turn that follow each other.
+        error (`tuple[int, int]`):
+            The first wrong step.
     """
 
-    start: int
-    error: int
-    end: int
+    verified: tuple[Span, ...]
+    error: Span
 
 
 def locate_steps(
-    decode: Callable[[Sequence[int]], str],
+    decode: Decode,
     ids: Sequence[int],
-    steps: Sequence[str],
+    cut: CutCompletion,
     first_error: int,
     by_policy: Sequence[bool] | None = None,
 ) -> StepTokens | None:
     """
-    Finds the verified prefix and the first wrong step among a completion's own tokens.
+    Finds the verified steps and the first wrong one among a completion's own tokens.
 
-    The steps are looked for in the text that the ids decode to, since the text of a parsed message has lost characters (special
-    tokens, the marks around thinking or a tool call). The last step comes first and each one before the next, for what is
-    judged stands at the end: thinking in front of it may hold the same sentences. White space around a step is not looked
-    for: that behind the wrong step is not part of it, and a token that holds the end of one step and the beginning of the
-    next is the next one's. A character that is spread over several tokens, as in byte-level vocabularies, takes all of them along.
+    Steps are cut in the text of a completion's messages, which is not quite what the policy wrote: a chat parser puts thinking
+    and tool calls elsewhere and takes marks and white space off. So what each turn holds word for word is looked for in the
+    text that the turn's own ids decode to, and the steps lie in it where they lie in the turn; a tool call takes what
+    stands behind that text. Thinking that is not judged is part of no step, whatever it quotes. White space around a step
+    is not part of it, and a token that holds the end of one step and the beginning of the next is the next one's. A
+    character that is spread over several tokens, as in byte-level vocabularies, takes all of them along.
 
     Args:
         decode (`Callable`):
-            Decodes a list of ids into text. Decoding a beginning of the ids gives a beginning of the text, save for a
-            last character that is not complete yet.
+            Decodes a list of ids into text.
         ids (`Sequence[int]` of length T):
             The completion's ids, without padding.
-        steps (`Sequence[str]`):
-            The texts of the steps, in order.
+        cut ([`~trl_sgpo.steps.CutCompletion`]):
+            The completion's text and steps.
         first_error (`int`):
             0-based index of the first wrong one.
         by_policy (`Sequence[bool]` of length T, *optional*):
-            Which tokens the policy wrote. Steps are looked for in these only; tool results in between are part of no step.
+            Which tokens the policy wrote. With several turns, each stretch of them is a turn.
 
     Returns:
-        [`StepTokens`] or `None`: `None` if the steps cannot be found in the decoded text.
+        [`StepTokens`] or `None`: `None` if the wrong step is not in the decoded text. A verified step that is not has no tokens.
     """
-    runs = _runs(by_policy, len(ids))
-    pieces = [list(ids[start:end]) for start, end in runs]
-    texts = [decode(piece) for piece in pieces]
-    places: dict[int, tuple[int, int, int]] = {}
-    run, position = len(runs) - 1, len(texts[-1]) if texts else 0
-    for index in range(len(steps) - 1, -1, -1):
-        found = _find_before(steps[index], texts, run, position)
-        if found is not None:  # what cannot be found cannot be paid; the others still can
-            places[index] = found
-            run, position = found[0], found[1]
-    if first_error not in places:
-        return None
-
-    def token(run: int, position: int) -> int:
-        return runs[run][0] + _token_at(decode, pieces[run], texts[run], position)
-
-    first_run, first_begin, _ = places[min(places)]
-    run, begin, end = places[first_error]
-    error_token = token(run, begin)
-    end_token = (
-        token(run, end) if end < len(texts[run]) else runs[run][0] + _n_tokens_of(decode, pieces[run], texts[run])
-    )
-    return StepTokens(token(first_run, first_begin), error_token, max(end_token, error_token + 1))
+    # One turn may hold what others wrote, if a rollout function has put it there: its text is that of all ids
+    runs = [(0, len(ids))] if len(cut.turns) == 1 else _runs(by_policy, len(ids))
+    verified: list[Span] = []
+    for (offset, turn), (first, last) in zip(cut.turns, runs, strict=False):
+        mine = [i for i in range(first_error + 1) if offset <= cut.spans[i][0] < offset + len(turn.text)]
+        if not mine:
+            continue
+        text = _DecodedText(decode, ids[first:last])
+        blocks = _align(turn, text.text)
+        found = {i: _place(turn.text, cut.spans[i][0] - offset, cut.spans[i][1] - offset, blocks) for i in mine}
+        places = {i: place for i, place in found.items() if place is not None}
+        error = places.pop(first_error, None)
+        if first_error in mine and error is None:
+            return None
+        # As characters first, for finding a token takes its time
+        right: list[Span] = []
+        for i, (start, end) in places.items():
+            behind = cut.spans[i][1]
+            following = found.get(i + 1)
+            if following is not None and not cut.text[behind : cut.spans[i + 1][0]].strip():
+                end = following[0]  # what lies between two steps is white space
+            elif not cut.text[behind : offset + len(turn.text)].strip():
+                end = len(text.text) + 1  # the turn ends here, and that is verified with it
+            if right and start <= right[-1][1]:
+                right[-1] = (right[-1][0], end)
+            else:
+                right.append((start, end))
+        for start, end in right:
+            stop = last if end > len(text.text) else first + text.token_behind(end)
+            verified.append((first + text.token_at(start), stop))
+        if error is not None:
+            start = first + text.token_at(error[0])
+            return StepTokens(tuple(verified), (start, max(first + text.token_behind(error[1]), start + 1)))
+    return None
 
 
 def prefix_credit(
     tokens: Sequence[StepTokens | None], length: int, prefix_reward: float, error_penalty: float
 ) -> Tensor:
     """
-    The advantages per token that the verdicts give: `prefix_reward` on the verified prefix, `-error_penalty` on the first
-    wrong step, 0 behind it and where there is no verdict.
+    The advantages per token that the verdicts give: `prefix_reward` on the verified steps, `-error_penalty` on the first
+    wrong one, 0 elsewhere and where there is no verdict.
 
     Args:
         tokens (`Sequence[StepTokens | None]` of length N):
@@ -103,7 +127,7 @@ def prefix_credit(
     Example:
 
     ```python
-    >>> prefix_credit([StepTokens(0, 2, 3), None], length=5, prefix_reward=0.5, error_penalty=1.0)
+    >>> prefix_credit([StepTokens(((0, 2),), (2, 3)), None], length=5, prefix_reward=0.5, error_penalty=1.0)
     tensor([[ 0.5000,  0.5000, -1.0000,  0.0000,  0.0000],
             [ 0.0000,  0.0000,  0.0000,  0.0000,  0.0000]])
     ```
@@ -111,32 +135,77 @@ def prefix_credit(
     credit_NT = torch.zeros(len(tokens), length)
     for row_T, place in zip(credit_NT, tokens, strict=True):
         if place is not None:
-            row_T[place.start : place.error] = prefix_reward
-            row_T[place.error : place.end] = -error_penalty
+            for start, end in place.verified:
+                row_T[start:end] = prefix_reward
+            row_T[place.error[0] : place.error[1]] = -error_penalty
     return credit_NT
 
 
-def _find_before(step: str, texts: Sequence[str], run: int, position: int) -> tuple[int, int, int] | None:
-    """
-    Where a step stands for the last time before `position` of `texts[run]`: the text, and the step's first and last character
-    in it. A step whose whole text is not there, since it holds a tool call as a reader sees it, is found by the lines that are.
-    """
-    content = step.strip()
-    for i in range(run, -1, -1):
-        begin = texts[i].rfind(content, 0, position if i == run else len(texts[i]))
-        if begin >= 0:
-            return i, begin, begin + len(content)
-    lines = [line.strip() for line in content.splitlines() if line.strip()]
-    for i in range(run, -1, -1):
-        limit = position if i == run else len(texts[i])
-        begin = texts[i].rfind(lines[0], 0, limit) if len(lines) > 1 else -1
-        if begin >= 0:
-            end = begin + len(lines[0])
-            for line in lines[1:]:
-                at = texts[i].find(line, end, limit)
-                end = at + len(line) if at >= 0 else end
-            return i, begin, end
-    return None
+class _Block(NamedTuple):
+    """A span of a turn's text and the span of the decoded text that it stands for, letter by letter or as a whole."""
+
+    turn: Span
+    decoded: Span
+    literal: bool
+
+
+def _align(turn: Turn, decoded: str) -> list[_Block]:
+    """Where the parts of a turn stand in the text that its ids decode to, in order. A part that is not there is left out."""
+    blocks: list[_Block] = []
+    position = 0
+    if len(turn.written) == 1 and "</think" not in turn.text:
+        # Thinking that the parser has dropped may hold the same words
+        position = max((mark.end() for mark in _THINKING_ENDS.finditer(decoded)), default=0)
+    for span in turn.written:
+        blocks += _find(turn.text, span, decoded, position) or _find_lines(turn.text, span, decoded, position)
+        if blocks:
+            position = blocks[-1].decoded[1]
+            thinking_ends = _THINKING_ENDS.match(decoded, position)
+            position = thinking_ends.end() if thinking_ends else position
+    # The calls take the rest: the first one from there on, each other one from the name of its function on
+    starts = [position][: len(turn.calls)]
+    for _, name in turn.calls[1:]:
+        named = re.compile(rf"\b{re.escape(name)}\b").search(decoded, starts[-1] + 1)
+        starts.append(named.start() if named else starts[-1])
+    for (span, _), rest in zip(turn.calls, pairwise([*starts, len(decoded)]), strict=True):
+        start, end = _visible(decoded, *rest)
+        if start < end:
+            blocks.append(_Block(span, (start, end), literal=False))
+    return blocks
+
+
+def _find(text: str, span: Span, decoded: str, position: int) -> list[_Block]:
+    """The block of a span that stands in `decoded` word for word, but for the white space around it; none if it does not."""
+    start, end = _visible(text, *span)
+    at = decoded.find(text[start:end], position) if start < end else -1
+    return [_Block((start, end), (at, at + end - start), literal=True)] if at >= 0 else []
+
+
+def _find_lines(text: str, span: Span, decoded: str, position: int) -> Iterator[_Block]:
+    """As `_find`, line by line: the parser has taken something out of the middle."""
+    start = span[0]
+    for line in text[slice(*span)].splitlines(keepends=True):
+        for block in _find(text, (start, start + len(line)), decoded, position):
+            yield block
+            position = block.decoded[1]
+        start += len(line)
+
+
+def _place(text: str, start: int, end: int, blocks: Sequence[_Block]) -> Span | None:
+    """The span of the decoded text that a span of the turn's text stands for; `None` if nothing of it is there."""
+    start, end = _visible(text, start, end)
+    mine = [block for block in blocks if block.turn[0] < end and start < block.turn[1]]
+    if not mine:
+        return None
+    first, last = mine[0], mine[-1]
+    begin = first.decoded[0] + (max(start - first.turn[0], 0) if first.literal else 0)
+    return begin, last.decoded[1] - (max(last.turn[1] - end, 0) if last.literal else 0)
+
+
+def _visible(text: str, start: int, end: int) -> Span:
+    """A span without the white space at its ends."""
+    piece = text[start:end]
+    return start + len(piece) - len(piece.lstrip()), start + len(piece.rstrip())
 
 
 def _runs(by_policy: Sequence[bool] | None, length: int) -> list[tuple[int, int]]:
@@ -152,38 +221,52 @@ def _runs(by_policy: Sequence[bool] | None, length: int) -> list[tuple[int, int]
     return runs
 
 
-def _decoded_length(decode: Callable[[Sequence[int]], str], ids: Sequence[int], text: str) -> int:
-    """How many characters of `text` these first ids give in full."""
-    beginning = decode(ids)
-    if not text.startswith(beginning):
-        beginning = beginning.rstrip("\ufffd")  # a character whose last bytes are still to come
-        while beginning and not text.startswith(beginning):
-            beginning = beginning[:-1]
-    return len(beginning)
+class _DecodedText:
+    """The text of a list of ids, and which id has part in which character."""
 
+    def __init__(self, decode: Decode, ids: Sequence[int]):
+        self.decode, self.ids, self.text = decode, ids, decode(ids)
+        self._beginnings: dict[int, tuple[int, bool]] = {}
+        self._n_visible = len(ids)
+        while self._n_visible and self._is_silent(self._n_visible - 1):
+            self._n_visible -= 1
 
-def _token_at(decode: Callable[[Sequence[int]], str], ids: Sequence[int], text: str, position: int) -> int:
-    """Position of the first token that takes part in the character at `position`."""
-    low, high = 0, len(ids)  # the first `low` ids end at or before `position`
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _decoded_length(decode, ids[:middle], text) <= position:
-            low = middle
-        else:
-            high = middle
-    # Before it there may be tokens with the first bytes of the same character, which add no text of their own
-    while low > 0 and _decoded_length(decode, ids[:low], text) == _decoded_length(decode, ids[: low - 1], text):
-        low -= 1
-    return low
+    def _is_silent(self, i: int) -> bool:
+        """Whether an id never has text, as an end-of-text token. Twice, for a single space may be stripped."""
+        return not self.decode([self.ids[i]] * 2)
 
+    def _beginning(self, n: int) -> tuple[int, bool]:
+        """
+        How many characters of the text the first `n` ids give in full, which never falls as `n` grows, and whether they hold
+        first bytes of the next one too. Such a character garbles itself and, in some vocabularies, bytes in front of it.
+        """
+        if n not in self._beginnings:
+            k, length = n, 0
+            while not self.text.startswith(beginning := self.decode(self.ids[:k])):
+                same = takewhile(lambda pair: pair[0] == pair[1], zip(beginning, self.text, strict=False))
+                length = max(length, sum(1 for _ in same))
+                k -= 1
+            self._beginnings[n] = max(length, len(beginning)), k < n
+        return self._beginnings[n]
 
-def _n_tokens_of(decode: Callable[[Sequence[int]], str], ids: Sequence[int], text: str) -> int:
-    """Number of ids up to the end of the text, without those behind it that decode to nothing (an end-of-text token)."""
-    low, high = 0, len(ids)
-    while low < high:
-        middle = (low + high) // 2
-        if _decoded_length(decode, ids[:middle], text) < len(text):
-            low = middle + 1
-        else:
-            high = middle
-    return low
+    def token_at(self, position: int) -> int:
+        """The first id that has part in the character at `position`."""
+        low, high = 0, len(self.ids)  # the first `low` ids end at or before `position`
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._beginning(middle)[0] <= position:
+                low = middle
+            else:
+                high = middle
+        while low > 0:
+            length, unfinished = self._beginning(low)
+            # Without text as yet, but not without any: the space in front of the first word
+            space = self._beginning(low - 1)[0] == length and not self._is_silent(low - 1)
+            if length < position or not (unfinished or space):
+                break
+            low -= 1
+        return low
+
+    def token_behind(self, position: int) -> int:
+        """The first id that has no part in any character before `position`, but for one that it shares with those behind."""
+        return self.token_at(position) if position < len(self.text) else self._n_visible

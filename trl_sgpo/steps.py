@@ -17,7 +17,7 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from operator import index
 from typing import Any
@@ -473,10 +473,17 @@ class Turn:
             Thinking, content and tool calls of the message.
         by_policy (`bool`):
             Whether the policy wrote it. Tool results, for example, are not its work and are never judged.
+        written (`tuple[tuple[int, int], ...]`):
+            Spans of `text` that are word for word what the policy wrote: its thinking and its content. The marks around
+            thinking may have stood in the prompt.
+        calls (`tuple[tuple[tuple[int, int], str], ...]`):
+            Spans of the tool calls in `text`, which the policy wrote in another form, each with the name of its function.
     """
 
     text: str
     by_policy: bool
+    written: tuple[Span, ...] = field(default=(), repr=False, compare=False)
+    calls: tuple[tuple[Span, str], ...] = field(default=(), repr=False, compare=False)
 
 
 def completion_turns(completion: str | list[dict]) -> list[Turn]:
@@ -507,7 +514,7 @@ def completion_turns(completion: str | list[dict]) -> list[Turn]:
     ```
     """
     if isinstance(completion, str):
-        return [Turn(completion, by_policy=True)]
+        return [Turn(completion, by_policy=True, written=((0, len(completion)),))]
     if not isinstance(completion, list) or not all(isinstance(message, Mapping) for message in completion):
         raise TypeError(
             f"`completion` is {completion!r:.200} ({type(completion).__name__}), but a completion is a string or a "
@@ -517,17 +524,32 @@ def completion_turns(completion: str | list[dict]) -> list[Turn]:
     turns = []
     for message in completion:
         by_policy = message.get("role") in ("assistant", None)
-        text = _content_text(message.get("content"))
-        if by_policy:
-            fields = (_content_text(message.get(field)) for field in ("reasoning_content", "reasoning", "thinking"))
-            thinking = next((field for field in fields if field.strip()), None)
-            calls = message.get("tool_calls") or []
-            calls = "\n".join(_call_text(call) for call in (calls if isinstance(calls, (list, tuple)) else [calls]))
-            if calls and text and not text.endswith("\n"):
-                text += "\n"
-            text = (f"<think>\n{thinking}\n</think>\n\n" if thinking else "") + text + calls
-        turns.append(Turn(text, by_policy))
+        content = _content_text(message.get("content"))
+        turns.append(_policy_turn(message, content) if by_policy else Turn(content, by_policy=False))
     return turns
+
+
+def _policy_turn(message: Mapping[str, Any], content: str) -> Turn:
+    thoughts = (_content_text(message.get(name)) for name in ("reasoning_content", "reasoning", "thinking"))
+    thinking = next((thought for thought in thoughts if thought.strip()), None)
+    text, written = "", []
+    if thinking:
+        text = "<think>\n"
+        written.append((len(text), len(text) + len(thinking)))
+        text += f"{thinking}\n</think>\n\n"
+    written.append((len(text), len(text) + len(content)))
+    text += content
+    found = message.get("tool_calls") or []
+    found = found if isinstance(found, (list, tuple)) else [found]
+    rendered = [_call_text(call) for call in found]
+    if any(rendered) and content and not content.endswith("\n"):
+        text += "\n"
+    calls = []
+    for number, (call, shown) in enumerate(zip(found, rendered, strict=True)):
+        text += "\n" if number else ""
+        calls.append(((len(text), len(text) + len(shown)), _function_name(call)))
+        text += shown
+    return Turn(text, by_policy=True, written=tuple(written), calls=tuple(calls))
 
 
 def _content_text(content: Any) -> str:
@@ -541,10 +563,18 @@ def _content_text(content: Any) -> str:
     return str(content)
 
 
+def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    return call["function"] if isinstance(call.get("function"), Mapping) else call
+
+
+def _function_name(call: Any) -> str:
+    return str(_function(call).get("name") or "") if isinstance(call, Mapping) else ""
+
+
 def _call_text(call: Any) -> str:
     if not isinstance(call, Mapping):
         return str(call)
-    call = call["function"] if isinstance(call.get("function"), Mapping) else call
+    call = _function(call)
     arguments = call.get("arguments")
     if not isinstance(arguments, str):
         try:
@@ -636,12 +666,15 @@ class CutCompletion:
             By index of a step: the text in front of it that the policy did not write (tool results).
         blank (`bool`):
             Whether there is nothing to judge: no text, or none but white space and the tags of thinking.
+        turns (`tuple[tuple[int, Turn], ...]`):
+            The policy's turns, empty ones too, each with the position in `text` at which it begins.
     """
 
     text: str
     spans: tuple[Span, ...]
     context: dict[int, str]
     blank: bool
+    turns: tuple[tuple[int, Turn], ...] = field(default=(), repr=False, compare=False)
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -682,11 +715,14 @@ def cut_completion(
     texts: list[str] = []
     spans: list[Span] = []
     context: dict[int, str] = {}
+    turns: list[tuple[int, Turn]] = []
     offset, pending, blank = 0, [], True
     for turn in completion_turns(completion):
         if not turn.by_policy:
             pending.extend([turn.text] if turn.text.strip() else [])
-        elif turn.text:
+            continue
+        turns.append((offset, turn))
+        if turn.text:
             start, end = judged_region(turn.text, include_thinking=include_thinking)
             region = turn.text[start:end]
             cut = check_spans(region, segmenter(region)) if region.strip() else []
@@ -697,7 +733,7 @@ def cut_completion(
             spans.extend((offset + start + left, offset + start + right) for left, right in cut)
             texts.append(turn.text)
             offset += len(turn.text) + len("\n\n")
-    return CutCompletion(text="\n\n".join(texts), spans=tuple(spans), context=context, blank=blank)
+    return CutCompletion("\n\n".join(texts), tuple(spans), context, blank, tuple(turns))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

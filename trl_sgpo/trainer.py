@@ -723,11 +723,11 @@ class SGPOTrainer(GRPOTrainer):
             place = None
             if score is not None and has_loss[i] and (score.first_error is not None or score.status == "error"):
                 n_errors += 1
-                if score.first_error is None:  # an empty completion: ending at once is its error
-                    place = StepTokens(0, 0, len(ids))
+                if score.first_error is None or score.cut is None:  # an empty completion: ending at once is its error
+                    place = StepTokens((), (0, len(ids)))
                 else:
                     by_policy = None if tool_mask is None else tool_mask[i, : len(ids)].bool().tolist()
-                    place = locate_steps(self._decode_completion, ids, score.steps, score.first_error, by_policy)
+                    place = locate_steps(self._decode_completion, ids, score.cut, score.first_error, by_policy)
             places.append(place)
         n_found = sum(place is not None for place in places)
         counts = gather(torch.tensor([[float(n_errors), float(n_found)]], device=self.accelerator.device)).sum(dim=0)

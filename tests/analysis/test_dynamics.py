@@ -91,7 +91,9 @@ def sampled(arm, p, behind, group_size, n_groups, noise=0.0, kind="uniform", luc
     paid = advantage.unsqueeze(-1).expand(-1, -1, n_steps)
     if arm.startswith("prefix"):
         # One row per step that can be named; the right ones have none
-        rows = prefix_credit([None, *(StepTokens(0, r, r + 1) for r in range(n_steps))], n_steps, 0.3, 1.0).double()
+        rows = prefix_credit(
+            [None, *(StepTokens(((0, r),), (r, r + 1)) for r in range(n_steps))], n_steps, 0.3, 1.0
+        ).double()
         credit = rows[torch.where(wrong, torch.tensor(named) + 1, 0)]
         paid = torch.where(failed.unsqueeze(-1), credit, paid)
         if arm == "prefix_all_incorrect":

@@ -64,8 +64,8 @@ class StepScore:
             The verdict's reason, or why there is none.
         called (`bool`):
             Whether the judge was asked.
-        steps (`tuple[str, ...]`, *optional*):
-            Texts of the steps.
+        cut ([`~trl_sgpo.steps.CutCompletion`], *optional*):
+            The completion's text and steps, where it has a first wrong one.
     """
 
     status: str
@@ -75,7 +75,7 @@ class StepScore:
     rts_characters: float | None
     reason: str
     called: bool
-    steps: tuple[str, ...] = ()
+    cut: CutCompletion | None = None
 
 
 class StepwiseJudge:
@@ -308,7 +308,7 @@ class StepwiseJudge:
             rts_characters=rts_by_characters(first_error, cut.spans),
             reason=_readable(verdict.reason),
             called=True,
-            steps=cut.steps,
+            cut=cut,
         )
 
     def _show_judge_traceback(self, judge: StepJudge) -> None:
