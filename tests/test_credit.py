@@ -12,6 +12,7 @@ from conftest import (
     record_advantages,
     words_as_steps,
 )
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -420,6 +421,54 @@ class TestTrainer:
             assert row[:4] == pytest.approx([1.0, 1.0, -0.5, 0.0])
             assert not any(row[3:])
 
+    def test_a_conversation_with_thinking_and_a_tool(self, make_trainer, chat_tokenizer, make_chat_model):
+        def double(x: int) -> int:
+            """
+            Doubles a number.
+
+            Args:
+                x: The number.
+            """
+            return 2 * x
+
+        rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "What is 2 times 6?"}]] * 4})
+        trainer = make_trainer(
+            [all_failed, StepwiseJudge(FixedJudge(2, 0))],
+            trainer_args={
+                "model": make_chat_model(),
+                "processing_class": chat_tokenizer,
+                "train_dataset": rows,
+                "tools": [double],
+            },
+            credit_assignment="prefix",
+            max_completion_length=400,
+            max_steps=1,
+        )
+        # The model is random: what it writes is given to it, the tool loop, TRL's parser and all that follows are real
+        call = '<tool_call>\n{"name": "double", "arguments": {"x": 6}}\n</tool_call><|im_end|>'
+        answer = "<think>\nDouble it. So it is 13.\n</think>\n\nSo it is 13.\n\nDone: 13.<|im_end|>"
+        turns = iter([f"Double it.\n{call}", answer])
+        trainer._generate_single_turn = lambda prompt_ids, *args, **kwargs: (
+            [chat_tokenizer(text)["input_ids"] for text in [next(turns)] * len(prompt_ids)],
+            None,
+        )
+        outputs = []
+        inner = trainer._generate_and_score_completions
+        trainer._generate_and_score_completions = lambda inputs: outputs.append(inner(inputs)) or outputs[-1]
+        trainer.train()
+        output = outputs[0]
+
+        def text_with(row, advantage):
+            ids = output["completion_ids"][row][output["advantages"][row] == advantage]
+            return chat_tokenizer.decode(ids)
+
+        assert logged(trainer, "sgpo/credit/unlocated") == [0.0]
+        # Two steps before the tool, two behind it
+        assert text_with(0, 1.0) == f"Double it.\n{call}"
+        assert text_with(0, -0.5) == "So it is 13."
+        assert text_with(1, 1.0) == ""
+        assert text_with(1, -0.5) == "Double it."
+
     def test_nothing_behind_the_error_has_a_gradient(self, make_trainer):
         trainer = make_trainer([all_failed, stepwise(0, 2)], credit_assignment="prefix", max_steps=1)
         gradients = []
@@ -535,6 +584,10 @@ class TestTrainer:
     def test_sequence_ratios_are_warned_of(self, make_trainer):
         with pytest.warns(UserWarning, match="importance_sampling_level='sequence'"):
             make_trainer([by_kind, stepwise(0)], credit_assignment="prefix", importance_sampling_level="sequence")
+
+    def test_masks_by_the_sign_of_the_advantage_are_warned_of(self, make_trainer):
+        with pytest.warns(UserWarning, match="the blame is dropped and the reward kept"):
+            make_trainer([by_kind, stepwise(0)], credit_assignment="prefix", off_policy_mask_threshold=0.5)
 
     @pytest.mark.parametrize(
         ("config", "message"),

@@ -334,7 +334,9 @@ class TestRemedies:
         def sometimes(prompts, completions, **kwargs):
             return [None if i % 4 == 3 else 0.0 for i in range(len(completions))]
 
-        trainer = make_trainer([sometimes], failed_groups=name, max_steps=1)
+        # RL-ZVP gives a completion of one token nothing
+        full_length = {"suppress_tokens": [0, 1]}
+        trainer = make_trainer([sometimes], failed_groups=name, max_steps=1, generation_kwargs=full_length)
         rounds = record_rounds(trainer)
         trainer.train()
         advantages = rounds[0]["advantages"].view(2, 4, -1)
@@ -588,7 +590,7 @@ class TestDeadGroups:
         assert alive.sum() == 8
         lengths = found["completion_mask"].sum(dim=1)
         factor = lengths.sum() / lengths[alive].sum()
-        assert factor > 1.2
+        assert factor > 1
         torch.testing.assert_close(found["advantages"], factor * without["advantages"])
         torch.testing.assert_close(found["logged"], factor * without["logged"])
 

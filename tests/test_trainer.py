@@ -774,6 +774,20 @@ class TestOptionsOfTRL:
         assert logged(trainer, "tools/call_frequency") == [1.0]
         assert logged(trainer, "sgpo/groups/rescued") == [1.0]
 
+    def test_a_rollout_function_that_writes_what_the_policy_did_not(self, make_trainer, tokenizer, caplog):
+        def rollout(prompts, trainer):
+            ids = [tokenizer("b c [V]")["input_ids"] for _ in prompts]
+            return {
+                "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts],
+                "completion_ids": ids,
+                "logprobs": None,
+                "env_mask": [[1, 0, 1] for _ in ids],
+            }
+
+        trainer = make_trainer([all_failed, stepwise()], trainer_args={"rollout_func": rollout}, max_steps=2)
+        trainer.train()
+        assert caplog.text.count("rollout_func returns env_mask") == 1
+
     def test_environment_reward_is_an_outcome(self, make_trainer, chat_tokenizer, make_chat_model):
         from datasets import Dataset
 

@@ -196,6 +196,26 @@ def _find_outcome(
     )
 
 
+def _warn_of_what_ties_tokens(args: GRPOConfig, setting: str) -> None:
+    """Warns of options of TRL that are made for one advantage per completion, for a setting that gives each token its own."""
+    if args.importance_sampling_level != "token":
+        warnings.warn(
+            f"importance_sampling_level={args.importance_sampling_level!r} ties the tokens of a completion to one ratio, so the "
+            f"gradient of one token's advantage reaches all of them, and {setting} no longer tells the tokens apart. Use "
+            "importance_sampling_level='token'.",
+            UserWarning,
+            stacklevel=4,
+        )
+    if args.off_policy_mask_threshold is not None:
+        warnings.warn(
+            f"off_policy_mask_threshold={args.off_policy_mask_threshold} drops off-policy completions unless their advantage is "
+            f"positive. With {setting} it goes by the advantage of each token, so of such a completion the blame is dropped and "
+            "the reward kept. Leave it out.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
 class SGPOTrainer(GRPOTrainer):
     """
     Trainer for Stepwise Guided Policy Optimization (SGPO), introduced in [Stepwise Guided Policy Optimization: Coloring
@@ -351,6 +371,7 @@ class SGPOTrainer(GRPOTrainer):
         self._judge_seconds = 0.0
         self._silent_rounds = 0
         self._truncation_warned = False
+        self._rollout_warned = False
         self._table_described = False
 
     def _check_judge_settings(self, args: GRPOConfig, judge_index: int) -> None:
@@ -362,14 +383,7 @@ class SGPOTrainer(GRPOTrainer):
                 "a weight of at least 0."
             )
         if self.credit_assignment == "prefix":
-            if args.importance_sampling_level != "token":
-                warnings.warn(
-                    f"importance_sampling_level={args.importance_sampling_level!r} ties the tokens of a completion to one "
-                    "ratio, so the gradient of one token's credit reaches all of them, and "
-                    "credit_assignment='prefix' is no longer local. Use importance_sampling_level='token'.",
-                    UserWarning,
-                    stacklevel=3,
-                )
+            _warn_of_what_ties_tokens(args, "credit_assignment='prefix'")
             return  # the judge has no part in the rewards, so it does not matter how these are put together
         if args.multi_objective_aggregation == "normalize_then_sum":
             if self.failed_group_schedule != "constant":
@@ -406,14 +420,8 @@ class SGPOTrainer(GRPOTrainer):
 
     def _check_remedy_settings(self, args: GRPOConfig) -> None:
         """Raises for settings under which what is done without a judge cannot work, warns where it works badly."""
-        if self._remedy == "zvp" and args.importance_sampling_level != "token":
-            warnings.warn(
-                f"importance_sampling_level={args.importance_sampling_level!r} ties the tokens of a completion to one "
-                "ratio, so the gradient of one token's advantage reaches all of them, and failed_groups='zvp' no longer "
-                "tells the tokens apart. Use importance_sampling_level='token'.",
-                UserWarning,
-                stacklevel=3,
-            )
+        if self._remedy == "zvp":
+            _warn_of_what_ties_tokens(args, "failed_groups='zvp'")
         if self.exclude_dead_groups and args.loss_type not in _LOSS_DENOMINATORS:
             raise ValueError(
                 f"exclude_dead_groups=True cannot be combined with loss_type={args.loss_type!r}: it is not known what that "
@@ -586,6 +594,7 @@ class SGPOTrainer(GRPOTrainer):
         self._forget_round()
         self._mode_of_round = self._mode
         output = super()._generate_and_score_completions(inputs)
+        self._warn_of_rollouts(output)
         if self._flat_P is not None:
             # A group of equal rewards is dead, and would not be exactly so: taking the mean leaves a rounding residue
             flat_N = self._flat_P.repeat_interleave(cast(int, self.num_generations))
@@ -862,6 +871,22 @@ class SGPOTrainer(GRPOTrainer):
                 n_truncated,
                 len(completion_ids),
             )
+
+    def _warn_of_rollouts(self, output: dict[str, Any]) -> None:
+        if (
+            self._rollout_warned
+            or self.rollout_func is None
+            or "tool_mask" not in output
+            or self._active_judge is None
+        ):
+            return
+        self._rollout_warned = True
+        logger.warning(
+            "rollout_func returns env_mask: the completions hold text that the policy did not write. TRL hands them to reward "
+            "functions as one text, so the judge takes that text for the policy's, and it counts in RTS. Give StepwiseJudge a "
+            "segmenter that leaves it out, or use tools or environment_factory, whose results are known to be no steps. This is "
+            "said once."
+        )
 
     def create_model_card(  # type: ignore[override]  # TRL's signature, which differs from transformers'
         self,
