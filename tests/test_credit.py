@@ -336,7 +336,10 @@ class TestTrainer:
 
     def test_ending_at_once_is_blamed(self, make_trainer, tokenizer):
         """Else a policy whose every step is blamed learns to write nothing."""
-        ends_often = {"sequence_bias": [[[tokenizer.eos_token_id], 3.0]]}
+        ends_often = {
+            "sequence_bias": [[[tokenizer.eos_token_id], 2.0]],
+            "suppress_tokens": [tokenizer.pad_token_id],  # it has no text, so it is part of no step
+        }
         trainer = make_trainer(
             [all_failed, stepwise(1)], credit_assignment="prefix", max_steps=1, generation_kwargs=ends_often
         )
@@ -345,7 +348,11 @@ class TestTrainer:
         assert logged(trainer, "sgpo/credit/unlocated") == [0.0]
         n_written = logged(trainer, "sgpo/judge_calls")[0]
         assert 0 < n_written < len(rounds[0])
-        assert (rounds[0][:, 0] == -0.5).sum() >= len(rounds[0]) - n_written  # and solutions of one wrong step
+        first_PG = rounds[0][:, 0].view(-1, 4)
+        taught_P = (first_PG == 1).any(dim=1)  # those with a right step
+        assert taught_P.any()
+        assert (first_PG[taught_P] != 0).all()
+        assert not first_PG[~taught_P].any()
 
     def test_what_no_step_was_found_in_is_not_blamed(self, make_trainer):
         def finds_steps_at_times(text):
