@@ -95,8 +95,8 @@ def tuning_runs(
 
 # Arms that take another's learning rate: they are that arm with a guard switched on
 TUNED_AS = {
-    **{f"sgpo_{guard}": "sgpo" for guard in ("spread", "half", "handover", "votes", "exclude")},
-    **{f"prefix_{guard}": "prefix" for guard in ("handover", "votes", "exclude")},
+    **{f"sgpo_{guard}": "sgpo" for guard in ("spread", "half", "handover", "votes")},
+    **{f"prefix_{guard}": "prefix" for guard in ("handover", "votes")},
 }
 
 

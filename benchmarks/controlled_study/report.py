@@ -256,8 +256,9 @@ def judges_table(records: Records) -> str:
             cell = spread(list(speeds.values()), lambda t: thousands(t, JUDGE_BUDGET))
             if exact and grpo and judge != "exact":
                 without, erring, right = on_shared_seeds(grpo, speeds, exact)
-                saved = (without - erring) / (without - right)
-                cell += f", {saved:.0%}" if math.isfinite(saved) else ", lost"
+                if without > right:
+                    saved = (without - erring) / (without - right)
+                    cell += f", {saved:.0%}" if math.isfinite(saved) else ", lost"
             cells.append(cell)
         if any(cell != "-" for cell in cells):
             rows.append([ARMS[arm].label, *cells])

@@ -69,11 +69,8 @@ class Arm:
     votes: int = 1
 
 
-PREFIX = {"credit_assignment": "prefix"}
-
-
 def _coefficients(prefix_reward: float, error_penalty: float) -> dict[str, Any]:
-    return {**PREFIX, "prefix_reward": prefix_reward, "error_penalty": error_penalty}
+    return {"credit_assignment": "prefix", "prefix_reward": prefix_reward, "error_penalty": error_penalty}
 
 
 ARMS = {
@@ -91,9 +88,9 @@ ARMS = {
         Arm("prefix", "prefix credit", _coefficients(1.0, 0.5), judge=True),
         Arm("sgpo_votes", "SGPO, 3 of 4 judgments agree", judge=True, votes=4),
         Arm("prefix_votes", "prefix credit, 3 of 4 judgments agree", _coefficients(1.0, 0.5), judge=True, votes=4),
-        Arm("prefix_exclude", "prefix credit, dead groups out of the denominator", {**PREFIX, "exclude_dead_groups": True}, judge=True),
-        Arm("prefix_all_incorrect", "prefix credit, also in mixed groups", {**PREFIX, "judge_scope": "all_incorrect"}, judge=True),
-        Arm("prefix_handover", "prefix credit, weight = share of failed groups", {**PREFIX, "failed_group_schedule": "failed_share"}, judge=True),
+        Arm("prefix_exclude", "prefix credit, dead groups out of the denominator", {**_coefficients(1.0, 0.5), "exclude_dead_groups": True}, judge=True),
+        Arm("prefix_all_incorrect", "prefix credit, also in mixed groups", {**_coefficients(1.0, 0.5), "judge_scope": "all_incorrect"}, judge=True),
+        Arm("prefix_handover", "prefix credit, weight = share of failed groups", {**_coefficients(1.0, 0.5), "failed_group_schedule": "failed_share"}, judge=True),
         Arm("prefix_.3_1", "prefix credit, +.3 / -1", _coefficients(0.3, 1.0), judge=True),
         Arm("prefix_1_1", "prefix credit, +1 / -1", _coefficients(1.0, 1.0), judge=True),
         Arm("prefix_1_0", "prefix credit, +1 / 0", _coefficients(1.0, 0.0), judge=True),

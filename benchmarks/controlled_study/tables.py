@@ -39,6 +39,8 @@ MAIN_ARMS = (
     *CREDIT_ARMS,
     *REMEDIES,
     "grpo_exclude",
+    "sgpo_exclude",
+    "prefix_exclude",
     "sgpo_all_incorrect",
     "sgpo_quarter",
     "prefix_all_incorrect",
@@ -120,7 +122,9 @@ def _dials() -> list[Run]:
 
 
 def _tune_other_bases() -> list[Run]:
-    return [run for base in OTHER_BASES for arm in THREE for run in tuning_runs(base, arm, TUNING_BUDGET["95"])]
+    # More fail there than on dial 95, and the others' budget shows no difference between the learning rates of GRPO
+    budget = dict.fromkeys(THREE, TUNING_BUDGET["95"]) | {"grpo": BUDGET["95"]}
+    return [run for base in OTHER_BASES for arm in THREE for run in tuning_runs(base, arm, budget[arm])]
 
 
 def _other_bases() -> list[Run]:

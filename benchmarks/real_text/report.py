@@ -155,7 +155,9 @@ def show_runs(found: dict[str, dict], runs: dict[str, dict]) -> None:
     for name, values in found.items():
         run = runs.get(name)
         groups = run["groups"] if run else {}
-        shares = [f"{groups[f'sgpo/groups/{kind}']:.2f}" for kind in ("failed", "rescued")] if run else ["-", "-"]
+        shares = [
+            groups.get(f"sgpo/groups/{kind}") for kind in ("failed", "rescued")
+        ]  # without a judge none is rescued
         table.add_row(
             name,
             cell(values["greedy"]),
@@ -163,7 +165,7 @@ def show_runs(found: dict[str, dict], runs: dict[str, dict]) -> None:
             cell(values["pass@k"][1]),
             cell(values["pass@k"][largest]),
             cell(values["pass@k, every step right"][largest]),
-            *shares,
+            *("-" if share is None else f"{share:.2f}" for share in shares),
             f"{run['generated_tokens']:,}" if run else "-",
         )
     console = Console(width=max(150, Console().width))  # narrower, the intervals would break

@@ -121,8 +121,10 @@ def train_one(
     log = [entry for entry in trainer.state.log_history if "sgpo/accuracy" in entry]
     probe = next(entry for entry in reversed(trainer.state.log_history) if "sharpening/pass@1" in entry)
 
-    def means(keys: tuple[str, ...], entries: list[dict]) -> dict[str, float]:
-        return {key: statistics.mean(entry.get(key, 0.0) for entry in entries) for key in keys}
+    def means(keys: tuple[str, ...], entries: list[dict]) -> dict[str, float | None]:
+        """Over the updates that logged a key: without a judged completion there are no steps, which is not the same as 0."""
+        values = {key: [entry[key] for entry in entries if key in entry] for key in keys}
+        return {key: statistics.mean(found) if found else None for key, found in values.items()}
 
     lengths = ("completions/mean_length", "completions/clipped_ratio", "sgpo/steps_per_completion", "sgpo/rts_gap")
     tenth = max(1, len(log) // 10)
