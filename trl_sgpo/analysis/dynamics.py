@@ -265,6 +265,9 @@ def advantages(
     | `sign` | -1 | as GRPO |
     | `ngrpo` | `-1 / sqrt(G + 1)`: a right solution is imagined in the group | as GRPO |
 
+    Unlike the trainer, `prefix` pays in groups without any right step too, and its coefficients are by default those of the
+    first trials: the predictions were made with both.
+
     Args:
         arm (`str`):
             One of `ARMS`.
