@@ -8,7 +8,7 @@ thought). Differs from the paper of SGPO, which has no per-token credit. Nothing
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise, takewhile
 from typing import NamedTuple
 
@@ -81,28 +81,14 @@ def locate_steps(
         blocks = _align(turn, text.text)
         found = {i: _place(turn.text, cut.spans[i][0] - offset, cut.spans[i][1] - offset, blocks) for i in mine}
         places = {i: place for i, place in found.items() if place is not None}
-        error = places.pop(first_error, None)
-        if first_error in mine and error is None:
-            return None
-        # As characters first, for finding a token takes its time
-        right: list[Span] = []
-        for i, (start, end) in places.items():
-            behind = cut.spans[i][1]
-            following = found.get(i + 1)
-            if following is not None and not cut.text[behind : cut.spans[i + 1][0]].strip():
-                end = following[0]  # what lies between two steps is white space
-            elif not cut.text[behind : offset + len(turn.text)].strip():
-                end = len(text.text) + 1  # the turn ends here, and that is verified with it
-            if right and start <= right[-1][1]:
-                right[-1] = (right[-1][0], end)
-            else:
-                right.append((start, end))
-        for start, end in right:
-            stop = last if end > len(text.text) else first + text.token_behind(end)
+        # Joined as characters, for finding a token takes its time
+        for start, end in _join_verified(cut, places, first_error, offset + len(turn.text)):
+            stop = last if end is None else first + text.token_behind(end)
             verified.append((first + text.token_at(start), stop))
-        if error is not None:
-            start = first + text.token_at(error[0])
-            return StepTokens(tuple(verified), (start, max(first + text.token_behind(error[1]), start + 1)))
+        if first_error in places:
+            start, end = places[first_error]
+            error = first + text.token_at(start)
+            return StepTokens(tuple(verified), (error, max(first + text.token_behind(end), error + 1)))
     return None
 
 
@@ -200,6 +186,30 @@ def _place(text: str, start: int, end: int, blocks: Sequence[_Block]) -> Span | 
     first, last = mine[0], mine[-1]
     begin = first.decoded[0] + (max(start - first.turn[0], 0) if first.literal else 0)
     return begin, last.decoded[1] - (max(last.turn[1] - end, 0) if last.literal else 0)
+
+
+def _join_verified(
+    cut: CutCompletion, places: Mapping[int, Span], first_error: int, turn_end: int
+) -> list[tuple[int, int | None]]:
+    """
+    The places of a turn's steps before the first wrong one, those with nothing but white space between them as one. The end
+    is `None` where the turn ends: that is verified with its last step.
+    """
+    joined: list[tuple[int, int | None]] = []
+    for i, (start, end) in places.items():
+        if i == first_error:
+            break
+        behind = cut.spans[i][1]
+        stop: int | None = end
+        if i + 1 in places and not cut.text[behind : cut.spans[i + 1][0]].strip():
+            stop = places[i + 1][0]
+        elif not cut.text[behind:turn_end].strip():
+            stop = None
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return joined
 
 
 def _visible(text: str, start: int, end: int) -> Span:

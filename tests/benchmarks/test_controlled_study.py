@@ -161,3 +161,13 @@ def test_runs_are_recorded_and_shown(tmp_path, monkeypatch, capsys):
     assert "| 95 | SGPO, as in the paper | 2k: 0.00 | Unknown, because the probe has only 2 prompts" in printed
     assert "Nothing is learnt: none of the 16 logged groups teaches" in printed
     assert (tmp_path / "results" / "curves_95.png").stat().st_size > 0
+
+
+def test_the_recorded_tables_are_those_of_the_recorded_runs(tmp_path, monkeypatch):
+    recorded = Path(report.__file__).parent / "results"
+    for name in ("runs.jsonl", "bases.jsonl"):
+        (tmp_path / name).write_bytes((recorded / name).read_bytes())
+    monkeypatch.setattr(report, "draw_curves", lambda *args: None)
+    monkeypatch.setattr(sys, "argv", ["report.py", "--output", str(tmp_path)])
+    report.main()
+    assert (tmp_path / "tables.md").read_text() == (recorded / "tables.md").read_text()
