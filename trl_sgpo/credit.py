@@ -261,6 +261,8 @@ class _DecodedText:
 
     def token_at(self, position: int) -> int:
         """The first id that has part in the character at `position`."""
+        if position == 0:  # nearly every completion is asked for this one
+            return next((i for i in range(len(self.ids)) if not self._is_silent(i)), 0)
         low, high = 0, len(self.ids)  # the first `low` ids end at or before `position`
         while high - low > 1:
             middle = (low + high) // 2
@@ -270,9 +272,7 @@ class _DecodedText:
                 high = middle
         while low > 0:
             length, unfinished = self._beginning(low)
-            # Without text as yet, but not without any: the space in front of the first word
-            space = self._beginning(low - 1)[0] == length and not self._is_silent(low - 1)
-            if length < position or not (unfinished or space):
+            if length < position or not unfinished:
                 break
             low -= 1
         return low
