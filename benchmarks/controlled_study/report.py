@@ -182,9 +182,14 @@ def tune_check_table(records: Records) -> str:
     return markdown(["arm", "seed", *(f"{rate:g}" for rate in LEARNING_RATES)], rows)
 
 
+def budget_of(runs: Sequence[Row]) -> int:
+    """The tokens that all runs of an arm had."""
+    return min((r["tokens"] for r in runs), default=0)
+
+
 def speeds_of(runs: Sequence[Row]) -> dict[int, float]:
-    """Tokens to 50 % by seed; infinite if it was not reached within the budget, which is that of the shortest run."""
-    budget = min((r["tokens"] for r in runs), default=0)
+    """Tokens to 50 % by seed; infinite if it was not reached within the budget of all."""
+    budget = budget_of(runs)
     speeds = {r["seed"]: tokens_to(r) for r in runs}
     return {seed: tokens if tokens <= budget else math.inf for seed, tokens in speeds.items()}
 
@@ -198,7 +203,7 @@ def on_shared_seeds(*speeds: dict[int, float]) -> list[float]:
 def speed_table(records: Records, dial: str, arms: Sequence[str], **others: Any) -> str:
     found = {arm: main_runs(records, dial, arm, **others) for arm in arms}
     found = {arm: rows for arm, rows in found.items() if rows}
-    budgets = {arm: min(r["tokens"] for r in rows) for arm, rows in found.items()}
+    budgets = {arm: budget_of(rows) for arm, rows in found.items()}
     speeds = {arm: speeds_of(rows) for arm, rows in found.items()}
     rows = []
     for arm in sorted(
@@ -400,7 +405,7 @@ def reports_table(records: Records) -> str:
 
 
 def draw_curves(records: Records, dial: str, arms: Sequence[str], path: Path) -> None:
-    """A line per seed. Arms that leave the ground are drawn in full, the others dashed and thin."""
+    """A line per seed: in full for the arms that have a color of their own, dashed and thin for the others."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -447,11 +452,11 @@ def main() -> None:
     sections.append((TABLES["tune_check"].question, tune_check_table(records)))
     for dial in DIALS:
         arms = [arm for arm in ARMS if main_runs(records, dial, arm)]
-        if arms:
-            sections.append(
-                (f"Tokens to 50 % at {failed_share(records, dial)} failed groups", speed_table(records, dial, arms))
-            )
-        if arms and dial in DRAWN:
+        if not arms:
+            continue
+        title = f"Tokens to 50 % at {failed_share(records, dial)} failed groups"
+        sections.append((title, speed_table(records, dial, arms)))
+        if dial in DRAWN:
             # The variants of an arm would lie over each other
             drawn = [arm for arm in arms if arm in (*THREE, "grpo_exclude", *REMEDIES)]
             draw_curves(records, dial, drawn, args.output / f"curves_{dial}.png")

@@ -73,6 +73,9 @@ def _coefficients(prefix_reward: float, error_penalty: float) -> dict[str, Any]:
     return {"credit_assignment": "prefix", "prefix_reward": prefix_reward, "error_penalty": error_penalty}
 
 
+PREFIX = _coefficients(1.0, 0.5)
+
+
 ARMS = {
     arm.name: arm
     for arm in (
@@ -85,12 +88,12 @@ ARMS = {
         Arm("sgpo_spread", "SGPO, RTS spread of at least .3", {"min_rts_spread": 0.3}, judge=True),
         Arm("sgpo_half", "SGPO, failed groups at half weight", {"failed_group_weight": 0.5}, judge=True),
         Arm("sgpo_handover", "SGPO, weight = share of failed groups", {"failed_group_schedule": "failed_share"}, judge=True),
-        Arm("prefix", "prefix credit", _coefficients(1.0, 0.5), judge=True),
+        Arm("prefix", "prefix credit", PREFIX, judge=True),
         Arm("sgpo_votes", "SGPO, 3 of 4 judgments agree", judge=True, votes=4),
-        Arm("prefix_votes", "prefix credit, 3 of 4 judgments agree", _coefficients(1.0, 0.5), judge=True, votes=4),
-        Arm("prefix_exclude", "prefix credit, dead groups out of the denominator", {**_coefficients(1.0, 0.5), "exclude_dead_groups": True}, judge=True),
-        Arm("prefix_all_incorrect", "prefix credit, also in mixed groups", {**_coefficients(1.0, 0.5), "judge_scope": "all_incorrect"}, judge=True),
-        Arm("prefix_handover", "prefix credit, weight = share of failed groups", {**_coefficients(1.0, 0.5), "failed_group_schedule": "failed_share"}, judge=True),
+        Arm("prefix_votes", "prefix credit, 3 of 4 judgments agree", PREFIX, judge=True, votes=4),
+        Arm("prefix_exclude", "prefix credit, dead groups out of the denominator", {**PREFIX, "exclude_dead_groups": True}, judge=True),
+        Arm("prefix_all_incorrect", "prefix credit, also in mixed groups", {**PREFIX, "judge_scope": "all_incorrect"}, judge=True),
+        Arm("prefix_handover", "prefix credit, weight = share of failed groups", {**PREFIX, "failed_group_schedule": "failed_share"}, judge=True),
         Arm("prefix_.3_1", "prefix credit, +.3 / -1", _coefficients(0.3, 1.0), judge=True),
         Arm("prefix_1_1", "prefix credit, +1 / -1", _coefficients(1.0, 1.0), judge=True),
         Arm("prefix_1_0", "prefix credit, +1 / 0", _coefficients(1.0, 0.0), judge=True),
