@@ -108,6 +108,37 @@ def record_advantages(trainer) -> list[torch.Tensor]:
     return rounds
 
 
+def record_rounds(trainer):
+    """
+    The output of each generation round as it leaves the trainer, with the log-probabilities and entropies of its tokens
+    computed from the logits, and the advantages that are logged.
+    """
+    rounds = []
+    inner = trainer._generate_and_score_completions
+
+    def wrapped(inputs):
+        output = inner(inputs)
+        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+        mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+        length = output["completion_ids"].shape[1]
+        with torch.no_grad():
+            logps = (
+                trainer.model(input_ids=ids, attention_mask=mask).logits[:, -length - 1 : -1].float().log_softmax(-1)
+            )
+        rounds.append(
+            {
+                **output,
+                "logps": logps.gather(2, output["completion_ids"].unsqueeze(2)).squeeze(2),
+                "entropy": -(logps.exp() * logps).sum(dim=2),
+                "logged": torch.tensor(list(trainer._logs["advantages"])),
+            }
+        )
+        return output
+
+    trainer._generate_and_score_completions = wrapped
+    return rounds
+
+
 # Reward functions. `kind` is a column of the dataset; completions of a group follow each other.
 
 

@@ -18,16 +18,11 @@ from trl_sgpo import SGPOConfig
         ({"judge_until": 0.0}, r"judge_until=0.0 must lie in \(0, 1\]"),
         ({"judge_until": 1.5}, r"judge_until=1.5 must lie in \(0, 1\]"),
         ({"judge_until": math.nan}, r"judge_until=nan must lie in \(0, 1\]"),
-        ({"min_rts_spread": -0.1}, r"min_rts_spread=-0.1 must lie in \[0, 1\]"),
         ({"failed_group_weight": -1.0}, "failed_group_weight=-1.0 must be a finite number of at least 0"),
         ({"failed_group_weight": math.inf}, "failed_group_weight=inf must be a finite number"),
         (
-            {"failed_groups": "nsr"},
-            r"failed_groups='nsr' is unknown: it must be one of \['judge', 'none', 'sign', 'ngrpo', 'zvp', 'lens'\]",
-        ),
-        (
-            {"failed_group_schedule": "linear"},
-            r"failed_group_schedule='linear' is unknown: it must be one of \['constant', 'failed_share'\]",
+            {"failed_groups": "sign"},
+            r"failed_groups='sign' is unknown: it must be one of \['sgpo', 'prefix', 'none', 'nsr', 'ngrpo', 'zvp', 'lens'\]",
         ),
     ],
 )
@@ -43,13 +38,10 @@ def test_adds_only_what_the_trainer_decides():
         "success_threshold",
         "judge_scope",
         "judge_until",
-        "min_rts_spread",
         "failed_group_weight",
-        "credit_assignment",
         "prefix_reward",
         "error_penalty",
         "failed_groups",
-        "failed_group_schedule",
         "exclude_dead_groups",
     }
     changed = [
@@ -83,8 +75,8 @@ def test_the_own_fields_in_a_yaml(tmp_path):
     path = tmp_path / "sgpo.yaml"
     path.write_text(
         f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\nfailed_groups: none\n"
-        "failed_group_schedule: failed_share\nexclude_dead_groups: true\n"
+        "outcome_reward: [math_reward, code_reward]\nexclude_dead_groups: true\n"
     )
     (config,) = TrlParser((SGPOConfig,)).parse_args_and_config(["--config", str(path)])
-    assert (config.failed_groups, config.failed_group_schedule) == ("none", "failed_share")
+    assert (config.failed_groups, config.outcome_reward) == ("none", ["math_reward", "code_reward"])
     assert config.exclude_dead_groups is True

@@ -35,32 +35,34 @@ def test_groups_that_straddle_ranks(two_ranks):
     (rank0, rank1), _, folder = two_ranks("straddle")
     assert rank0["sizes"] == rank1["sizes"] == [6, 6]  # each judges its own rows, once a round
     assert rank0["checksum"] == rank1["checksum"]
-    for a, b in zip(rank0["rounds"], rank1["rounds"], strict=True):
+    for step, (a, b) in enumerate(zip(rank0["rounds"], rank1["rounds"], strict=True), start=1):
         rewards = torch.tensor(a["rewards"])
         assert torch.equal(rewards.nan_to_num(), torch.tensor(b["rewards"]).nan_to_num())  # one matrix on both ranks
         assert rewards.shape == (12, 2)
+        assert torch.isnan(rewards[:, 1]).all()  # nobody writes into it
+        table = pd.read_parquet(folder / "run" / "completions" / f"completions_{step:05d}.parquet")
+        assert len(table) == 12
+        assert table["judge_first_error"].notna().all()
+        rts = (table["judge_first_error"] / table["judge_n_steps"]).tolist()
+        assert rts == pytest.approx(table["judge_rts"].tolist(), rel=1e-6)
         # The advantages of both ranks together are those of three whole groups, at half the weight
-        total = rewards.nansum(dim=1).view(3, 4)
+        expected = 0.5 * group_advantages(torch.tensor(rts, dtype=torch.float32).view(3, 4))
         advantages = torch.tensor(a["advantages"] + b["advantages"]).view(3, 4)
-        torch.testing.assert_close(advantages, 0.5 * group_advantages(total), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(advantages, expected, rtol=1e-4, atol=1e-5)
         assert advantages[1].abs().max() > 0  # the group in the middle, half of it on each rank
+        assert table["advantage"].tolist() == pytest.approx(advantages.flatten().tolist())
+        # Row by row: the reward is the RTS itself, so the column of rescued groups is that of the scores
+        rescued = table["stepwise_judge"].notna()
+        assert table["stepwise_judge"][rescued].tolist() == pytest.approx(
+            table["judge_rts"][rescued].tolist(), rel=1e-5
+        )
+        assert rescued.sum() == (advantages != 0).any(dim=1).sum() * 4
     logs = [[entry for entry in rank["log"] if "sgpo/judge_calls" in entry] for rank in (rank0, rank1)]
     for a, b in zip(*logs, strict=True):
         assert {k: v for k, v in a.items() if k.startswith("sgpo/")} == {
             k: v for k, v in b.items() if k.startswith("sgpo/")
         }
         assert a["sgpo/judge_calls"] == 12
-    table = pd.read_parquet(folder / "run" / "completions" / "completions_00001.parquet")
-    assert len(table) == 12
-    assert table["first_error"].notna().all()
-    assert table["stepwise_judge"].tolist() == pytest.approx(
-        [row[1] for row in rank0["rounds"][0]["rewards"]], nan_ok=True
-    )
-    rts = (table["first_error"] / table["n_steps"]).tolist()
-    assert rts == pytest.approx(table["rts"].tolist(), rel=1e-6)
-    # Row by row: the reward is the RTS itself, so the columns of the table fit the matrix
-    rescued = table["stepwise_judge"].notna()
-    assert table["stepwise_judge"][rescued].tolist() == pytest.approx(table["rts"][rescued].tolist(), rel=1e-5)
 
 
 def test_a_rank_with_nothing_to_judge(two_ranks):

@@ -16,7 +16,6 @@ from conftest import (
     assert_every_parameter_moved,
     assert_same_parameters,
     by_kind,
-    first_long_word,
     length_reward,
     letters_reward,
     logged,
@@ -24,40 +23,17 @@ from conftest import (
     record_advantages,
     words_as_steps,
 )
+from toys import CountingJudge, FixedJudge, all_failed, all_mixed, stepwise
 from trl import GRPOConfig, GRPOTrainer
 
 import trl_sgpo
 from trl_sgpo import SGPOConfig, SGPOTrainer, StepJudge, StepwiseJudge, Verdict
 from trl_sgpo.groups import group_advantages
-
-
-def stepwise(judge=first_long_word, **kwargs):
-    return StepwiseJudge(judge, segmenter=words_as_steps, **kwargs)
+from trl_sgpo.round_log import JUDGE_COLUMNS
 
 
 def never(problem, steps, **row):
     raise AssertionError("the judge was asked")
-
-
-def all_failed(prompts, completions, **kwargs):
-    return [0.0] * len(completions)
-
-
-def all_mixed(prompts, completions, **kwargs):
-    return [float(i % 2) for i in range(len(completions))]
-
-
-class CountingJudge(StepJudge):
-    """Counts the items it is asked about, and answers by the length of their text."""
-
-    def __init__(self):
-        self.calls = 0
-        self.items = []
-
-    def judge(self, items):
-        self.calls += len(items)
-        self.items += items
-        return [Verdict.error(sum(map(len, item.steps)) % len(item.steps)) for item in items]
 
 
 class TestWhereGRPOIsEnough:
@@ -107,12 +83,15 @@ class TestWhereGRPOIsEnough:
             make_model(), [by_kind, stepwise()], args, dataset, dataset, tokenizer, None, None, (None, None), None
         )
         trainer.train()
-        assert (trainer.success_threshold, trainer.judge_scope, trainer.judge_until) == (0.5, "failed_groups", 1.0)
+        assert (args.success_threshold, args.judge_scope, args.judge_until) == (0.5, "failed_groups", 1.0)
+        assert args.exclude_dead_groups is False
+        assert trainer.treatment.name == args.failed_groups == "sgpo"
         assert logged(trainer, "train_runtime")
 
     def test_arguments_are_those_of_grpo_in_their_order(self):
-        ours, theirs = (list(inspect.signature(cls.__init__).parameters) for cls in (SGPOTrainer, GRPOTrainer))
-        assert ours == theirs
+        ours, theirs = (inspect.signature(cls.__init__).parameters for cls in (SGPOTrainer, GRPOTrainer))
+        assert list(ours) == [*theirs, "treatment"]
+        assert ours["treatment"].kind is inspect.Parameter.KEYWORD_ONLY
 
     def test_reward_functions_given_are_not_changed(self, make_trainer):
         judge = stepwise()
@@ -218,12 +197,6 @@ class TestFailedGroups:
         assert_same_parameters(grpo, sgpo)
         assert max(logged(sgpo, "sgpo/groups/tied_other_rewards")) > 0
 
-    def test_min_rts_spread(self, make_trainer):
-        sgpo = make_trainer([all_failed, stepwise()], min_rts_spread=1.0)
-        start = parameters(sgpo)
-        sgpo.train()
-        assert_same_parameters(start, sgpo)
-
     def test_failed_group_weight(self, make_trainer):
         runs = {}
         for weight in (0.0, 0.5, 1.0):
@@ -289,16 +262,6 @@ class TestFailedGroups:
 class RaisingJudge(StepJudge):
     def judge(self, items):
         raise RuntimeError("no route to the judge")
-
-
-class FixedJudge(StepJudge):
-    """Answers every batch with what a function of the items gives."""
-
-    def __init__(self, answer):
-        self.answer = answer
-
-    def judge(self, items):
-        return self.answer(items)
 
 
 def cancelled(items):
@@ -543,7 +506,7 @@ class TestLogs:
         trainer = make_trainer([all_failed, stepwise(judge)], log_completions=True, max_steps=1)
         trainer.train()
         table = pd.read_parquet(Path(trainer.args.output_dir) / "completions" / "completions_00001.parquet")
-        assert table["verdict_reason"].str.len().max() == 2000
+        assert table["judge_reason"].str.len().max() == 2000
 
     def test_completions_table(self, make_trainer, dataset):
         judge = StepwiseJudge(
@@ -564,13 +527,13 @@ class TestLogs:
             table = pd.read_parquet(folder / f"completions_{step:05d}.parquet")
             wrong = table["by_kind"] == 0
             failed = table.groupby("prompt")["by_kind"].transform("max") == 0
-            judged = table["verdict"] != ""
+            judged = table["judge_status"] != ""
             assert (judged == (failed if step <= 2 else False)).all()
-            assert table.dtypes[["first_error", "n_steps", "rts"]].tolist() == ["float64"] * 3
-            assert {"stepwise_judge", "first_error", "n_steps", "rts", "verdict_reason"} <= set(table.columns)
+            assert table.dtypes[["judge_first_error", "judge_n_steps", "judge_rts"]].tolist() == ["float64"] * 3
+            assert {"stepwise_judge", *JUDGE_COLUMNS} <= set(table.columns)
             for _, row in table[judged].iterrows():
-                assert row["first_error"] == 0
-                assert row["verdict_reason"] == f"says {len(row['completion'].split())}"
+                assert row["judge_first_error"] == 0
+                assert row["judge_reason"] == f"says {len(row['completion'].split())}"
             assert wrong[judged].all()
         assert len(pd.read_parquet(folder)) > 0  # the files of a run can be read together
 
@@ -583,7 +546,7 @@ class TestLogs:
         assert settings == {
             "outcome_reward": "by_kind",
             "success_threshold": 0.5,
-            "credit_assignment": "sequence",
+            "failed_groups": "sgpo",
         }
 
     def test_model_card(self, make_trainer, tmp_path):
@@ -616,23 +579,31 @@ class TestErrors:
         ("funcs", "config", "message"),
         [
             ([by_kind, stepwise(), stepwise()], {}, r"reward_funcs holds 2 StepwiseJudges, at the positions \[1, 2\]"),
-            ([stepwise()], {}, "a StepwiseJudge and no outcome reward"),
-            (stepwise(), {}, "a StepwiseJudge and no outcome reward"),
+            ([stepwise()], {}, "The StepwiseJudge in reward_funcs has to know .* no outcome reward"),
+            (stepwise(), {}, "The StepwiseJudge in reward_funcs has to know .* no outcome reward"),
             (
                 [by_kind, length_reward, stepwise()],
                 {},
-                r"\('by_kind', 'length_reward'\), and outcome_reward is not set",
+                r"\('by_kind', 'length_reward'\), and outcome_reward is not set.*outcome_reward='by_kind'",
             ),
             ([by_kind, stepwise()], {"outcome_reward": "accuracy"}, "outcome_reward='accuracy' is not the name"),
             ([by_kind], {"outcome_reward": "accuracy"}, "outcome_reward='accuracy' is not the name"),
             ([by_kind, by_kind, stepwise()], {"outcome_reward": "by_kind"}, "is the name of several"),
             ([by_kind, stepwise()], {"outcome_reward": "stepwise_judge"}, "'stepwise_judge' is not the name"),
-            ([by_kind, stepwise()], {"reward_weights": [1.0, -0.5]}, "gives the judge a negative weight"),
             (
-                [by_kind, stepwise()],
-                {"failed_group_weight": 0.5, "multi_objective_aggregation": "normalize_then_sum"},
-                "failed_group_weight=0.5 cannot be combined",
+                [by_kind, length_reward],
+                {"failed_groups": "nsr"},
+                r"failed_groups='nsr' has to know .* several reward functions \('by_kind', 'length_reward'\), and "
+                r"outcome_reward is not set.*outcome_reward='by_kind'",
             ),
+            ([], {"failed_groups": "lens"}, "failed_groups='lens' has to know .* no outcome reward"),
+            (
+                [stepwise()],
+                {"failed_groups": "nsr"},
+                "The StepwiseJudge in reward_funcs has to know .* no outcome reward",
+            ),
+            ([by_kind], {"failed_groups": "prefix"}, "failed_groups='prefix' asks a judge, and reward_funcs holds no"),
+            ([by_kind, stepwise()], {"reward_weights": [1.0, -0.5]}, "gives the judge a negative weight"),
             (
                 [by_kind, stepwise()],
                 {"judge_scope": "all_incorrect", "multi_objective_aggregation": "normalize_then_sum"},
@@ -653,20 +624,6 @@ class TestErrors:
         with pytest.raises(ValueError, match=rf"TRL {installed} is installed, but .* supports TRL from 1.16 up to"):
             _ = trl_sgpo.SGPOTrainer
 
-    @pytest.mark.parametrize(
-        ("config", "message"),
-        [
-            ({"multi_objective_aggregation": "normalize_then_sum"}, "normalises over the whole batch"),
-            ({"scale_rewards": "batch"}, "divides by the standard deviation of the whole batch"),
-        ],
-    )
-    def test_warnings(self, make_trainer, config, message):
-        with pytest.warns(UserWarning, match=message):
-            trainer = make_trainer([by_kind, stepwise()], max_steps=1, **config)
-        start = parameters(trainer)
-        trainer.train()
-        assert_every_parameter_moved(start, trainer)
-
 
 class TestOptionsOfTRL:
     @pytest.mark.parametrize(
@@ -678,6 +635,7 @@ class TestOptionsOfTRL:
             {"bf16": True},
             {"scale_rewards": "none"},
             {"scale_rewards": "batch"},
+            {"multi_objective_aggregation": "normalize_then_sum"},
             {"loss_type": "dr_grpo"},
             {"importance_sampling_level": "sequence", "loss_type": "grpo"},
             {"reward_weights": [1.0, 0.5]},
@@ -685,7 +643,6 @@ class TestOptionsOfTRL:
         ],
         ids=lambda config: "-".join(map(str, config.items())),
     )
-    @pytest.mark.filterwarnings("ignore:scale_rewards='batch'")
     def test_trains(self, make_trainer, config):
         trainer = make_trainer([by_kind, stepwise()], **config)
         start = parameters(trainer)

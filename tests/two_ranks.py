@@ -1,6 +1,6 @@
 """
 Run by `test_distributed.py` on two processes: trains with groups that straddle the ranks and writes down what each rank
-saw. Rank 1 never has anything to judge in the mode `one_sided`. The modes of `REMEDIES` ask no judge, and take completions
+saw. Rank 1 never has anything to judge in the mode `one_sided`. The modes of `WITHOUT_JUDGE` ask no judge, and take completions
 that are the same however many processes there are, so that two can be compared with one.
 """
 
@@ -23,11 +23,11 @@ from trl_sgpo.tasks.rewrite_chain import PretrainConfig, build_model, build_toke
 mode, folder = sys.argv[1], Path(sys.argv[2])
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
-REMEDIES = {
+WITHOUT_JUDGE = {
     # Of three groups the first is dead, the second one failed, half of it on each rank, and the third one mixed
     "lens": {"failed_groups": "lens", "exclude_dead_groups": True},
     # One group on each rank, of which the first failed
-    "zvp": {"failed_groups": "zvp", "failed_group_schedule": "failed_share"},
+    "zvp": {"failed_groups": "zvp"},
 }
 
 
@@ -72,7 +72,7 @@ trainer = SGPOTrainer(
         logging_steps=1,
         log_completions=True,
         failed_group_weight=0.5,
-        **REMEDIES.get(mode, {}),
+        **WITHOUT_JUDGE.get(mode, {}),
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
@@ -111,7 +111,7 @@ def same_completions(prompt_ids, *args, **kwargs):
 
 
 trainer._calculate_rewards, trainer._generate_and_score_completions = record_rewards, record_advantages
-if mode in REMEDIES:
+if mode in WITHOUT_JUDGE:
     trainer._generate_single_turn = same_completions
 trainer.train()
 checksum = sum(p.double().abs().sum().item() for p in trainer.model.parameters())

@@ -1,15 +1,15 @@
 """Configuration of [`SGPOTrainer`]: everything of GRPOConfig, and what the trainer itself decides."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import cast
 
 from trl import GRPOConfig
 
+from trl_sgpo.treatments import TREATMENTS
+
 
 JUDGE_SCOPES = ("failed_groups", "all_incorrect")
-CREDIT_ASSIGNMENTS = ("sequence", "prefix")
-FAILED_GROUPS = ("judge", "none", "sign", "ngrpo", "zvp", "lens")
-FAILED_GROUP_SCHEDULES = ("constant", "failed_share")
 
 
 @dataclass
@@ -22,10 +22,43 @@ class SGPOConfig(GRPOConfig):
     coefficient: the `beta` and `gamma` of the paper's Eq. 2 are arguments of [`StepwiseJudge`].
 
     Parameters:
-        outcome_reward (`str`, *optional*):
+        failed_groups (`str`, *optional*, defaults to `"sgpo"`):
+            What is done with a failed group. An own [`~trl_sgpo.treatments.Treatment`] is an argument of the trainer instead.
+            All other groups keep GRPO's advantages bit for bit.
+
+            With a judge, a [`StepwiseJudge`] in `reward_funcs`:
+
+            - `"sgpo"`: each completion gets one reward, that of its correct prefix (Eq. 2, as in the paper). Without a judge
+              in the list this is GRPO.
+            - `"prefix"`: each token gets what the verdict says of it. The tokens before the first wrong step have the
+              advantage `prefix_reward`, those of that step `-error_penalty`, and those after it, which nobody judged, 0. No
+              group normalisation is involved, so groups of equal scores teach too. A group with verdicts for fewer than half
+              of its completions, or in which no completion has a right step, stays as GRPO leaves it. With
+              `judge_scope="all_incorrect"`, the verified prefix of a wrong completion of a mixed group is spared GRPO's
+              blame. `reward_weights` of the judge does not matter. Credit begins at the first judged step, so thinking has
+              some only if `StepwiseJudge` is given `include_thinking=True`.
+
+            Without a judge. One in the list is not asked, so that one switch makes the control:
+
+            - `"none"`: nothing, which is GRPO.
+            - `"nsr"` (NSR, arXiv 2506.01347): -1 for every wrong completion.
+            - `"ngrpo"` (NGRPO, arXiv 2509.18851): the mean and the standard deviation are taken over the group's outcome
+              rewards and one virtual success, so that G equal rewards have the advantage `-1 / sqrt(G + 1)`. The paper
+              also clips asymmetrically: `epsilon=0.16` and `epsilon_high=0.24`, which are not set here.
+            - `"zvp"` (RL-ZVP, arXiv 2509.21880): per token, minus a tenth of what the policy's entropy there lacks to the
+              completion's largest one. Costs one more forward pass in rounds with a failed group.
+            - `"lens"` (LENS, arXiv 2510.08696): the surer the policy was of a wrong completion, the lower its reward, which
+              is then normalised inside the group. Costs one more forward pass in rounds with a failed group, unless TRL
+              has the log-probabilities already.
+
+            These add their advantages to those that the rewards of a failed group give; `scale_rewards` and `reward_weights`
+            do not reach them, and they work during the whole run.
+        outcome_reward (`str` or `list[str]`, *optional*):
             Name of the reward function that says whether a completion is right or wrong, as it appears in the metric
             `rewards/<name>/mean`. With a single reward function beside the judge it is that one; with several it must
-            be given.
+            be given. A run with several tasks gives several names: each function returns None for the rows of the other
+            tasks, and for each row the outcome is the one that is not None. The rewards of environments are found
+            together.
         success_threshold (`float`, *optional*, defaults to `0.5`):
             A completion is correct when its outcome reward reaches this value.
         judge_scope (`str`, *optional*, defaults to `"failed_groups"`):
@@ -35,50 +68,17 @@ class SGPOConfig(GRPOConfig):
         judge_until (`float`, *optional*, defaults to `1.0`):
             Judging stops after this fraction of the run's updates, in (0, 1]. The paper judged during 3 of 12 epochs,
             which is 0.25. It needs no dataset length, so it works with streaming data.
-        min_rts_spread (`float`, *optional*, defaults to `0.0`):
-            A failed group whose reasoning trajectory scores span less than this stays as GRPO leaves it, in [0, 1].
         failed_group_weight (`float`, *optional*, defaults to `1.0`):
-            Factor on the judge's part of the advantages of rescued groups. 1 is the paper, 0 is GRPO. With another remedy
-            in `failed_groups` it is the factor on that remedy's advantages (with `"zvp"`, ten times the alpha of
-            RL-ZVP).
-        credit_assignment (`str`, *optional*, defaults to `"sequence"`):
-            Whom a verdict pays. `"sequence"`: every token of the completion alike, by Eq. 2, as in the paper. `"prefix"`:
-            each token by what the verdict says of it. In a failed group the tokens before the first wrong step have the
-            advantage `prefix_reward`, those of that step `-error_penalty`, and those behind it, which nobody judged, 0; no
-            group normalisation is involved, so groups of equal scores teach too. A group with verdicts for fewer than half of its
-            completions, or in which no completion has a right step, stays as GRPO leaves it. With
-            `judge_scope="all_incorrect"`, the verified prefix of a wrong completion of a mixed group is spared GRPO's blame. The
-            judge has no part in the rewards then: its column and `reward_weights` do not matter, and `reward` compares with a
-            GRPO run's. Credit begins at the first judged step, so thinking has some only if `StepwiseJudge` is given
-            `include_thinking=True`.
+            Factor on what `failed_groups` gives a failed group: with `"sgpo"` on the judge's part of its advantages, with
+            the others on the advantages that they add (with `"zvp"` it is ten times the alpha of RL-ZVP). 1 is the paper.
         prefix_reward (`float`, *optional*, defaults to `1.0`):
-            Advantage of a token of the verified prefix, under `credit_assignment="prefix"`.
+            Advantage of a token of the verified prefix, under `failed_groups="prefix"`.
         error_penalty (`float`, *optional*, defaults to `0.5`):
-            The tokens of the first wrong step have minus this as their advantage, under `credit_assignment="prefix"`.
-        failed_groups (`str`, *optional*, defaults to `"judge"`):
-            What is done with a failed group. `"judge"`: its completions are judged (without a [`StepwiseJudge`] in
-            `reward_funcs` this is GRPO). `"none"`: nothing, which is GRPO; a judge in the list is not asked, so that one
-            switch makes the control. The others are remedies that ask no judge either. Each adds its advantages to those
-            that the rewards of a failed group give; all other groups keep GRPO's bit for bit, and `scale_rewards` and
-            `reward_weights` do not reach it. It needs to know the outcome reward, and works during the whole run.
-
-            - `"sign"` (NSR, arXiv 2506.01347): -1 for every wrong completion.
-            - `"ngrpo"` (NGRPO, arXiv 2509.18851): the mean and the standard deviation are taken over the group's outcome
-              rewards and one virtual success, so that G equal rewards have the advantage `-1 / sqrt(G + 1)`. The paper
-              also clips asymmetrically: `epsilon=0.16` and `epsilon_high=0.24`, which are not set here.
-            - `"zvp"` (RL-ZVP, arXiv 2509.21880): per token, minus a tenth of what the policy's entropy there lacks to the
-              completion's largest one. Costs one more forward pass in rounds with a failed group.
-            - `"lens"` (LENS, arXiv 2510.08696): the surer the policy was of a wrong completion, the lower its reward, which
-              is then normalised inside the group. Costs one more forward pass in rounds with a failed group, unless TRL
-              has the log-probabilities already.
-        failed_group_schedule (`str`, *optional*, defaults to `"constant"`):
-            Course of `failed_group_weight`. `"constant"`: as given. `"failed_share"`: multiplied by the share of failed
-            groups among those of the generation round, which hands over to the outcome as groups stop failing. It has no
-            memory, so a resumed run goes on exactly.
+            The tokens of the first wrong step have minus this as their advantage, under `failed_groups="prefix"`.
         exclude_dead_groups (`bool`, *optional*, defaults to `False`):
             Whether groups without any advantage are left out of what the loss divides by (AGPO, arXiv 2503.15952). TRL
             divides by the tokens or the rows of all groups, so with many dead ones the others take smaller steps, and a
-            method that revives groups is credited with undoing that: this is the control to put beside every arm. The
+            method that revives groups is credited with undoing that: this is the control to put beside every method. The
             advantages of all other groups are multiplied by the whole denominator over theirs, counted over the generation
             round and all processes; KL and entropy terms stay as they are. Exact for the losses that divide by tokens
             (`"dapo"`, `"cispo"`, `"vespo"`), and for those that divide by rows (`"grpo"`, `"sapo"`, `"dr_grpo"`,
@@ -87,11 +87,21 @@ class SGPOConfig(GRPOConfig):
             divides by its own tokens.
     """
 
-    outcome_reward: str | None = field(
+    failed_groups: str = field(
+        default="sgpo",
+        metadata={
+            "help": "What is done with a failed group: 'sgpo' (one reward per completion, that of its correct prefix) or 'prefix' "
+            "(credit per token), both with a judge; 'none' (GRPO), 'nsr', 'ngrpo', 'zvp' (RL-ZVP) or 'lens', all without one.",
+            "choices": list(TREATMENTS),
+        },
+    )
+    # The order of the types lets one name stand on a command line; a list stands in YAML or Python
+    outcome_reward: list[str] | str | None = field(
         default=None,
         metadata={
             "help": "Name of the reward function that says whether a completion is right or wrong. With a single "
-            "reward function beside the judge it is that one; with several it must be given."
+            "reward function beside the judge it is that one; with several it must be given. A run with several tasks "
+            "gives several names."
         },
     )
     success_threshold: float = field(
@@ -112,51 +122,17 @@ class SGPOConfig(GRPOConfig):
             "help": "Judging stops after this fraction of the run's updates, in (0, 1]. The paper's setting is 0.25."
         },
     )
-    min_rts_spread: float = field(
-        default=0.0,
-        metadata={
-            "help": "A failed group whose reasoning trajectory scores span less than this stays as GRPO leaves it, "
-            "in [0, 1]."
-        },
-    )
     failed_group_weight: float = field(
         default=1.0,
-        metadata={
-            "help": "Factor on the judge's part of the advantages of rescued groups, or on the advantages of the remedy "
-            "that failed_groups names. 1 is the paper, 0 is GRPO."
-        },
-    )
-    credit_assignment: str = field(
-        default="sequence",
-        metadata={
-            "help": "Whom a verdict pays: 'sequence' (every token of the completion alike, as in the paper) or 'prefix' "
-            "(the tokens before the first wrong step are rewarded, those of that step blamed, the rest left alone).",
-            "choices": list(CREDIT_ASSIGNMENTS),
-        },
+        metadata={"help": "Factor on what failed_groups gives a failed group. 1 is the paper."},
     )
     prefix_reward: float = field(
         default=1.0,
-        metadata={"help": "Advantage of the tokens before the first wrong step, with credit_assignment='prefix'."},
+        metadata={"help": "Advantage of the tokens before the first wrong step, with failed_groups='prefix'."},
     )
     error_penalty: float = field(
         default=0.5,
-        metadata={"help": "Minus the advantage of the first wrong step's tokens, with credit_assignment='prefix'."},
-    )
-    failed_groups: str = field(
-        default="judge",
-        metadata={
-            "help": "What is done with a failed group: 'judge' (its completions are judged), 'none' (GRPO, no judge is "
-            "asked), or a remedy without a judge: 'sign' (NSR), 'ngrpo', 'zvp' (RL-ZVP) or 'lens'.",
-            "choices": list(FAILED_GROUPS),
-        },
-    )
-    failed_group_schedule: str = field(
-        default="constant",
-        metadata={
-            "help": "Course of failed_group_weight: 'constant', or 'failed_share' (multiplied by the share of failed "
-            "groups in the generation round).",
-            "choices": list(FAILED_GROUP_SCHEDULES),
-        },
+        metadata={"help": "Minus the advantage of the first wrong step's tokens, with failed_groups='prefix'."},
     )
     exclude_dead_groups: bool = field(
         default=False,
@@ -182,21 +158,10 @@ class SGPOConfig(GRPOConfig):
                 f"judge_until={self.judge_until} must lie in (0, 1]: it is the fraction of the run's updates during "
                 "which the judge is asked. To train without a judge, leave `StepwiseJudge` out of `reward_funcs`."
             )
-        if not 0 <= self.min_rts_spread <= 1:
-            raise ValueError(
-                f"min_rts_spread={self.min_rts_spread} must lie in [0, 1]: it is a difference of two reasoning "
-                "trajectory scores, which are shares. Use 0 to rescue every failed group that is not tied."
-            )
         if not (self.failed_group_weight >= 0 and math.isfinite(self.failed_group_weight)):
             raise ValueError(
-                f"failed_group_weight={self.failed_group_weight} must be a finite number of at least 0: it scales the "
-                "judge's part of the advantages, or a remedy's, and a negative one would reward what is wrong. Use 1 for "
-                "the paper's setting."
-            )
-        if self.credit_assignment not in CREDIT_ASSIGNMENTS:
-            raise ValueError(
-                f"credit_assignment={self.credit_assignment!r} is unknown: it must be one of {list(CREDIT_ASSIGNMENTS)}. "
-                "Use 'sequence' for the paper's setting."
+                f"failed_group_weight={self.failed_group_weight} must be a finite number of at least 0: it scales what "
+                "failed groups are given, and a negative one would reward what is wrong. Use 1 for the paper's setting."
             )
         for name in ("prefix_reward", "error_penalty"):
             value = getattr(self, name)
@@ -205,13 +170,16 @@ class SGPOConfig(GRPOConfig):
                     f"{name}={value} must be a finite number of at least 0: a negative one would blame what is right or "
                     "reward what is wrong. Use 0 to leave those tokens alone."
                 )
-        if self.failed_groups not in FAILED_GROUPS:
+        if self.failed_groups not in TREATMENTS:
             raise ValueError(
-                f"failed_groups={self.failed_groups!r} is unknown: it must be one of {list(FAILED_GROUPS)}. Use 'judge' for "
-                "the paper's setting, and 'none' for GRPO."
+                f"failed_groups={self.failed_groups!r} is unknown: it must be one of {list(TREATMENTS)}. Use 'sgpo' for "
+                "the paper's setting, and 'none' for GRPO. An own treatment is passed as `SGPOTrainer(..., treatment=...)`."
             )
-        if self.failed_group_schedule not in FAILED_GROUP_SCHEDULES:
-            raise ValueError(
-                f"failed_group_schedule={self.failed_group_schedule!r} is unknown: it must be one of "
-                f"{list(FAILED_GROUP_SCHEDULES)}. Use 'constant' for the paper's setting."
-            )
+
+
+def with_own_fields(args: GRPOConfig) -> SGPOConfig:
+    """A plain GRPOConfig has none of SGPO's fields: gives it those that it lacks, at their defaults, and returns it."""
+    for own in fields(SGPOConfig):
+        if not hasattr(args, own.name):
+            setattr(args, own.name, own.default)
+    return cast(SGPOConfig, args)

@@ -1,19 +1,12 @@
 """
-Per-token credit: from a verdict's step, a span of characters, to the tokens of the completion, and from there to advantages.
-
-A sequence-level reward pays every token of a wrong completion alike, those after the error too. The verdict says more: what
-stands before the first wrong step is verified, that step is wrong, and nobody has judged what follows. Here the verified
-tokens are rewarded, those of the wrong step blamed, and the rest is left alone (VPPO, arXiv 2601.18984, after a similar
-thought). Differs from the paper of SGPO, which has no per-token credit. Nothing here knows about TRL.
+Where a verdict's steps stand among the tokens of a completion: from spans of characters to ranges of tokens. Which credit the
+tokens get is the treatment's business (`treatments/prefix.py`). Nothing here knows about TRL.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise, takewhile
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from trl_sgpo.steps import CutCompletion, Span, Turn
 
@@ -90,41 +83,6 @@ def locate_steps(
             error = first + text.token_at(start)
             return StepTokens(tuple(verified), (error, max(first + text.token_behind(end), error + 1)))
     return None
-
-
-def prefix_credit(
-    tokens: Sequence[StepTokens | None], length: int, prefix_reward: float, error_penalty: float
-) -> Tensor:
-    """
-    The advantages per token that the verdicts give: `prefix_reward` on the verified steps, `-error_penalty` on the first
-    wrong one, 0 elsewhere and where there is no verdict.
-
-    Args:
-        tokens (`Sequence[StepTokens | None]` of length N):
-            What the verdicts speak of.
-        length (`int`):
-            Number of token positions T.
-        prefix_reward, error_penalty (`float`):
-            The two coefficients, both at least 0.
-
-    Returns:
-        `torch.Tensor` of shape `(N, T)`.
-
-    Example:
-
-    ```python
-    >>> prefix_credit([StepTokens(((0, 2),), (2, 3)), None], length=5, prefix_reward=0.5, error_penalty=1.0)
-    tensor([[ 0.5000,  0.5000, -1.0000,  0.0000,  0.0000],
-            [ 0.0000,  0.0000,  0.0000,  0.0000,  0.0000]])
-    ```
-    """
-    credit_NT = torch.zeros(len(tokens), length)
-    for row_T, place in zip(credit_NT, tokens, strict=True):
-        if place is not None:
-            for start, end in place.verified:
-                row_T[start:end] = prefix_reward
-            row_T[place.error[0] : place.error[1]] = -error_penalty
-    return credit_NT
 
 
 class _Block(NamedTuple):

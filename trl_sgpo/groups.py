@@ -1,14 +1,16 @@
 """
-The method as pure tensor functions: which groups failed, what a reasoning trajectory score (RTS) is worth, what is
-written into the judge's column of the reward matrix, and what becomes of the advantages.
+Groups as pure tensor functions: which of them failed (`group_kinds`), what a reasoning trajectory score is worth (Eq. 2,
+`rts_to_reward`), and the advantages inside a group (Eq. 1, `group_advantages`).
 
-Shape suffixes: `_P` prompts (groups), `_G` completions of a group. NaN means "no value": an outcome reward that is
-None, a completion that nobody judged, a cell of the judge's column that stays empty. Nothing here knows about TRL,
-judges or processes. Per-token advantages are in `credit.py`.
+Shape suffixes: `_P` prompts (groups), `_G` completions of a group, `_F` reward functions. NaN means "no value": an
+outcome reward that is None, a completion that nobody judged. Nothing here knows about TRL's trainer, judges or processes.
+What a method does with a failed group is in `treatments/`.
 
 Paper: Stepwise Guided Policy Optimization, arXiv 2505.11595.
 """
 
+from dataclasses import dataclass
+from math import comb
 from typing import NamedTuple
 
 import torch
@@ -60,6 +62,55 @@ def group_kinds(outcome_PG: Tensor, success_threshold: float) -> GroupKinds:
     return GroupKinds(solved_P, counts_P & ~solved_P & ~failed_P, failed_P)
 
 
+@dataclass
+class SortedGroups:
+    """
+    What the verdicts make of the failed groups. Failed groups with too few verdicts are neither.
+
+    Args:
+        rescued_P (`torch.Tensor` of shape `(P,)`):
+            Failed groups that teach now, boolean.
+        tied_P (`torch.Tensor` of shape `(P,)`):
+            Failed groups that were judged and teach nothing all the same, boolean.
+    """
+
+    rescued_P: Tensor
+    tied_P: Tensor
+
+
+def group_pass_at_k(outcome_PG: Tensor, success_threshold: float) -> dict[int, float]:
+    """
+    Mean pass@k over the groups, for k = 1, 2, 4, ... and G: `1 - C(n - c, k) / C(n, k)` for a group with n outcomes of which
+    c are correct (arXiv 2107.03374). A group with fewer than k outcomes does not count, and a k without any group is left
+    out.
+
+    Args:
+        outcome_PG (`torch.Tensor` of shape `(P, G)`):
+            Outcome rewards, NaN where a completion has none.
+        success_threshold (`float`):
+            A completion is correct when its outcome reward reaches this value.
+
+    Returns:
+        `dict[int, float]`: From k to the estimate in [0, 1].
+
+    Example:
+
+    ```python
+    >>> group_pass_at_k(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), success_threshold=0.5)
+    {1: 0.25, 2: 0.5}
+    ```
+    """
+    size = outcome_PG.shape[1]
+    n_scored = (~torch.isnan(outcome_PG)).sum(dim=1).tolist()
+    n_correct = (outcome_PG >= success_threshold).sum(dim=1).tolist()
+    found = {}
+    for k in sorted({2**i for i in range(size.bit_length()) if 2**i <= size} | {size}):
+        estimates = [1 - comb(n - c, k) / comb(n, k) for n, c in zip(n_scored, n_correct, strict=True) if n >= k]
+        if estimates:
+            found[k] = sum(estimates) / len(estimates)
+    return found
+
+
 def rts_to_reward(rts: Tensor, beta: float = 10.0, gamma: float = 0.5, transform: str = "logistic") -> Tensor:
     """
     The reward of a wrong completion (Eq. 2): `1 / (1 + exp(-beta * (RTS - gamma)))`, which increases with RTS.
@@ -101,185 +152,6 @@ def value_range(values_PG: Tensor) -> Tensor:
     return torch.where(low_P <= high_P, high_P - low_P, 0.0)
 
 
-class JudgedGroups(NamedTuple):
-    """
-    What the verdicts make of the failed groups.
-
-    Args:
-        column_PG (`torch.Tensor` of shape `(P, G)`):
-            The judge's column of the reward matrix, NaN wherever GRPO's reward stays as it is.
-        rescued_P, tied_P (`torch.Tensor` of shape `(P,)`):
-            Failed groups that have a gradient now; failed groups whose scores are equal, or span less than allowed.
-            Failed groups with too few verdicts are neither.
-        spread_factor_P (`torch.Tensor` of shape `(P,)`):
-            `sqrt((J - 1) / (n - 1))` for rescued groups with J verdicts among n completions, else 1. See
-            [`fill_failed_groups`].
-    """
-
-    column_PG: Tensor
-    rescued_P: Tensor
-    tied_P: Tensor
-    spread_factor_P: Tensor
-
-
-def fill_failed_groups(
-    outcome_PG: Tensor, rts_PG: Tensor, reward_PG: Tensor, failed_P: Tensor, min_rts_spread: float = 0.0
-) -> JudgedGroups:
-    """
-    The judge's column for the failed groups.
-
-    - A group with verdicts for fewer than half of its completions, or fewer than two, stays empty.
-    - A tied group stays empty. Writing equal rewards would not be the same: the mean of eight times 0.0067 leaves a
-      rounding residue, and an optimizer that normalises its steps turns the residue into a full-size one.
-    - Elsewhere a judged completion gets its reward, and one the judge abstained on gets the mean of its group's judged
-      rewards: its advantage is 0 and the others' mean does not move. The group's standard deviation shrinks,
-      however, by `sqrt((J - 1) / (n - 1))`; where advantages are divided by it they must be multiplied by this factor
-      (`spread_factor_P`), else two verdicts among eight rows would earn advantages of 1.87 instead of 0.71.
-    - A completion without an outcome stays empty: it stays unscorable.
-
-    Args:
-        outcome_PG (`torch.Tensor` of shape `(P, G)`):
-            Outcome rewards, NaN where a completion has none.
-        rts_PG (`torch.Tensor` of shape `(P, G)`):
-            Reasoning trajectory scores, NaN where there is no verdict.
-        reward_PG (`torch.Tensor` of shape `(P, G)`):
-            Their rewards (see [`rts_to_reward`]), NaN where there is no verdict.
-        failed_P (`torch.Tensor` of shape `(P,)`):
-            Which groups failed.
-        min_rts_spread (`float`, *optional*, defaults to `0.0`):
-            A group whose RTS range is smaller counts as tied.
-
-    Returns:
-        [`JudgedGroups`]
-
-    Example:
-
-    ```python
-    >>> nan = float("nan")
-    >>> rts = torch.tensor([[0.2, 0.6, nan, 0.4], [0.0, 0.0, 0.0, 0.0]])
-    >>> fill_failed_groups(torch.zeros(2, 4), rts, rts, torch.tensor([True, True])).column_PG
-    tensor([[0.2000, 0.6000, 0.4000, 0.4000],
-            [   nan,    nan,    nan,    nan]])
-    ```
-    """
-    scored_PG = ~torch.isnan(outcome_PG) & failed_P.unsqueeze(1)
-    judged_PG = scored_PG & ~torch.isnan(rts_PG)
-    rts_PG, reward_PG = rts_PG.masked_fill(~judged_PG, torch.nan), reward_PG.masked_fill(~judged_PG, torch.nan)
-    n_scored_P, n_judged_P = scored_PG.sum(dim=1), judged_PG.sum(dim=1)
-
-    enough_P = failed_P & (n_judged_P >= 2) & (2 * n_judged_P >= n_scored_P)
-    range_P = value_range(rts_PG)
-    # Different scores may still earn equal rewards, where the logistic is flat to machine precision
-    flat_P = (range_P == 0) | (value_range(reward_PG) == 0) | (range_P < min_rts_spread)
-    rescued_P = enough_P & ~flat_P
-
-    mean_P = torch.nanmean(reward_PG, dim=1)
-    filled_PG = torch.where(judged_PG, reward_PG, mean_P.unsqueeze(1))
-    column_PG = filled_PG.masked_fill(~(scored_PG & rescued_P.unsqueeze(1)), torch.nan)
-
-    factor_P = ((n_judged_P - 1).clamp(min=0) / (n_scored_P - 1).clamp(min=1)).sqrt()
-    spread_factor_P = torch.where(rescued_P, factor_P, 1.0).to(reward_PG.dtype)
-    return JudgedGroups(column_PG, rescued_P, enough_P & flat_P, spread_factor_P)
-
-
-class CreditedGroups(NamedTuple):
-    """Failed groups whose verdicts pay tokens; those that were judged and pay none. Each of shape `(P,)` and boolean."""
-
-    rescued_P: Tensor
-    tied_P: Tensor
-
-
-def credited_groups(
-    outcome_PG: Tensor, rts_PG: Tensor, failed_P: Tensor, min_rts_spread: float = 0.0
-) -> CreditedGroups:
-    """
-    The failed groups whose verdicts pay tokens. What a token earns is not relative to the group, so equal scores teach too;
-    these groups do not:
-
-    - One with verdicts for fewer than half of its completions. A judge that mostly abstains, as a vote of judges that do not
-      agree does, is one whose remaining verdicts are luck.
-    - One in which no completion has a right step. There is blame alone, and it says what not to write, of nearly everything: a
-      policy that cannot do the task at all is driven to whatever is not blamed, and forgets what it could do.
-    - One whose RTS span less than `min_rts_spread`.
-
-    Args:
-        outcome_PG (`torch.Tensor` of shape `(P, G)`):
-            Outcome rewards, NaN where a completion has none.
-        rts_PG (`torch.Tensor` of shape `(P, G)`):
-            Reasoning trajectory scores, NaN where there is no verdict.
-        failed_P (`torch.Tensor` of shape `(P,)`):
-            Which groups failed.
-        min_rts_spread (`float`, *optional*, defaults to `0.0`):
-            The RTS range that a group needs.
-
-    Returns:
-        [`CreditedGroups`]: Failed groups with too few verdicts are neither.
-
-    Example:
-
-    ```python
-    >>> nan = float("nan")
-    >>> rts = torch.tensor([[0.4, 0.4], [0.0, 0.0], [nan, nan]])
-    >>> credited_groups(torch.zeros(3, 2), rts, torch.tensor([True, True, True]))
-    CreditedGroups(rescued_P=tensor([ True, False, False]), tied_P=tensor([False,  True, False]))
-    ```
-    """
-    judged_PG = ~torch.isnan(rts_PG)
-    enough_P = failed_P & (2 * judged_PG.sum(dim=1) >= (~torch.isnan(outcome_PG)).sum(dim=1))
-    right_step_P = rts_PG.nan_to_num(nan=0.0).amax(dim=1) > 0
-    rescued_P = enough_P & right_step_P & (value_range(rts_PG) >= min_rts_spread)
-    return CreditedGroups(rescued_P, enough_P & ~rescued_P)
-
-
-def fill_mixed_groups(
-    outcome_PG: Tensor,
-    reward_PG: Tensor,
-    other_reward_PG: Tensor,
-    mixed_P: Tensor,
-    success_threshold: float,
-    judge_weight: float,
-) -> Tensor:
-    """
-    The judge's column for the wrong completions of mixed groups (Eq. 2 read literally: every wrong completion earns the
-    reward of its correct prefix; a correct one keeps its outcome reward).
-
-    The judge's reward of a wrong completion is scaled down where, with its weight, it would lift that completion above
-    the least correct one of its group, whatever the scale of the outcome. A completion that the judge abstained on gets
-    the mean of its group's judged ones; a group with verdicts for fewer than half of its wrong completions stays empty.
-
-    Args:
-        outcome_PG (`torch.Tensor` of shape `(P, G)`):
-            Outcome rewards, NaN where a completion has none.
-        reward_PG (`torch.Tensor` of shape `(P, G)`):
-            Rewards of the judged completions in [0, 1], NaN where there is no verdict.
-        other_reward_PG (`torch.Tensor` of shape `(P, G)`):
-            The weighted sum of all other rewards.
-        mixed_P (`torch.Tensor` of shape `(P,)`):
-            Which groups are mixed.
-        success_threshold (`float`):
-            A completion is correct when its outcome reward reaches this value.
-        judge_weight (`float`):
-            The weight of the judge's column.
-
-    Returns:
-        `torch.Tensor` of shape `(P, G)`: The judge's column, NaN wherever GRPO's reward stays as it is.
-    """
-    wrong_PG = (outcome_PG < success_threshold) & mixed_P.unsqueeze(1)
-    correct_PG = (outcome_PG >= success_threshold) & mixed_P.unsqueeze(1)
-    reward_PG = reward_PG.masked_fill(~wrong_PG, torch.nan)
-    judged_PG = ~torch.isnan(reward_PG)
-    n_judged_P = judged_PG.sum(dim=1)
-    enough_P = (n_judged_P >= 1) & (2 * n_judged_P >= wrong_PG.sum(dim=1))
-    mean_P = torch.nanmean(reward_PG, dim=1)
-    filled_PG = torch.where(judged_PG, reward_PG, mean_P.unsqueeze(1))
-
-    least_correct_P = other_reward_PG.masked_fill(~correct_PG, torch.inf).amin(dim=1)
-    room_PG = (least_correct_P.unsqueeze(1) - other_reward_PG).clamp(min=0)
-    share_PG = (room_PG / judge_weight).clamp(max=1) if judge_weight > 0 else torch.zeros_like(room_PG)
-    keep_PG = wrong_PG & enough_P.unsqueeze(1) & (share_PG > 0)
-    return (filled_PG * share_PG).masked_fill(~keep_PG, torch.nan)
-
-
 def weighted_sum(rewards_PGF: Tensor, weights_F: Tensor) -> Tensor:
     """
     The reward of each completion, shape `(P, G)`: the weighted sum of its rewards, None (NaN) ones left out; NaN if all
@@ -289,11 +161,14 @@ def weighted_sum(rewards_PGF: Tensor, weights_F: Tensor) -> Tensor:
     return total_PG.masked_fill(torch.isnan(rewards_PGF).all(dim=-1), torch.nan)
 
 
-def _nanstd(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """Unbiased standard deviation, NaN left out and the dimension kept; NaN where fewer than two values are left."""
+def nanstd(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """
+    Unbiased standard deviation, NaN left out and the dimension kept; NaN where fewer than two values are left. The
+    operations are those of TRL's function, in its order, so that equal rewards give advantages that are equal bit for bit.
+    """
     n = (~torch.isnan(values)).sum(dim=dim, keepdim=True)
-    mean = values.nansum(dim=dim, keepdim=True) / n
-    return (((values - mean) ** 2).nansum(dim=dim, keepdim=True) / (n - 1)).sqrt().masked_fill(n < 2, torch.nan)
+    variance = torch.nanmean((values - torch.nanmean(values, dim=dim, keepdim=True)) ** 2, dim=dim, keepdim=True)
+    return (variance * (n / (n - 1)).masked_fill(n < 2, torch.nan)).sqrt()
 
 
 def group_advantages(reward_PG: Tensor, scale_rewards: str = "group", scale_PG: Tensor | None = None) -> Tensor:
@@ -321,18 +196,47 @@ def group_advantages(reward_PG: Tensor, scale_rewards: str = "group", scale_PG: 
     """
     advantage_PG = reward_PG - torch.nanmean(reward_PG, dim=1, keepdim=True)
     if scale_rewards == "group":
-        advantage_PG = advantage_PG / (_nanstd(reward_PG, dim=1) + STD_EPSILON)
+        advantage_PG = advantage_PG / (nanstd(reward_PG, dim=1) + STD_EPSILON)
     elif scale_rewards == "batch":
-        advantage_PG = advantage_PG / (_nanstd(reward_PG if scale_PG is None else scale_PG, dim=(0, 1)) + STD_EPSILON)
+        advantage_PG = advantage_PG / (nanstd(reward_PG if scale_PG is None else scale_PG, dim=(0, 1)) + STD_EPSILON)
     return advantage_PG.nan_to_num(nan=0.0)
 
 
-def blend_advantages(advantage_PG: Tensor, without_judge_PG: Tensor, factor_P: Tensor) -> Tensor:
+def grpo_advantages(
+    rewards_PGF: Tensor,
+    weights_F: Tensor,
+    scale_rewards: str = "group",
+    aggregation: str = "sum_then_normalize",
+) -> Tensor:
     """
-    Scales the judge's part of the advantages, which is what they are more than they would be without the judge:
-    `A = A_without + factor * (A_with - A_without)`. A factor of 1 leaves the values as they are, bit for bit; a factor
-    of 0 gives GRPO's.
+    The advantages that GRPOTrainer makes of a reward matrix. A treatment needs them for a matrix that TRL has not seen.
+
+    - `"sum_then_normalize"`: Eq. 1 of the weighted sum of the rewards.
+    - `"normalize_then_sum"`: Eq. 1 of each reward by itself, their weighted sum, and that sum normalised over the batch.
+
+    Args:
+        rewards_PGF (`torch.Tensor` of shape `(P, G, F)`):
+            Rewards, NaN for None.
+        weights_F (`torch.Tensor` of shape `(F,)`):
+            Their weights.
+        scale_rewards (`str`, *optional*, defaults to `"group"`):
+            As in `GRPOConfig`: `"group"`, `"batch"` or `"none"`. `"normalize_then_sum"` does not look at it.
+        aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
+            As `multi_objective_aggregation` in `GRPOConfig`.
+
+    Returns:
+        `torch.Tensor` of shape `(P, G)`: The advantages, 0 for a completion without any reward.
+
+    Example:
+
+    ```python
+    >>> grpo_advantages(torch.tensor([[[0.0, 1.0], [1.0, 1.0]]]), torch.tensor([1.0, 0.5]))
+    tensor([[-0.7070,  0.7070]])
+    ```
     """
-    factor_PG = factor_P.unsqueeze(1).expand_as(advantage_PG)
-    blended_PG = without_judge_PG + factor_PG * (advantage_PG - without_judge_PG)
-    return torch.where(factor_PG == 1, advantage_PG, blended_PG)
+    if aggregation == "sum_then_normalize":
+        return group_advantages(weighted_sum(rewards_PGF, weights_F), scale_rewards)
+    normalised_PGF = torch.stack([group_advantages(column_PG) for column_PG in rewards_PGF.unbind(dim=-1)], dim=-1)
+    total_PG = weighted_sum(normalised_PGF.masked_fill(torch.isnan(rewards_PGF), torch.nan), weights_F)
+    advantage_PG = (total_PG - torch.nanmean(total_PG)) / (nanstd(total_PG, dim=(0, 1)) + STD_EPSILON)
+    return advantage_PG.nan_to_num(nan=0.0)

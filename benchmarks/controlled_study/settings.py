@@ -70,7 +70,7 @@ class Arm:
 
 
 def _coefficients(prefix_reward: float, error_penalty: float) -> dict[str, Any]:
-    return {"credit_assignment": "prefix", "prefix_reward": prefix_reward, "error_penalty": error_penalty}
+    return {"failed_groups": "prefix", "prefix_reward": prefix_reward, "error_penalty": error_penalty}
 
 
 PREFIX = _coefficients(1.0, 0.5)
@@ -97,8 +97,8 @@ ARMS = {
         Arm("prefix_.3_1", "prefix credit, +.3 / -1", _coefficients(0.3, 1.0), judge=True),
         Arm("prefix_1_1", "prefix credit, +1 / -1", _coefficients(1.0, 1.0), judge=True),
         Arm("prefix_1_0", "prefix credit, +1 / 0", _coefficients(1.0, 0.0), judge=True),
-        Arm("sign", "sign: -1 in failed groups", {"failed_groups": "sign"}),
-        Arm("sign_.1", "sign: -.1 in failed groups", {"failed_groups": "sign", "failed_group_weight": 0.1}),
+        Arm("sign", "NSR: -1 in failed groups", {"failed_groups": "nsr"}),
+        Arm("sign_.1", "NSR: -0.1 in failed groups", {"failed_groups": "nsr", "failed_group_weight": 0.1}),
         Arm("ngrpo", "NGRPO's advantages in failed groups", {"failed_groups": "ngrpo", "epsilon": 0.16, "epsilon_high": 0.24}),
         Arm("zvp", "RL-ZVP in failed groups", {"failed_groups": "zvp"}),
         Arm("lens", "LENS in failed groups", {"failed_groups": "lens"}),

@@ -24,7 +24,7 @@ from trl_sgpo.analysis.metrics import mean_estimate
 
 
 # The arms differ in these alone; the outcome reward and all other settings are the same
-ARMS: dict[str, dict[str, Any] | None] = {"grpo": None, "sgpo": {}, "prefix": {"credit_assignment": "prefix"}}
+ARMS: dict[str, dict[str, Any] | None] = {"grpo": None, "sgpo": {}, "prefix": {"failed_groups": "prefix"}}
 NAMES = {"base": "base", "grpo": "GRPO", "sgpo": "SGPO", "prefix": "prefix credit"}
 
 

@@ -1,5 +1,6 @@
 """The training script as its users run it."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -10,7 +11,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from trl_sgpo.scripts.loading import load_judge, load_object, load_rows
+from trl_sgpo import StepwiseJudge
+from trl_sgpo.scripts.loading import load_judge, load_object, load_rows, load_stepwise_judge
 from trl_sgpo.scripts.sgpo import make_parser
 
 
@@ -34,6 +36,10 @@ class Own(StepJudge):
 
     def judge(self, items):
         return [Verdict.error(self.index % len(item.steps)) for item in items]
+
+
+def halves(text):
+    return [(0, len(text) // 2), (len(text) // 2, len(text))]
 
 
 ready = StepwiseJudge(Own(0), transform="identity")
@@ -97,7 +103,7 @@ def test_gsm8k_questions_from_a_path(workplace, gsm8k_path):
     assert all(entry["sgpo/judge_calls"] > 0 and entry["sgpo/abstain_rate"] == 0 for entry in log)
     assert max(entry["grad_norm"] for entry in log) > 0
     table = pd.read_parquet(workplace / "out" / "completions" / "completions_00003.parquet")
-    assert table["first_error"].notna().any()
+    assert table["judge_first_error"].notna().any()
     assert (workplace / "out" / "model.safetensors").exists()
     card = (workplace / "out" / "README.md").read_text()
     assert "my_judges.by_length" in card
@@ -113,6 +119,10 @@ def test_a_bad_argument_ends_the_run_before_it_begins(workplace, gsm8k_path):
     assert result.returncode != 0
     assert "judge='my_judges.missing' could not be imported from the working directory" in result.stderr
     assert not (workplace / "out").exists()
+    result = run(
+        "--config", "tiny.yaml", "--stepwise_judge_args", '{"gamma": 0.3}', "--output_dir", "out", cwd=workplace
+    )
+    assert "but no judge, so the run would be plain GRPO" in result.stderr
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
@@ -120,7 +130,7 @@ class TestRecipes:
     def test_the_pair_differs_in_the_judge_alone(self, recipe):
         grpo, sgpo = (yaml.safe_load((recipe / f"{arm}.yaml").read_text()) for arm in ("grpo", "sgpo"))
         different = {key for key in grpo.keys() | sgpo.keys() if grpo.get(key) != sgpo.get(key)}
-        judge = {"judge", "judge_args", "segmenter", "reference_column", "rts_beta", "rts_gamma", "rts_transform"}
+        judge = {"judge", "judge_args", "stepwise_judge_args"}
         assert "judge" in different
         assert different <= judge
         assert all(key not in grpo for key in different)
@@ -159,6 +169,7 @@ class TestLoading:
             ("my_judges.missing", None, "judge='my_judges.missing' could not be imported"),
             ("no_such_module.f", None, "judge='no_such_module.f' could not be imported"),
             ("my_judges.Own", "{index: 3", "is not valid JSON"),
+            ("my_judges.Own", "[3]", "is no mapping of names to values"),
             ("my_judges.Own", {"place": 3}, "do not fit judge='my_judges.Own'"),
             ("my_judges.by_length", {"index": 3}, "is not a class, so there is no constructor"),
         ],
@@ -166,6 +177,48 @@ class TestLoading:
     def test_bad_judges(self, workplace, judge, judge_args, message):
         with pytest.raises(ValueError, match=message):
             load_judge(judge, judge_args)
+
+    def test_every_argument_of_the_stepwise_judge_can_be_set(self, workplace):
+        arguments = {
+            "beta": 5.0,
+            "gamma": 0.3,
+            "transform": "identity",
+            "unit": "characters",
+            "segmenter": "my_judges.halves",
+            "no_error": "last_step",
+            "reference_column": "answer",
+            "include_thinking": True,
+        }
+        assert set(arguments) == set(inspect.signature(StepwiseJudge).parameters) - {"judge"}
+        for given in (arguments, json.dumps(arguments)):
+            judge = load_stepwise_judge("my_judges.Own", {"index": 1}, given)
+            assert judge.segmenter("abcd") == [(0, 2), (2, 4)]
+            assert {name: getattr(judge, name) for name in arguments if name != "segmenter"} == {
+                name: value for name, value in arguments.items() if name != "segmenter"
+            }
+        assert load_stepwise_judge("my_judges.ready").judge.index == 0
+
+    @pytest.mark.parametrize(
+        ("judge", "arguments", "message"),
+        [
+            (
+                "my_judges.by_length",
+                {"rts_gamma": 0.3},
+                r"unknown keys \['rts_gamma'\]. StepwiseJudge takes \['beta', 'gamma'",
+            ),
+            ("my_judges.by_length", {"unit": "words"}, "unit='words' is unknown"),
+            ("my_judges.by_length", "{gamma: 1", "stepwise_judge_args='{gamma: 1' is not valid JSON"),
+            (
+                "my_judges.by_length",
+                {"segmenter": "my_judges.no"},
+                "stepwise_judge_args: segmenter='my_judges.no' could not",
+            ),
+            ("my_judges.ready", {"gamma": 0.3}, "is a ready StepwiseJudge, which has its arguments already"),
+        ],
+    )
+    def test_bad_arguments_of_the_stepwise_judge(self, workplace, judge, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            load_stepwise_judge(judge, None, arguments)
 
     def test_rows(self, gsm8k_path):
         assert load_rows(str(gsm8k_path))["train"].column_names == ["question", "answer"]

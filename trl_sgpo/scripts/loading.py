@@ -1,6 +1,7 @@
 """From what stands on a command line or in a YAML file to the object that it means."""
 
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -20,6 +21,9 @@ JUDGE_NAMES = {
     "prm": "trl_sgpo.judges.PRMJudge",
     "vllm_pooling": "trl_sgpo.judges.VLLMPoolingJudge",
 }
+
+# Arguments of StepwiseJudge that are functions, so that a file names them by their dotted paths
+_FUNCTIONS_OF_STEPWISE_JUDGE = {"segmenter"}
 
 _DATA_FILE_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -68,17 +72,7 @@ def load_judge(judge: str, judge_args: dict[str, Any] | str | None = None) -> "S
     Raises:
         ValueError: If the judge cannot be imported, or the arguments do not fit it.
     """
-    arguments: dict[str, Any] = {}
-    if isinstance(judge_args, dict):
-        arguments = judge_args
-    elif judge_args:
-        try:
-            arguments = json.loads(judge_args)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"judge_args={judge_args!r} is not valid JSON ({error}). Write it like "
-                '\'{"model": "Qwen/Qwen2.5-7B-Instruct"}\'.'
-            ) from error
+    arguments = _as_mapping(judge_args, "judge_args", '{"model": "Qwen/Qwen2.5-7B-Instruct"}')
     found = load_object(JUDGE_NAMES.get(judge, judge), "judge")
     if not isinstance(found, type):
         if arguments:
@@ -91,6 +85,57 @@ def load_judge(judge: str, judge_args: dict[str, Any] | str | None = None) -> "S
         return found(**arguments)
     except TypeError as error:
         raise ValueError(f"judge_args={judge_args!r} do not fit judge={judge!r}: {error}.") from error
+
+
+def load_stepwise_judge(
+    judge: str,
+    judge_args: dict[str, Any] | str | None = None,
+    stepwise_judge_args: dict[str, Any] | str | None = None,
+) -> "StepwiseJudge":
+    """
+    The [`StepwiseJudge`] that a command line or a YAML file describes.
+
+    Args:
+        judge, judge_args:
+            As in [`load_judge`].
+        stepwise_judge_args (`dict` or `str`, *optional*):
+            Arguments of `StepwiseJudge` but the judge, as a mapping or as JSON. Functions are given by their dotted paths.
+
+    Raises:
+        ValueError: If something cannot be imported, or the arguments do not fit.
+    """
+    from trl_sgpo.judges import StepwiseJudge
+
+    arguments = _as_mapping(stepwise_judge_args, "stepwise_judge_args", '{"gamma": 0.3, "unit": "characters"}')
+    found = load_judge(judge, judge_args)
+    if isinstance(found, StepwiseJudge):
+        if arguments:
+            raise ValueError(
+                f"stepwise_judge_args={arguments!r} was given, but judge={judge!r} is a ready StepwiseJudge, which has its "
+                "arguments already. Leave stepwise_judge_args out, or name the judge inside it."
+            )
+        return found
+    known = [name for name in inspect.signature(StepwiseJudge).parameters if name != "judge"]
+    unknown = sorted(set(arguments) - set(known))
+    if unknown:
+        raise ValueError(f"stepwise_judge_args has the unknown keys {unknown}. StepwiseJudge takes {known}.")
+    for name in _FUNCTIONS_OF_STEPWISE_JUDGE & arguments.keys():
+        if isinstance(arguments[name], str):
+            arguments[name] = load_object(arguments[name], f"stepwise_judge_args: {name}")
+    return StepwiseJudge(found, **arguments)
+
+
+def _as_mapping(given: dict[str, Any] | str | None, argument: str, example: str) -> dict[str, Any]:
+    """A mapping of arguments, from YAML or JSON."""
+    if not given:
+        return {}
+    try:
+        arguments = json.loads(given) if isinstance(given, str) else given
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{argument}={given!r} is not valid JSON ({error}). Write it like '{example}'.") from error
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{argument}={given!r} is no mapping of names to values. Write it like '{example}'.")
+    return dict(arguments)
 
 
 def load_rows(name: str, config: str | None = None, streaming: bool = False) -> Any:

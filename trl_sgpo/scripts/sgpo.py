@@ -37,18 +37,10 @@ class SGPOScriptArguments(GRPOScriptArguments):
             instance, or a ready `StepwiseJudge`. Without one the run is plain GRPO.
         judge_args (`dict` or `str`, *optional*):
             Arguments for the constructor of a judge class, as a mapping in YAML or as JSON on the command line.
-        segmenter (`str`, *optional*):
-            Dotted path of a function that cuts a text into steps. Defaults to the package's own.
-        rts_beta, rts_gamma (`float`, *optional*, default to `10.0` and `0.5`):
-            `beta` and `gamma` of the paper's Eq. 2. (`beta` itself is GRPO's KL coefficient.)
-        rts_transform (`str`, *optional*, defaults to `"logistic"`):
-            `"logistic"` or `"identity"`.
-        rts_unit (`str`, *optional*, defaults to `"steps"`):
-            `"steps"` or `"characters"`.
-        no_error (`str`, *optional*, defaults to `"abstain"`):
-            What "no error" means for a completion known to be wrong: `"abstain"` or `"last_step"`.
-        reference_column (`str`, *optional*, defaults to `"solution"`):
-            Dataset column with the reference solution or answer that the judge may see.
+        stepwise_judge_args (`dict` or `str`, *optional*):
+            Arguments of [`StepwiseJudge`] but the judge itself, as a mapping in YAML or as JSON on the command line: how a
+            verdict becomes a reward (`beta`, `gamma`, `transform`, `unit`), how a completion is cut (`segmenter`, by its dotted
+            path), what the judge sees (`reference_column`, `include_thinking`), and so on.
         dataset_map (`str`, *optional*):
             Dotted path of a function from a dataset row to the columns to add to it, for datasets without a `prompt`.
     """
@@ -56,27 +48,20 @@ class SGPOScriptArguments(GRPOScriptArguments):
     judge: str | None = field(
         default=None,
         metadata={
-            "help": "The step-wise judge: a short name (arithmetic, openai, generative, prm, vllm_pooling) or the dotted path "
-            "or instance, or a ready `StepwiseJudge`. Without one the run is plain GRPO."
+            "help": "The step-wise judge: a short name (arithmetic, openai, generative, prm, vllm_pooling), or the dotted path of a "
+            "judge function, a judge class or instance, or a ready StepwiseJudge. Without one the run is plain GRPO."
         },
     )
     judge_args: dict | str | None = field(
         default=None,
         metadata={"help": "Arguments for the constructor of a judge class, a mapping in YAML or JSON."},
     )
-    segmenter: str | None = field(
-        default=None, metadata={"help": "Dotted path of a function that cuts a text into steps (character spans)."}
-    )
-    rts_beta: float = field(default=10.0, metadata={"help": "`beta` of the paper's Eq. 2, not the KL coefficient."})
-    rts_gamma: float = field(default=0.5, metadata={"help": "`gamma` of the paper's Eq. 2."})
-    rts_transform: str = field(default="logistic", metadata={"help": "'logistic' (Eq. 2) or 'identity'."})
-    rts_unit: str = field(default="steps", metadata={"help": "What the RTS counts: 'steps' or 'characters'."})
-    no_error: str = field(
-        default="abstain",
-        metadata={"help": "What 'no error' means for a completion known to be wrong: 'abstain' or 'last_step'."},
-    )
-    reference_column: str = field(
-        default="solution", metadata={"help": "Dataset column with the reference that the judge may see."}
+    stepwise_judge_args: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of StepwiseJudge, a mapping in YAML or JSON: for instance {'gamma': 0.3, 'include_thinking': true}. "
+            "A segmenter is given by its dotted path."
+        },
     )
     dataset_map: str | None = field(
         default=None,
@@ -105,25 +90,6 @@ def _reward_functions(script_args: SGPOScriptArguments) -> list[Any]:
                 "dotted path, for instance 'my_project.rewards.exact_match'."
             )
     return found
-
-
-def _stepwise_judge(judge_name: str, script_args: SGPOScriptArguments) -> Any:
-    from trl_sgpo.judges import StepwiseJudge
-    from trl_sgpo.scripts.loading import load_judge, load_object
-
-    judge = load_judge(judge_name, script_args.judge_args)
-    if isinstance(judge, StepwiseJudge):
-        return judge
-    return StepwiseJudge(
-        judge,
-        beta=script_args.rts_beta,
-        gamma=script_args.rts_gamma,
-        transform=script_args.rts_transform,
-        unit=script_args.rts_unit,
-        segmenter=load_object(script_args.segmenter, "segmenter") if script_args.segmenter else None,
-        no_error=script_args.no_error,
-        reference_column=script_args.reference_column,
-    )
 
 
 def _splits(script_args: SGPOScriptArguments, dataset_args: "DatasetMixtureConfig") -> Any:
@@ -161,10 +127,18 @@ def make_trainer(
     from trl import get_peft_config, get_quantization_config
 
     from trl_sgpo import SGPOTrainer
+    from trl_sgpo.scripts.loading import load_stepwise_judge
 
     reward_funcs = _reward_functions(script_args)
     if script_args.judge:
-        reward_funcs.append(_stepwise_judge(script_args.judge, script_args))
+        reward_funcs.append(
+            load_stepwise_judge(script_args.judge, script_args.judge_args, script_args.stepwise_judge_args)
+        )
+    elif script_args.judge_args or script_args.stepwise_judge_args:
+        raise ValueError(
+            "judge_args or stepwise_judge_args is given, but no judge, so the run would be plain GRPO. Name one, for "
+            "instance `judge: arithmetic`, or leave them out."
+        )
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,

@@ -1,21 +1,28 @@
 """
-Remedies for failed groups that need no judge, as pure tensor functions: what others have proposed to learn from
-completions that are all wrong. They are the controls of a comparison with a step-wise judge.
+Treatments of failed groups that need no judge: what others have proposed to learn from completions that are all wrong. They are
+the controls of a comparison with a step-wise judge.
 
-Each gives advantages for the completions of failed groups only, to be added to what their rewards give them (0 where the
-outcome is the only reward). Which groups failed, and the weight of a remedy, is the caller's business. Shape suffixes: `_P`
-prompts (groups), `_G` completions of a group, `_N` completions, `_T` tokens. NaN means "no value", as in `groups.py`.
-Nothing here knows about TRL.
+Each adds its advantages to those that the rewards of a failed group give (0 if the outcome is the only reward). Shape suffixes:
+`_P` prompts (groups), `_G` completions of a group, `_N` completions, `_T` tokens. NaN means "no value", as in `groups.py`.
 
-Left out on purpose: whatever the papers change besides the advantages of failed groups. NGRPO calibrates mixed groups too
-and clips asymmetrically, RL-ZVP rewards solved groups, LENS penalises the wrong completions of mixed groups and estimates
-its difficulty `D` per prompt.
+Left out on purpose: whatever the papers change besides the advantages of failed groups. NGRPO calibrates mixed groups too and
+clips asymmetrically, RL-ZVP rewards solved groups, LENS penalises the wrong completions of mixed groups and estimates its
+difficulty `D` per prompt.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trl_sgpo.groups import group_advantages, value_range
+from trl_sgpo.policy import Policy
+from trl_sgpo.rounds import Round
+from trl_sgpo.treatments.base import Treatment
+
+
+if TYPE_CHECKING:
+    from trl_sgpo.config import SGPOConfig
 
 
 # RL-ZVP's scale of entropies to advantages
@@ -31,7 +38,70 @@ LENS_MARGIN = 1e-3
 LENS_TIE = 1e-6
 
 
-def sign_advantages(outcome_PG: Tensor) -> Tensor:
+class _WithoutJudge(Treatment):
+    """What these treatments share: their weight, and which completions they speak of."""
+
+    def setup(self, args: "SGPOConfig") -> None:
+        super().setup(args)
+        self.weight = args.failed_group_weight
+
+    @staticmethod
+    def _failed_outcome(round: Round) -> Tensor:
+        """The outcomes of failed groups, shape `(P, G)`; NaN elsewhere."""
+        return round.outcome_PG.masked_fill(~round.kinds.failed_P.unsqueeze(1), torch.nan)
+
+    def _add(self, round: Round, added_PG: Tensor) -> Tensor:
+        return round.advantages_B + round.local(self.weight * added_PG).to(round.advantages_B)
+
+
+class NSR(_WithoutJudge):
+    """Negative sample reinforcement: -1 for every wrong completion of a failed group."""
+
+    name = "nsr"
+
+    def advantages(self, round: Round, policy: Policy) -> Tensor:
+        return self._add(round, nsr_advantages(self._failed_outcome(round)))
+
+
+class NGRPO(_WithoutJudge):
+    """Eq. 1 over the group's outcome rewards and one virtual success."""
+
+    name = "ngrpo"
+
+    def advantages(self, round: Round, policy: Policy) -> Tensor:
+        # A success earns at least the threshold; the usual outcome reward of one is 1
+        return self._add(round, ngrpo_advantages(self._failed_outcome(round), max(1.0, round.success_threshold)))
+
+
+class ZVP(_WithoutJudge):
+    """RL-ZVP: blame per token, the larger the surer the policy was. One more forward pass in rounds with a failed group."""
+
+    name = "zvp"
+    per_token = True
+
+    def advantages(self, round: Round, policy: Policy) -> Tensor:
+        _, entropy_BT = policy.score(round)
+        failed_B = round.local(~torch.isnan(self._failed_outcome(round)))
+        plain_B = round.advantages_B
+        blame_BT = self.weight * zvp_advantages(entropy_BT, round.own_BT & failed_B.unsqueeze(1)).to(plain_B)
+        return plain_B.unsqueeze(1) + blame_BT if failed_B.any() else plain_B
+
+
+class LENS(_WithoutJudge):
+    """The surer the policy was of a wrong completion, the lower its reward, which is then normalised inside the group."""
+
+    name = "lens"
+
+    def advantages(self, round: Round, policy: Policy) -> Tensor:
+        logps_BT = round.old_logps_BT
+        if logps_BT is None:
+            logps_BT, _ = policy.score(round)
+        likelihood_PG = policy.gather(sequence_likelihood(logps_BT.float(), round.own_BT))
+        failed_PG = ~torch.isnan(self._failed_outcome(round))
+        return self._add(round, lens_advantages(likelihood_PG.masked_fill(~failed_PG, torch.nan)))
+
+
+def nsr_advantages(outcome_PG: Tensor) -> Tensor:
     """
     Negative sample reinforcement (NSR, arXiv 2506.01347; also arXiv 2605.07689): `A = -1` for a wrong completion, whatever
     the others of its group are.
@@ -46,7 +116,7 @@ def sign_advantages(outcome_PG: Tensor) -> Tensor:
     Example:
 
     ```python
-    >>> sign_advantages(torch.tensor([[0.0, 0.0, float("nan")]]))
+    >>> nsr_advantages(torch.tensor([[0.0, 0.0, float("nan")]]))
     tensor([[-1., -1.,  0.]])
     ```
     """
@@ -184,30 +254,3 @@ def lens_advantages(likelihood_PG: Tensor, difficulty: float = LENS_DIFFICULTY) 
     reward_PG = lens_rewards(likelihood_PG, difficulty)
     tied_P = value_range(reward_PG) <= LENS_TIE
     return group_advantages(reward_PG).masked_fill(tied_P.unsqueeze(1), 0.0)
-
-
-def exclusion_factor(live_P: Tensor, size_PG: Tensor) -> float:
-    """
-    What the advantages of the live groups are multiplied by so that groups without any advantage do not dilute them (the
-    exclusion of AGPO, arXiv 2503.15952). A loss that divides by the size of all groups, dead ones included, then equals one
-    that divides by the size of the live ones.
-
-    Args:
-        live_P (`torch.Tensor` of shape `(P,)`):
-            Which groups have an advantage.
-        size_PG (`torch.Tensor` of shape `(P, G)`):
-            What each completion adds to the loss's denominator: its number of tokens, or 1.
-
-    Returns:
-        `float`: The factor, at least 1; 1 if no group is dead, or none is live.
-
-    Example:
-
-    ```python
-    >>> exclusion_factor(torch.tensor([True, False]), torch.tensor([[10.0, 20.0], [30.0, 60.0]]))
-    4.0
-    ```
-    """
-    size_P = size_PG.double().sum(dim=1)
-    live_size = size_P[live_P].sum().item()
-    return size_P.sum().item() / live_size if live_size > 0 else 1.0

@@ -1,0 +1,127 @@
+"""The paper's method: its pure functions against naive loops, and real runs against GRPO."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import matrix, tensor
+
+from trl_sgpo.groups import group_advantages, group_kinds, rts_to_reward, weighted_sum
+from trl_sgpo.treatments.sequence import blend_advantages, fill_failed_groups, fill_mixed_groups
+
+
+NAN = math.nan
+
+
+def naive_fill_failed(outcomes, rts, rewards, failed):
+    """The rules of `fill_failed_groups`, one group and one row at a time."""
+    column, kinds, factors = [], [], []
+    for outcome_row, rts_row, reward_row, is_failed in zip(outcomes, rts, rewards, failed, strict=True):
+        scored = [i for i, outcome in enumerate(outcome_row) if outcome is not None and is_failed]
+        judged = [i for i in scored if rts_row[i] is not None]
+        if not is_failed or len(judged) < 2 or 2 * len(judged) < len(scored):
+            kind = "unjudged"
+        elif len({rts_row[i] for i in judged}) == 1 or len({reward_row[i] for i in judged}) == 1:
+            kind = "tied"
+        else:
+            kind = "rescued"
+        cells = [None] * len(outcome_row)
+        if kind == "rescued":
+            mean = sum(reward_row[i] for i in judged) / len(judged)
+            for i in scored:
+                cells[i] = reward_row[i] if i in judged else mean
+        column.append(cells)
+        kinds.append(kind)
+        factors.append(math.sqrt((len(judged) - 1) / (len(scored) - 1)) if kind == "rescued" else 1.0)
+    return column, kinds, factors
+
+
+class TestFillFailedGroups:
+    @given(st.data())
+    @settings(max_examples=300, deadline=None)
+    def test_equals_loop(self, data):
+        outcomes = data.draw(matrix(st.sampled_from([None, 0.0, 0.0, 0.0, 1.0])))
+        shape = [len(row) for row in outcomes]
+        # Binary fractions, so that float32 and Python agree on ties and on the spread
+        values = st.sampled_from([None, 0.0, 0.125, 0.25, 0.5, 0.75])
+        rts = [data.draw(st.lists(values, min_size=n, max_size=n)) for n in shape]
+        failed = group_kinds(tensor(outcomes), 0.5).failed_P
+        groups = fill_failed_groups(tensor(outcomes), tensor(rts), tensor(rts), failed)
+        column, kinds, factors = naive_fill_failed(outcomes, rts, rts, failed.tolist())
+        torch.testing.assert_close(groups.column_PG, tensor(column), equal_nan=True)
+        assert groups.rescued_P.tolist() == [kind == "rescued" for kind in kinds]
+        assert groups.tied_P.tolist() == [kind == "tied" for kind in kinds]
+        assert groups.spread_factor_P.tolist() == pytest.approx(factors)
+
+    def test_equal_rewards_of_different_scores_are_a_tie(self):
+        rts = torch.tensor([[0.0, 0.1, 0.2, 0.3]])
+        reward = rts_to_reward(rts, beta=2000.0)  # flat to machine precision on this side
+        groups = fill_failed_groups(torch.zeros(1, 4), rts, reward, torch.tensor([True]))
+        assert groups.tied_P.item()
+        assert torch.isnan(groups.column_PG).all()
+
+    @pytest.mark.parametrize("n_judged", [4, 5, 7, 8])
+    def test_abstentions_change_nobodys_advantage_but_their_own(self, n_judged):
+        torch.manual_seed(n_judged)
+        rts = torch.rand(1, 8)
+        rts[0, n_judged:] = NAN
+        groups = fill_failed_groups(torch.zeros(1, 8), rts, rts, torch.tensor([True]))
+        scaled = blend_advantages(group_advantages(groups.column_PG), torch.zeros(1, 8), groups.spread_factor_P)
+        alone = group_advantages(rts[:, :n_judged])
+        torch.testing.assert_close(scaled[:, :n_judged], alone, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(scaled[:, n_judged:], torch.zeros(1, 8 - n_judged), rtol=0, atol=1e-5)
+
+    def test_two_verdicts_among_eight_rows_leave_the_group_alone(self):
+        rts = tensor([[0.0, 0.5, *[None] * 6]])
+        groups = fill_failed_groups(torch.zeros(1, 8), rts, rts, torch.tensor([True]))
+        assert torch.isnan(groups.column_PG).all()
+        assert not groups.rescued_P.item()
+        assert not groups.tied_P.item()
+
+
+class TestFillMixedGroups:
+    @given(st.data())
+    @settings(max_examples=300, deadline=None)
+    def test_the_judge_never_lifts_a_wrong_completion_above_a_correct_one(self, data):
+        low, high = data.draw(st.sampled_from([(0.0, 1.0), (-1.0, 1.0), (0.0, 0.5), (-5.0, 0.6), (0.0, 100.0)]))
+        outcomes = data.draw(matrix(st.sampled_from([None, low, low, (low + high) / 4, high])))
+        size = len(outcomes[0])
+        rewards = [data.draw(st.lists(st.floats(0, 1), min_size=size, max_size=size)) for _ in outcomes]
+        extra = [data.draw(st.lists(st.floats(-1, 1), min_size=size, max_size=size)) for _ in outcomes]
+        outcome_weight, judge_weight = data.draw(st.floats(0, 3)), data.draw(st.floats(0, 5))
+        outcome_PG, reward_PG, extra_PG = tensor(outcomes), tensor(rewards), tensor(extra)
+        others_PG = weighted_sum(torch.stack([outcome_PG, extra_PG], dim=-1), torch.tensor([outcome_weight, 1.0]))
+        mixed_P = group_kinds(outcome_PG, 0.5).mixed_P
+        column_PG = fill_mixed_groups(outcome_PG, reward_PG, others_PG, mixed_P, 0.5, judge_weight)
+        total_PG = others_PG + judge_weight * column_PG.nan_to_num(nan=0.0)
+        assert torch.isnan(column_PG[~mixed_P]).all()
+        for p in mixed_P.nonzero().flatten().tolist():
+            correct = outcome_PG[p] >= 0.5
+            assert torch.isnan(column_PG[p][correct]).all()
+            for i in (outcome_PG[p] < 0.5).nonzero().flatten().tolist():
+                for j in correct.nonzero().flatten().tolist():
+                    was_below = others_PG[p, i] <= others_PG[p, j]
+                    assert not was_below or total_PG[p, i] <= total_PG[p, j] + 1e-5
+
+    def test_usual_scales_give_equation_2(self):
+        outcome = torch.tensor([[1.0, 0.0, 0.0]])
+        reward = torch.tensor([[0.9, 0.2, 0.8]])
+        column = fill_mixed_groups(outcome, reward, outcome, torch.tensor([True]), 0.5, judge_weight=1.0)
+        torch.testing.assert_close(column, tensor([[None, 0.2, 0.8]]), equal_nan=True)
+
+    def test_abstentions(self):
+        outcome = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+        reward = tensor([[None, 0.2, 0.4, None], [None, None, 0.4, None]])
+        column = fill_mixed_groups(outcome, reward, outcome, torch.tensor([True, True]), 0.5, judge_weight=1.0)
+        torch.testing.assert_close(column, tensor([[None, 0.2, 0.4, 0.3], [None] * 4]), equal_nan=True)
+
+
+def test_a_factor_of_one_keeps_the_bits_and_zero_gives_grpo():
+    torch.manual_seed(0)
+    with_judge, without = torch.randn(3, 8), torch.randn(3, 8)
+    blended = blend_advantages(with_judge, without, torch.tensor([1.0, 0.0, 0.5]))
+    assert torch.equal(blended[0], with_judge[0])
+    assert torch.equal(blended[1], without[1])
+    torch.testing.assert_close(blended[2], (with_judge[2] + without[2]) / 2)

@@ -1,0 +1,314 @@
+"""
+What is logged of a generation round: metrics, the columns of the completions table, and the warnings that are said once.
+
+TRL's own log is kept true here, too: after a treatment has changed advantages, the table shows the changed ones.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.trainer import grpo_trainer
+
+from trl_sgpo.groups import SortedGroups, group_pass_at_k, nanstd, value_range
+from trl_sgpo.judges.stepwise import REWARD_NAME, StepScore, StepwiseJudge
+from trl_sgpo.rounds import STATUSES, Judged, Round
+
+
+logger = logging.getLogger(__name__)
+
+# Columns that the judge adds to the parquet files of the completions
+JUDGE_COLUMNS = ("judge_first_error", "judge_n_steps", "judge_rts", "judge_status", "judge_reason")
+
+
+class RoundLog:
+    """
+    Writes what is to be logged of a round into TRL's collections.
+
+    Args:
+        metrics (`dict`):
+            TRL's `_metrics`: a list of values for each key, of which the mean is logged, by `"train"` and `"eval"`.
+        logs (`dict`):
+            TRL's `_logs`, what the completions table is made of.
+        log_extra (`Callable`):
+            TRL's `_log_completion_extra`.
+        outcome_names (`list[str]`):
+            Names of the outcome rewards.
+        judge ([`StepwiseJudge`], *optional*):
+            The judge, if the treatment asks one.
+        main_process (`bool`):
+            Whether this is the rank that speaks.
+    """
+
+    def __init__(
+        self,
+        metrics: dict[str, Any],
+        logs: dict[str, Any],
+        log_extra: Callable[[str, list], None],
+        outcome_names: list[str],
+        judge: StepwiseJudge | None,
+        main_process: bool,
+    ) -> None:
+        self.metrics, self.logs, self.log_extra = metrics, logs, log_extra
+        self.outcome_names, self.judge, self.main_process = outcome_names, judge, main_process
+        self._silent_rounds = 0
+        self._said: set[str] = set()
+
+    def write(self, round: Round, groups: SortedGroups | None) -> None:
+        """
+        Logs a round whose rewards and verdicts are there. It has to be called once in every round, before TRL flushes the
+        table's columns.
+
+        Args:
+            round ([`~trl_sgpo.rounds.Round`]):
+                The round.
+            groups ([`~trl_sgpo.groups.SortedGroups`] or `None`):
+                What the verdicts make of its failed groups, if it was judged.
+        """
+        self._log_groups(round)
+        if self.judge is None:
+            return
+        if round.judged is not None and groups is not None:
+            self._log_failed_groups(round, groups)
+            self._log_verdicts(round, round.judged, self.judge)
+        elif round.training:
+            # A round in which nobody was asked counts too: what is logged is the mean over rounds
+            for name in ("groups/rescued", "groups/tied", "groups/tied_other_rewards", "judge_calls", "judge_seconds"):
+                self._log(round, f"sgpo/{name}", 0.0)
+            self._log(round, "sgpo/groups/unjudged", round.kinds.failed_P.float().mean().item())
+
+    def write_table(self, round: Round) -> None:
+        """One value per local row in every round, judged or not: TRL appends columns, and a skipped call shifts them."""
+        if self.judge is None:
+            return
+        scores = round.judged.scores if round.judged is not None else [None] * (round.rows.stop - round.rows.start)
+        rows = [_table_row(score, self.judge) for score in scores]
+        for name, column in zip(JUDGE_COLUMNS, zip(*rows, strict=True), strict=True):
+            self.log_extra(name, list(column))
+
+    def show(self, round: Round, advantages: Tensor, gather: Callable[[Tensor], Tensor] | None) -> None:
+        """
+        Puts what a treatment has changed where TRL has logged its own: the advantages, and the judge's rewards.
+
+        Args:
+            round ([`~trl_sgpo.rounds.Round`]):
+                The round, after its treatment.
+            advantages (`torch.Tensor` of shape `(B,)` or `(B, T)`):
+                Those that this rank trains with.
+            gather (`Callable`, *optional*):
+                From `(B,)` values to those of all ranks, `(P, G)`. Every rank joins it. Without one there is no table that
+                would show them.
+        """
+        for key, value in round.metrics.items():
+            self._log(round, key, value)
+        if round.judge_rewards_PG is not None:
+            rewards_PG = round.judge_rewards_PG
+            values = self.metrics["train"]
+            values[f"rewards/{REWARD_NAME}/mean"][-1:] = [torch.nanmean(rewards_PG).item()]
+            values[f"rewards/{REWARD_NAME}/std"][-1:] = [nanstd(rewards_PG, dim=(0, 1)).item()]
+            _replace_end(self.logs["rewards"][REWARD_NAME], rewards_PG)
+        if round.advantages_PG is None and gather is not None:
+            round.advantages_PG = gather(round.per_completion(advantages))
+        if round.advantages_PG is not None:
+            _replace_end(self.logs["advantages"], round.advantages_PG, keep_nan=True)
+
+    def _log(self, round: Round, key: str, value: float) -> None:
+        """Logs a value that is the same on every rank. Unlike TRL's `log_metric`, nothing is averaged over ranks."""
+        self.metrics["train" if round.training else "eval"][key].append(value)
+
+    def _log_groups(self, round: Round) -> None:
+        """Metrics that need outcomes only; they are there in evaluation and without a judge too."""
+        outcome_PG, kinds = round.outcome_PG, round.kinds
+        n_scored = (~torch.isnan(outcome_PG)).sum()
+        if self.outcome_names and n_scored < outcome_PG.numel():
+            self._log_groups_without_outcome(round)
+        if n_scored == 0:
+            return
+        self._log(round, "sgpo/accuracy", ((outcome_PG >= round.success_threshold).sum() / n_scored).item())
+        if outcome_PG.shape[1] > 1:
+            shares = torch.stack([kinds.solved_P, kinds.mixed_P, kinds.failed_P]).float().mean(dim=1).tolist()
+            for kind, share in zip(("solved", "mixed", "failed"), shares, strict=True):
+                self._log(round, f"sgpo/groups/{kind}", share)
+        for k, estimate in group_pass_at_k(outcome_PG, round.success_threshold).items():
+            self._log(round, f"sgpo/pass@{k}", estimate)
+
+    def _log_groups_without_outcome(self, round: Round) -> None:
+        """A group without any outcome and with another reward trains as in GRPO, and is in none of the kinds."""
+        no_outcome_P = torch.isnan(round.outcome_PG).all(dim=1) & (~torch.isnan(round.others_PG)).any(dim=1)
+        share = no_outcome_P.float().mean().item()
+        self._log(round, "sgpo/groups/no_outcome", share)
+        if share > 0 and round.training and self.main_process:
+            self._say_once(
+                "no outcome",
+                "%.0f %% of the groups of this round have another reward but no outcome: %s gave None for all of their "
+                "completions. They train as in GRPO, and are never counted as failed. If they belong to another task, name its "
+                "reward too: outcome_reward=[%s, ...]. The metric sgpo/groups/no_outcome counts them. This is said once.",
+                100 * share,
+                " and ".join(map(repr, self.outcome_names)),
+                ", ".join(map(repr, self.outcome_names)),
+            )
+
+    def _log_failed_groups(self, round: Round, groups: SortedGroups) -> None:
+        """What became of the failed groups: shares of all groups."""
+        others_teach_P = value_range(round.others_PG) > 0
+        for name, group_P in (
+            ("rescued", groups.rescued_P),
+            ("tied", groups.tied_P),
+            ("tied_other_rewards", groups.tied_P & others_teach_P),
+            ("unjudged", round.kinds.failed_P & ~groups.rescued_P & ~groups.tied_P),
+        ):
+            self._log(round, f"sgpo/groups/{name}", group_P.float().mean().item())
+
+    def _log_verdicts(self, round: Round, judged: Judged, judge: StepwiseJudge) -> None:
+        """Metrics of the judge, from what all ranks found; says loudly if it judged nothing."""
+        scored_PG = ~torch.isnan(judged.rts_PG)
+        n_calls = int(judged.called_PG.nansum())
+        self._log(round, "sgpo/judge_calls", float(n_calls))
+        self._log(round, "sgpo/judge_seconds", judged.seconds)
+        if scored_PG.any():
+            gap_PG = judged.rts_steps_PG - judged.rts_characters_PG
+            self._log(round, "sgpo/rts", judged.rts_PG[scored_PG].mean().item())
+            self._log(round, "sgpo/rts_gap", gap_PG[scored_PG].mean().item())
+        compared_P = round.kinds.failed_P & (scored_PG.sum(dim=1) >= 2)
+        if compared_P.any():
+            self._log(round, "sgpo/rts_spread", value_range(judged.rts_PG)[compared_P].mean().item())
+        if n_calls == 0:
+            return
+        asked_PG = judged.called_PG == 1
+        rates = {name: (judged.status_PG[asked_PG] == i).float().mean().item() for i, name in enumerate(STATUSES)}
+        self._log(round, "sgpo/abstain_rate", rates["abstain"])
+        self._log(round, "sgpo/no_error_rate", rates["no_error"])
+        self._log(round, "sgpo/steps_per_completion", judged.n_steps_PG[asked_PG].mean().item())
+        if torch.isnan(judged.rts_PG[asked_PG]).all():
+            self._silent_rounds += 1
+            # At the 1st, 2nd, 4th, 8th ... such round: loud, and yet the log stays readable
+            if self._silent_rounds & (self._silent_rounds - 1) == 0 and self.main_process:
+                logger.warning(
+                    "THE JUDGE GAVE NO USABLE VERDICT in this round: of %d completions known to be wrong it abstained on "
+                    "%.0f %% and found no error in %.0f %%. The failed groups train as in GRPO, that is, not at all. "
+                    "Rounds like this so far: %d. Is the judge (%s) reachable and able? The column `judge_reason` of "
+                    "the completions table (`log_completions=True`) says why.",
+                    n_calls,
+                    100 * rates["abstain"],
+                    100 * rates["no_error"],
+                    self._silent_rounds,
+                    judge.judge.name,
+                )
+
+    def warn_of_truncated(self, round: Round, ends: set[int]) -> None:
+        """Says once that judged completions were truncated and are masked. `ends` are the ids that end a completion."""
+        if round.judged is None or "truncated" in self._said:
+            return
+        judged_ids = [ids for score, ids in zip(round.judged.scores, round.completion_ids, strict=True) if score]
+        n_truncated = sum(1 for ids in judged_ids if not len(ids) or int(ids[-1]) not in ends)
+        if n_truncated:
+            self._say_once(
+                "truncated",
+                "mask_truncated_completions=True: %d of the %d completions judged on this rank were truncated. They are "
+                "judged and count in their group's mean, but their tokens are masked, so their verdicts teach nothing. "
+                "Raise max_completion_length, or set mask_truncated_completions=False to let their correct prefix be "
+                "rewarded. This is said once.",
+                n_truncated,
+                len(judged_ids),
+            )
+
+    def warn_of_rollouts(self) -> None:
+        """Says once that a rollout function returns text of others, which cannot be told from the policy's."""
+        self._say_once(
+            "rollouts",
+            "rollout_func returns env_mask: the completions hold text that the policy did not write. TRL hands them to reward "
+            "functions as one text, so the judge takes that text for the policy's, and it counts in RTS. Give StepwiseJudge a "
+            "segmenter that leaves it out, or use tools or environment_factory, whose results are known to be no steps. This is "
+            "said once.",
+        )
+
+    def _say_once(self, what: str, message: str, *values: Any) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning(message, *values)
+
+    def describe_table(self, folder: Path, success_threshold: float, treatment: str) -> None:
+        """Says once, beside the completions' files, what their columns mean, for whoever reads them later."""
+        if "table" in self._said:
+            return
+        self._said.add("table")
+        if self.main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            names = self.outcome_names
+            settings = {
+                "outcome_reward": names[0] if len(names) == 1 else names,
+                "success_threshold": success_threshold,
+                "failed_groups": treatment,
+            }
+            (folder / "sgpo.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+    @contextmanager
+    def readable_table(self) -> Iterator[None]:
+        """
+        While it lasts, TRL prints completions with one column `verdict` in place of the judge's six, which would squeeze
+        prompt and completion to three letters. The files keep all columns.
+        """
+        printer = getattr(grpo_trainer, "print_prompt_completions_sample", None)
+        if self.judge is None or printer is None:
+            yield
+            return
+
+        def print_sample(
+            prompts: Any, completions: Any, rewards: dict, advantages: Any, *args: Any, extra: dict | None = None
+        ) -> None:
+            own = {name: (extra or {}).get(name, []) for name in JUDGE_COLUMNS}
+            others = {name: values for name, values in (extra or {}).items() if name not in JUDGE_COLUMNS}
+            judged = zip(own["judge_status"], own["judge_first_error"], own["judge_n_steps"], strict=True)
+            verdicts = [_verdict(*of_one) for of_one in judged]
+            shown = {_spaced(name): values for name, values in rewards.items() if name != REWARD_NAME}
+            extra = {**others, "verdict" if "verdict" not in others else "judge's verdict": verdicts}
+            printer(prompts, completions, shown, advantages, *args, extra=extra if verdicts else others)
+
+        grpo_trainer.print_prompt_completions_sample = print_sample  # type: ignore[assignment]  # passes on what it gets
+        try:
+            yield
+        finally:
+            grpo_trainer.print_prompt_completions_sample = printer
+
+
+def _table_row(score: StepScore | None, judge: StepwiseJudge) -> tuple[float, float, float, str, str]:
+    """The values of `JUDGE_COLUMNS`. One type per column, so that a folder of files can be read."""
+    if score is None:
+        return math.nan, math.nan, math.nan, "", ""
+    first_error, rts = score.first_error, judge.rts(score)
+    return (
+        math.nan if first_error is None else float(first_error),
+        float(score.n_steps),
+        math.nan if rts is None else rts,
+        score.status,
+        score.reason,
+    )
+
+
+def _verdict(status: str, first_error: float, n_steps: float) -> str:
+    """A verdict in words, for the printed table."""
+    if status == "":
+        return ""
+    if not math.isnan(first_error):
+        return f"step {first_error + 1:.0f} of {n_steps:.0f}"
+    return {"abstain": "abstains", "no_error": "no error"}.get(status, "empty")
+
+
+def _spaced(name: str) -> str:
+    """A name that a narrow column can break."""
+    return name.replace("_", " ")
+
+
+def _replace_end(logged: Any, values_PG: Tensor, keep_nan: bool = False) -> None:
+    """Puts this round's values where TRL has logged its own, at the end of a bounded queue; NaN may mean that TRL's stay."""
+    values = values_PG.flatten().tolist()
+    n_recent = min(len(logged), len(values))
+    old = [logged.pop() for _ in range(n_recent)][::-1]
+    recent = values[len(values) - n_recent :]
+    logged.extend(a if keep_nan and math.isnan(b) else b for a, b in zip(old, recent, strict=True))

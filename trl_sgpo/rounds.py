@@ -1,0 +1,274 @@
+"""
+[`Round`]: the data of one generation round, and how a judge is asked about it. There is no trainer and no config in it.
+
+A round is the only thing that the trainer's two hooks tell each other, and all that a treatment is told.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trl_sgpo.groups import GroupKinds, group_kinds, weighted_sum
+from trl_sgpo.judges.stepwise import StepScore, StepwiseJudge
+
+
+STATUSES = ("error", "no_error", "abstain")
+
+_N_NUMBERS = 7  # of a score, as it is gathered
+
+
+class Judged(NamedTuple):
+    """
+    What a judge said in a round.
+
+    Args:
+        scores (`list[StepScore | None]` of length B):
+            Those of this rank's completions, with the spans of their steps; `None` where nobody was asked.
+        rts_PG (`torch.Tensor` of shape `(P, G)`):
+            Reasoning trajectory scores of all ranks' completions in the judge's unit, NaN where there is none.
+        reward_PG (`torch.Tensor` of shape `(P, G)`):
+            Their rewards by Eq. 2.
+        rts_steps_PG, rts_characters_PG (`torch.Tensor` of shape `(P, G)`):
+            The scores by steps and by characters.
+        n_steps_PG (`torch.Tensor` of shape `(P, G)`):
+            Numbers of steps, NaN where there is no score.
+        status_PG (`torch.Tensor` of shape `(P, G)`):
+            Index in `STATUSES`, NaN where there is no score.
+        called_PG (`torch.Tensor` of shape `(P, G)`):
+            1 if the judge was asked, 0 if the score needed no call, NaN where there is no score.
+        seconds (`float`):
+            What the slowest rank spent judging.
+    """
+
+    scores: list[StepScore | None]
+    rts_PG: Tensor
+    reward_PG: Tensor
+    rts_steps_PG: Tensor
+    rts_characters_PG: Tensor
+    n_steps_PG: Tensor
+    status_PG: Tensor
+    called_PG: Tensor
+    seconds: float
+
+
+@dataclass
+class Round:
+    """
+    One generation round as every rank sees it: P groups of G completions, of which this rank holds B. Tensors of shape
+    `(P, G)` are the same on every rank. `rewards_PGF` and `output` are TRL's: nobody writes into them.
+
+    Args:
+        training (`bool`):
+            Whether it is a round of training, as TRL took it before it generated.
+
+    Attributes:
+        rewards_PGF (`torch.Tensor` of shape `(P, G, F)`):
+            Rewards of all ranks, NaN for None. The judge's column is NaN throughout.
+        weights_F (`torch.Tensor` of shape `(F,)`):
+            Weights of the reward functions.
+        judge_index (`int` or `None`):
+            Column of the judge.
+        outcome_PG (`torch.Tensor` of shape `(P, G)`):
+            Outcome rewards, NaN where a completion has none.
+        success_threshold (`float`):
+            A completion is correct when its outcome reaches this value.
+        kinds ([`~trl_sgpo.groups.GroupKinds`]):
+            Which groups are solved, mixed, failed.
+        rows (`slice`):
+            Where this rank's B completions stand among the P * G of all ranks.
+        completion_ids (`Sequence[Sequence[int]]` of length B):
+            Token ids of this rank's completions, without padding.
+        judged ([`Judged`] or `None`):
+            What the judge said; `None` if nobody was asked.
+        output (`dict` or `None`):
+            TRL's output for this rank's completions: ids, masks and GRPO's advantages. There after super only.
+        metrics (`dict[str, float]`):
+            What a treatment wants logged for this round; the same on every rank.
+        advantages_PG (`torch.Tensor` of shape `(P, G)` or `None`):
+            For the log: advantages of all ranks' completions, NaN where TRL's own stand. A treatment that knows them spares
+            a gather.
+        judge_rewards_PG (`torch.Tensor` of shape `(P, G)` or `None`):
+            For the log: what the reward `stepwise_judge` shows, NaN where a completion has none.
+    """
+
+    training: bool
+    rewards_PGF: Tensor = field(init=False)
+    weights_F: Tensor = field(init=False)
+    judge_index: int | None = field(init=False, default=None)
+    outcome_PG: Tensor = field(init=False)
+    success_threshold: float = field(init=False, default=0.5)
+    kinds: GroupKinds = field(init=False)
+    rows: slice = field(init=False)
+    completion_ids: Sequence[Sequence[int]] = field(init=False, default=())
+    judged: Judged | None = field(init=False, default=None)
+    output: dict[str, Any] | None = field(init=False, default=None)
+    metrics: dict[str, float] = field(init=False, default_factory=dict)
+    advantages_PG: Tensor | None = field(init=False, default=None)
+    judge_rewards_PG: Tensor | None = field(init=False, default=None)
+
+    def fill(
+        self,
+        rewards_PGF: Tensor,
+        weights_F: Tensor,
+        outcome_PG: Tensor,
+        success_threshold: float = 0.5,
+        judge_index: int | None = None,
+        rows: slice | None = None,
+        completion_ids: Sequence[Sequence[int]] = (),
+    ) -> "Round":
+        """Takes in what is known once the rewards are there, and sorts the groups. Without `rows` there is one rank."""
+        self.rewards_PGF, self.weights_F, self.judge_index = rewards_PGF, weights_F, judge_index
+        self.outcome_PG, self.success_threshold = outcome_PG, success_threshold
+        self.kinds = group_kinds(outcome_PG, success_threshold)
+        self.rows = slice(0, outcome_PG.numel()) if rows is None else rows
+        self.completion_ids = completion_ids
+        return self
+
+    @cached_property
+    def wrong_PG(self) -> Tensor:
+        """Which completions are known to be wrong, boolean."""
+        return self.outcome_PG < self.success_threshold  # NaN compares false
+
+    @cached_property
+    def others_PG(self) -> Tensor:
+        """The weighted sum of all rewards but the judge's, NaN where a completion has none: GRPO's reward."""
+        return weighted_sum(self.rewards_PGF, self.weights_F)
+
+    @property
+    def advantages_B(self) -> Tensor:
+        """GRPO's advantages of this rank's completions, shape `(B,)`."""
+        return self._of_output("advantages")
+
+    @property
+    def own_BT(self) -> Tensor:
+        """Which tokens of this rank's completions the policy wrote and the loss counts, boolean, shape `(B, T)`."""
+        mask_BT, tool_mask_BT = self._of_output("completion_mask"), self.tool_mask_BT
+        return (mask_BT if tool_mask_BT is None else mask_BT * tool_mask_BT).bool()
+
+    @property
+    def tool_mask_BT(self) -> Tensor | None:
+        """Which tokens no tool wrote, shape `(B, T)`; `None` in a run without tools."""
+        return self._of_output("tool_mask")
+
+    @property
+    def old_logps_BT(self) -> Tensor | None:
+        """Log-probabilities under the policy that wrote the completions, shape `(B, T)`, if TRL has computed them."""
+        return self._of_output("old_per_token_logps")
+
+    def _of_output(self, name: str) -> Any:
+        assert self.output is not None, "TRL's output is there after super only"
+        return self.output.get(name)
+
+    def local(self, values_PG: Tensor) -> Tensor:
+        """This rank's part of the values of all completions, shape `(B, ...)`; of shape `(P,)` it may be one per group."""
+        if values_PG.dim() == 1:
+            values_PG = values_PG.unsqueeze(1).expand(self.outcome_PG.shape)
+        return values_PG.flatten(0, 1)[self.rows]
+
+    def per_completion(self, advantages: Tensor) -> Tensor:
+        """
+        One advantage per completion of this rank, for the log, shape `(B,)`: of advantages per token the mean over the
+        policy's own tokens.
+        """
+        if advantages.dim() == 1:
+            return advantages
+        own_BT, plain_B = self.own_BT, self.advantages_B
+        mean_B = (advantages * own_BT).sum(dim=1) / own_BT.sum(dim=1).clamp(min=1)
+        return torch.where((advantages != plain_B.unsqueeze(1)).any(dim=1), mean_B, plain_B)
+
+
+def ask_judge(
+    judge: StepwiseJudge,
+    wanted: Sequence[int],
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    rows: Sequence[Mapping[str, Any]],
+) -> list[StepScore | None]:
+    """
+    Has a judge score some of a list of wrong completions. Texts and rows go in and scores come out, so that it does not matter
+    which rank or thread asks.
+
+    Args:
+        judge ([`StepwiseJudge`]):
+            The judge.
+        wanted (`Sequence[int]`):
+            Which ones to score.
+        prompts, completions, rows (`Sequence` of length B):
+            Prompt, completion and dataset row of each.
+
+    Returns:
+        `list[StepScore | None]` of length B: `None` for those that were not wanted.
+    """
+    scores: list[StepScore | None] = [None] * len(completions)
+    if wanted:
+        found = judge.score(
+            [prompts[i] for i in wanted], [completions[i] for i in wanted], [rows[i] for i in wanted], known_wrong=True
+        )
+        for i, score in zip(wanted, found, strict=True):
+            scores[i] = score
+    return scores
+
+
+def judge_round(
+    round: Round,
+    to_judge_PG: Tensor,
+    judge: StepwiseJudge,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    rows: Sequence[Mapping[str, Any]],
+    gather: Callable[[Tensor], Tensor],
+) -> Judged:
+    """
+    Each rank asks about its own completions, and all ranks learn the scores. Every rank joins the gather in it, with or
+    without anything to ask.
+
+    Args:
+        round ([`Round`]):
+            The round.
+        to_judge_PG (`torch.Tensor` of shape `(P, G)`):
+            Which completions the judge is asked about, boolean.
+        judge ([`StepwiseJudge`]):
+            The judge.
+        prompts, completions, rows (`Sequence` of length B):
+            Prompt, completion and dataset row of each of this rank's completions.
+        gather (`Callable`):
+            From this rank's `(B, N)` numbers to those of all ranks, `(P * G, N)`.
+    """
+    start = time.perf_counter()
+    wanted = round.local(to_judge_PG).nonzero().flatten().tolist()
+    scores = ask_judge(judge, wanted, prompts, completions, rows)
+    seconds = time.perf_counter() - start if wanted else 0.0
+    numbers_BN = torch.tensor([_numbers(score, judge, seconds) for score in scores], device=round.outcome_PG.device)
+    numbers_NPG = gather(numbers_BN).T.reshape(_N_NUMBERS, *round.outcome_PG.shape)
+    rts_PG, rts_steps_PG, rts_characters_PG, n_steps_PG, status_PG, called_PG, seconds_PG = numbers_NPG
+    return Judged(
+        scores=scores,
+        rts_PG=rts_PG,
+        reward_PG=judge.rewards(rts_PG),
+        rts_steps_PG=rts_steps_PG,
+        rts_characters_PG=rts_characters_PG,
+        n_steps_PG=n_steps_PG,
+        status_PG=status_PG,
+        called_PG=called_PG,
+        seconds=seconds_PG.max().item(),
+    )
+
+
+def _numbers(score: StepScore | None, judge: StepwiseJudge, seconds: float) -> list[float]:
+    """A score as a row of numbers that can be gathered; NaN for what is not there."""
+    if score is None:
+        return [math.nan] * (_N_NUMBERS - 1) + [seconds]
+    rts = (judge.rts(score), score.rts_steps, score.rts_characters)
+    return [
+        *(math.nan if value is None else float(value) for value in rts),
+        float(score.n_steps),
+        float(STATUSES.index(score.status)),
+        float(score.called),
+        seconds,
+    ]

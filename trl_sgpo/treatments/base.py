@@ -1,0 +1,137 @@
+"""
+[`Treatment`]: what is done with failed groups. One subclass per method, one file per family of them.
+
+A treatment is told about a finished generation round ([`~trl_sgpo.rounds.Round`]) and gives back advantages. It is one small
+object with pure parts: what belongs to a round stands in the `Round`, never on the treatment.
+"""
+
+import warnings
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from trl_sgpo.groups import SortedGroups, value_range
+from trl_sgpo.policy import Policy
+from trl_sgpo.rounds import Round
+
+
+if TYPE_CHECKING:
+    from trl_sgpo.config import SGPOConfig
+
+
+class Treatment(ABC):
+    """
+    A method for failed groups. A subclass sets the class attributes and writes `advantages`; the other methods have defaults.
+
+    Attributes:
+        name (`str`):
+            What the model card, `sgpo.json` and messages call it. Defaults to the name of the class.
+        asks_judge (`bool`, defaults to `False`):
+            Whether the round is judged before `advantages` is asked for. It needs a [`StepwiseJudge`] in `reward_funcs` then.
+        per_token (`bool`, defaults to `False`):
+            Whether it tells the tokens of a completion apart. Options of TRL that tie them together are warned of then.
+    """
+
+    name: ClassVar[str] = ""
+    asks_judge: ClassVar[bool] = False
+    per_token: ClassVar[bool] = False
+
+    judge_scope: str = "failed_groups"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = cls.__name__
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    def setup(self, args: "SGPOConfig") -> None:
+        """
+        Called once, before any weights are loaded: raises for settings under which the treatment cannot work, warns of those
+        under which it works badly, and keeps the settings that it needs.
+
+        Args:
+            args ([`SGPOConfig`]):
+                The run's settings. Of a plain `GRPOConfig` those of SGPO have their defaults.
+        """
+        self.judge_scope = args.judge_scope
+        if self.per_token:
+            _warn_if_tokens_are_tied(args, self.name)
+
+    def to_judge(self, round: Round) -> Tensor:
+        """Which completions the judge is asked about, shape `(P, G)`, boolean: the wrong ones of the groups in `judge_scope`."""
+        kinds = round.kinds
+        judged_P = kinds.failed_P | kinds.mixed_P if self.judge_scope == "all_incorrect" else kinds.failed_P
+        return round.wrong_PG & judged_P.unsqueeze(1)
+
+    def sort(self, round: Round) -> SortedGroups:
+        """
+        Which failed groups of a judged round teach now, and which do not although they were judged, for the log. By default
+        those with verdicts for at least half of their completions: with different scores, and with equal ones.
+        """
+        assert round.judged is not None, "a round that nobody judged cannot be sorted"
+        enough_P = enough_verdicts(round) & round.kinds.failed_P
+        tied_P = value_range(round.judged.rts_PG) == 0
+        return SortedGroups(rescued_P=enough_P & ~tied_P, tied_P=enough_P & tied_P)
+
+    def treats(self, round: Round) -> bool:
+        """
+        Whether `advantages` is asked for in a round of training, the same on every rank. By default: if the round was judged,
+        or, for a treatment without a judge, if a group failed.
+        """
+        return round.judged is not None if self.asks_judge else bool(round.kinds.failed_P.any())
+
+    @abstractmethod
+    def advantages(self, round: Round, policy: Policy) -> Tensor:
+        """
+        The advantages of this rank's completions, of shape `(B,)`, or per token, `(B, T)`. GRPO's are `round.advantages_B`;
+        they are to be returned, not written into.
+
+        Args:
+            round ([`~trl_sgpo.rounds.Round`]):
+                The round, with TRL's `output`.
+            policy ([`Policy`]):
+                What may be asked of the trainer. Every rank has to make the same calls.
+        """
+
+
+class NoTreatment(Treatment):
+    """Plain GRPO: no judge is asked, and failed groups teach nothing. The control of a comparison."""
+
+    name = "none"
+
+    def treats(self, round: Round) -> bool:
+        return False
+
+    def advantages(self, round: Round, policy: Policy) -> Tensor:
+        return round.advantages_B
+
+
+def enough_verdicts(round: Round) -> Tensor:
+    """Which groups have verdicts for at least half of their completions with an outcome, shape `(P,)`, boolean."""
+    assert round.judged is not None, "a round that nobody judged has no verdicts"
+    n_judged_P = (~torch.isnan(round.judged.rts_PG)).sum(dim=1)
+    return 2 * n_judged_P >= (~torch.isnan(round.outcome_PG)).sum(dim=1)
+
+
+def _warn_if_tokens_are_tied(args: "SGPOConfig", name: str) -> None:
+    """Warns of options of TRL that are made for one advantage per completion."""
+    if args.importance_sampling_level != "token":
+        warnings.warn(
+            f"importance_sampling_level={args.importance_sampling_level!r} ties the tokens of a completion to one ratio, so the "
+            f"gradient of one token's advantage reaches all of them, and the treatment {name!r} no longer tells the tokens apart. "
+            "Use importance_sampling_level='token'.",
+            UserWarning,
+            stacklevel=5,
+        )
+    if args.off_policy_mask_threshold is not None:
+        warnings.warn(
+            f"off_policy_mask_threshold={args.off_policy_mask_threshold} drops off-policy completions unless their advantage is "
+            f"positive. With the treatment {name!r} it goes by the advantage of each token, so of such a completion the blame is "
+            "dropped and the reward kept. Leave it out.",
+            UserWarning,
+            stacklevel=5,
+        )

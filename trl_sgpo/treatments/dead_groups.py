@@ -1,0 +1,98 @@
+"""
+The exclusion of dead groups (AGPO, arXiv 2503.15952): groups without any advantage are left out of what the loss divides by. It
+is no treatment but a control that goes behind any of them, `exclude_dead_groups=True`.
+"""
+
+import torch
+from torch import Tensor
+
+from trl_sgpo.groups import value_range
+from trl_sgpo.policy import Policy
+from trl_sgpo.rounds import Round
+
+
+# By what each of TRL's losses divides
+LOSS_DENOMINATORS = {
+    **dict.fromkeys(("dapo", "cispo", "vespo", "bnpo"), "tokens"),
+    **dict.fromkeys(("grpo", "sapo", "dr_grpo", "luspo"), "rows"),
+}
+
+
+def check_loss_type(loss_type: str) -> None:
+    """Raises a `ValueError` for a loss of which it is not known what it divides by."""
+    if loss_type not in LOSS_DENOMINATORS:
+        raise ValueError(
+            f"exclude_dead_groups=True cannot be combined with loss_type={loss_type!r}: it is not known what that "
+            f"loss divides by. Use one of {sorted(LOSS_DENOMINATORS)}, or leave exclude_dead_groups out."
+        )
+
+
+def without_residue(round: Round, aggregation: str) -> Tensor:
+    """
+    GRPO's advantages of this rank's completions, shape `(B,)`, exactly 0 in groups of equal rewards: taking the mean leaves a
+    rounding residue there.
+    """
+    if aggregation == "sum_then_normalize":
+        equal_P = value_range(round.others_PG) == 0
+    else:
+        columns = [value_range(reward_PG) == 0 for reward_PG in round.rewards_PGF.unbind(dim=2)]
+        equal_P = torch.stack(columns).all(dim=0)
+    return round.advantages_B.masked_fill(round.local(equal_P), 0.0)
+
+
+def without_dead_groups(advantages: Tensor, round: Round, policy: Policy, loss_type: str) -> Tensor:
+    """
+    The advantages of this rank's completions, multiplied so that the loss is as if the rows of groups without any advantage
+    were not in its denominator. Every rank joins the gather in it. The loss's policy term is linear in a positive factor on
+    the advantages, whatever its type; the terms of KL and entropy do not see it.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(B,)` or `(B, T)`):
+            What the treatment gives.
+        round ([`~trl_sgpo.rounds.Round`]):
+            The round. What the log has to show is put into it.
+        policy ([`~trl_sgpo.treatments.Policy`]):
+            The trainer.
+        loss_type (`str`):
+            TRL's name of the loss.
+    """
+    own_BT = round.own_BT
+    advantages_BT = advantages if advantages.dim() > 1 else advantages.unsqueeze(1)
+    alive_B = (advantages_BT * own_BT != 0).any(dim=1)  # a completion whose tokens are masked has no loss
+    n_tokens_B = own_BT.sum(dim=1)
+    alive_PG, n_tokens_PG, shown_PG = policy.gather(
+        torch.stack([alive_B.float(), n_tokens_B.float(), round.per_completion(advantages).float()], dim=1)
+    ).unbind(dim=2)
+    live_P = alive_PG.bool().any(dim=1)
+    round.metrics["sgpo/groups/dead"] = 1 - live_P.float().mean().item()
+    per_token = LOSS_DENOMINATORS[loss_type] == "tokens"
+    factor = exclusion_factor(live_P, n_tokens_PG if per_token else torch.ones_like(n_tokens_PG))
+    round.advantages_PG = factor * shown_PG.masked_fill(~live_P.unsqueeze(1), 0.0)
+    return advantages if live_P.all() else factor * advantages
+
+
+def exclusion_factor(live_P: Tensor, size_PG: Tensor) -> float:
+    """
+    What the advantages of the live groups are multiplied by so that groups without any advantage do not dilute them (the
+    exclusion of AGPO, arXiv 2503.15952). A loss that divides by the size of all groups, dead ones included, then equals one
+    that divides by the size of the live ones.
+
+    Args:
+        live_P (`torch.Tensor` of shape `(P,)`):
+            Which groups have an advantage.
+        size_PG (`torch.Tensor` of shape `(P, G)`):
+            What each completion adds to the loss's denominator: its number of tokens, or 1.
+
+    Returns:
+        `float`: The factor, at least 1; 1 if no group is dead, or none is live.
+
+    Example:
+
+    ```python
+    >>> exclusion_factor(torch.tensor([True, False]), torch.tensor([[10.0, 20.0], [30.0, 60.0]]))
+    4.0
+    ```
+    """
+    size_P = size_PG.double().sum(dim=1)
+    live_size = size_P[live_P].sum().item()
+    return size_P.sum().item() / live_size if live_size > 0 else 1.0
