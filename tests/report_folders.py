@@ -37,11 +37,11 @@ def write_run(
             reward = np.where(np.isnan(graded), reward, graded)
             columns = {
                 "stepwise_judge": graded.ravel(),
-                "first_error": (rts * 5).ravel(),
-                "n_steps": np.where(np.isnan(rts), np.nan, 5.0).ravel(),
-                "rts": rts.ravel(),
-                "verdict": np.where(np.isnan(rts), "", "error").ravel(),
-                "verdict_reason": [""] * outcome.size,
+                "judge_first_error": (rts * 5).ravel(),
+                "judge_n_steps": np.where(np.isnan(rts), np.nan, 5.0).ravel(),
+                "judge_rts": rts.ravel(),
+                "judge_status": np.where(np.isnan(rts), "", "error").ravel(),
+                "judge_reason": [""] * outcome.size,
             }
         advantage = (reward - reward.mean(axis=1, keepdims=True)) / (reward.std(axis=1, ddof=1, keepdims=True) + 1e-4)
         frame = {

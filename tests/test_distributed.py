@@ -35,6 +35,7 @@ def test_groups_that_straddle_ranks(two_ranks):
     (rank0, rank1), _, folder = two_ranks("straddle")
     assert rank0["sizes"] == rank1["sizes"] == [6, 6]  # each judges its own rows, once a round
     assert rank0["checksum"] == rank1["checksum"]
+    assert rank0["gathers_per_round"] == rank1["gathers_per_round"] == 1  # the scores
     for step, (a, b) in enumerate(zip(rank0["rounds"], rank1["rounds"], strict=True), start=1):
         rewards = torch.tensor(a["rewards"])
         assert torch.equal(rewards.nan_to_num(), torch.tensor(b["rewards"]).nan_to_num())  # one matrix on both ranks
@@ -71,6 +72,7 @@ def test_a_rank_with_nothing_to_judge(two_ranks):
     assert rank1["sizes"] == []
     assert rank0["checksum"] == rank1["checksum"]
     assert rank1["log"][0]["sgpo/judge_calls"] == 6
+    assert rank0["gathers_per_round"] == rank1["gathers_per_round"] == 1
     assert rank1["log"][0]["sgpo/groups/mixed"] == rank1["log"][0]["sgpo/groups/failed"] == 0.5
 
 
@@ -84,10 +86,12 @@ def test_a_judge_that_fails_on_one_rank(two_ranks):
 
 
 @pytest.mark.parametrize("mode", ["lens", "zvp"])
-def test_remedies_on_two_ranks_equal_those_on_one(two_ranks, mode):
+def test_treatments_without_a_judge_on_two_ranks_equal_those_on_one(two_ranks, mode):
     (whole,), _, _ = two_ranks(mode, n_processes=1)
     (rank0, rank1), _, _ = two_ranks(mode)
     assert rank0["checksum"] == rank1["checksum"] == pytest.approx(whole["checksum"], rel=1e-6)
+    # LENS: likelihoods, dead groups. RL-ZVP: what the table shows
+    assert rank0["gathers_per_round"] == rank1["gathers_per_round"] == {"lens": 2, "zvp": 1}[mode]
     for a, b, both in zip(rank0["rounds"], rank1["rounds"], whole["rounds"], strict=True):
         halves = [torch.tensor(half["advantages"]) for half in (a, b)]
         expected = torch.tensor(both["advantages"])

@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+import accelerate
 import torch
 import torch.distributed as dist
 
@@ -16,6 +17,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import words_as_steps
 
+import trl_sgpo.policy
+import trl_sgpo.trainer
 from trl_sgpo import SGPOConfig, SGPOTrainer, StepJudge, StepwiseJudge, Verdict
 from trl_sgpo.tasks.rewrite_chain import PretrainConfig, build_model, build_tokenizer, make_dataset
 
@@ -85,6 +88,17 @@ trainer = SGPOTrainer(
 )
 
 rounds = []
+n_gathers = 0
+
+
+def counting(values, inner=accelerate.utils.gather):
+    """The package's own gathers; TRL's go by other names."""
+    global n_gathers
+    n_gathers += 1
+    return inner(values)
+
+
+trl_sgpo.trainer.gather = trl_sgpo.policy.gather = counting
 calculate, generate = trainer._calculate_rewards, trainer._generate_and_score_completions
 
 
@@ -116,7 +130,15 @@ if mode in WITHOUT_JUDGE:
 trainer.train()
 checksum = sum(p.double().abs().sum().item() for p in trainer.model.parameters())
 (folder / f"rank{rank}.json").write_text(
-    json.dumps({"rounds": rounds, "sizes": judge.sizes, "log": trainer.state.log_history, "checksum": checksum})
+    json.dumps(
+        {
+            "rounds": rounds,
+            "sizes": judge.sizes,
+            "log": trainer.state.log_history,
+            "checksum": checksum,
+            "gathers_per_round": n_gathers / len(rounds),
+        }
+    )
 )
 if dist.is_initialized():
     dist.destroy_process_group()

@@ -85,7 +85,7 @@ def find_outcomes(
     raise ValueError(
         f"{needed_by} has to know which completions are wrong. reward_funcs holds several reward functions ({listed}), and "
         "outcome_reward is not set. Name the one that says whether a completion is right or wrong, "
-        f"`SGPOConfig(outcome_reward={names[candidates[0]]!r})`, or give a list of names, one for each task."
+        f"`outcome_reward={names[candidates[0]]!r}`, or give a list of names, one for each task."
     )
 
 

@@ -192,7 +192,9 @@ class SGPOTrainer(GRPOTrainer):
         )
 
         self.outcome_indices = find(self.reward_func_names)  # environments have appended their own by now
-        self.round_observers: list[Callable[[Round], None]] = []
+        self.round_observers: list[
+            Callable[[Round, dict[str, Any]], None]
+        ] = []  # told of each round and its final output
         self._round: Round | None = None
         self._policy = Policy(self, self.stepwise_judge)
         self._round_log = RoundLog(
@@ -274,7 +276,7 @@ class SGPOTrainer(GRPOTrainer):
             if self.rollout_func is not None and "tool_mask" in output and self._judge_is_due(round):
                 self._round_log.warn_of_rollouts()
         for observe in self.round_observers:
-            observe(round)
+            observe(round, output)
         return output
 
     def _treat(self, round: Round) -> Tensor:

@@ -1,5 +1,5 @@
 """
-The controlled study: GRPO, SGPO, per-token credit and the remedies without a judge, at equal generated tokens.
+The controlled study: GRPO, SGPO, per-token credit and the methods without a judge, at equal generated tokens.
 
     python benchmarks/controlled_study/run.py bases tune main          # one table after the other
     python benchmarks/controlled_study/run.py all                      # everything: a night on 2 cores
@@ -70,7 +70,7 @@ def wanted(table: str, records: Records, args: argparse.Namespace) -> Iterator[R
     """The runs of a table, each with the learning rate that tuning chose for its arm where it has none yet."""
     for run in TABLES[table].runs():
         wanted_seed = not args.seeds or run.seed in (*args.seeds, *TUNING_SEEDS)
-        if not wanted_seed or (args.arms and run.arm not in args.arms):
+        if not wanted_seed or ARMS[run.arm].retired or (args.arms and run.arm not in args.arms):
             continue
         if run.learning_rate == 0:
             rate = best_learning_rate(records, run.dial, run.arm, run.judge, run.completions_per_update)

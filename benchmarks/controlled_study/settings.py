@@ -60,6 +60,8 @@ class Arm:
             Whether a `StepwiseJudge` is among the reward functions.
         votes (`int`):
             Judgments of each completion. Three quarters of them have to agree, else they abstain.
+        retired (`bool`):
+            Whether the package has lost the option that it tried. Its recorded runs stay, with the commit that made them.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Arm:
     config: dict[str, Any] = field(default_factory=dict)
     judge: bool = False
     votes: int = 1
+    retired: bool = False
 
 
 def _coefficients(prefix_reward: float, error_penalty: float) -> dict[str, Any]:
@@ -85,20 +88,20 @@ ARMS = {
         Arm("sgpo_exclude", "SGPO, dead groups out of the denominator", {"exclude_dead_groups": True}, judge=True),
         Arm("sgpo_all_incorrect", "SGPO on every wrong completion", {"judge_scope": "all_incorrect"}, judge=True),
         Arm("sgpo_quarter", "SGPO, off after 100k tokens", {"judge_until": 0.25}, judge=True),
-        Arm("sgpo_spread", "SGPO, RTS spread of at least .3", {"min_rts_spread": 0.3}, judge=True),
+        Arm("sgpo_spread", "SGPO, RTS spread of at least .3", judge=True, retired=True),
         Arm("sgpo_half", "SGPO, failed groups at half weight", {"failed_group_weight": 0.5}, judge=True),
-        Arm("sgpo_handover", "SGPO, weight = share of failed groups", {"failed_group_schedule": "failed_share"}, judge=True),
+        Arm("sgpo_handover", "SGPO, weight = share of failed groups", judge=True, retired=True),
         Arm("prefix", "prefix credit", PREFIX, judge=True),
         Arm("sgpo_votes", "SGPO, 3 of 4 judgments agree", judge=True, votes=4),
         Arm("prefix_votes", "prefix credit, 3 of 4 judgments agree", PREFIX, judge=True, votes=4),
         Arm("prefix_exclude", "prefix credit, dead groups out of the denominator", {**PREFIX, "exclude_dead_groups": True}, judge=True),
         Arm("prefix_all_incorrect", "prefix credit, also in mixed groups", {**PREFIX, "judge_scope": "all_incorrect"}, judge=True),
-        Arm("prefix_handover", "prefix credit, weight = share of failed groups", {**PREFIX, "failed_group_schedule": "failed_share"}, judge=True),
+        Arm("prefix_handover", "prefix credit, weight = share of failed groups", judge=True, retired=True),
         Arm("prefix_.3_1", "prefix credit, +.3 / -1", _coefficients(0.3, 1.0), judge=True),
         Arm("prefix_1_1", "prefix credit, +1 / -1", _coefficients(1.0, 1.0), judge=True),
         Arm("prefix_1_0", "prefix credit, +1 / 0", _coefficients(1.0, 0.0), judge=True),
         Arm("sign", "NSR: -1 in failed groups", {"failed_groups": "nsr"}),
-        Arm("sign_.1", "NSR: -0.1 in failed groups", {"failed_groups": "nsr", "failed_group_weight": 0.1}),
+        Arm("sign_.1", "NSR: -.1 in failed groups", {"failed_groups": "nsr", "failed_group_weight": 0.1}),
         Arm("ngrpo", "NGRPO's advantages in failed groups", {"failed_groups": "ngrpo", "epsilon": 0.16, "epsilon_high": 0.24}),
         Arm("zvp", "RL-ZVP in failed groups", {"failed_groups": "zvp"}),
         Arm("lens", "LENS in failed groups", {"failed_groups": "lens"}),

@@ -453,9 +453,12 @@ class TestBaseSamples:
 
 
 class TestTrainingBatches:
-    def test_numbers(self, make):
+    @pytest.mark.parametrize("trainer_class", [GRPOTrainer, SGPOTrainer])
+    def test_numbers(self, make, trainer_class):
         trainer = make(
-            {"at_begin": False, "at_end": False, "every": 99, "batch_rank": True, "batch_update": True}, max_steps=2
+            {"at_begin": False, "at_end": False, "every": 99, "batch_rank": True, "batch_update": True},
+            trainer_class=trainer_class,
+            max_steps=2,
         )
         seen = []
         inner = trainer._generate_and_score_completions
@@ -593,7 +596,7 @@ class TestBadInput:
             ({"n_samples": 0}, ValueError, "n_samples=0 must be an integer of at least 1"),
             ({"every": 0}, ValueError, "every=0 must be an integer of at least 1"),
             ({"taus": [0.0]}, ValueError, "taus=.* must lie in"),
-            ({"outcome_reward": "accuracy"}, ValueError, "'accuracy' is not the name of one.*'odd_length'"),
+            ({"outcome_reward": "accuracy"}, ValueError, "'accuracy' is not the name of a reward.*'odd_length'"),
             ({"outcome_reward": 3}, TypeError, "outcome_reward=int is neither"),
             ({"success_threshold": math.nan}, ValueError, "success_threshold=nan"),
             ({"extract_answer": "last"}, TypeError, "extract_answer='last' is not callable"),
@@ -607,19 +610,36 @@ class TestBadInput:
 
     def test_outcomes(self, make):
         several = [odd_length, needs_solution]
-        with pytest.raises(ValueError, match=r"outcome_reward=None, and it cannot be told.*'needs_solution'"):
+        with pytest.raises(
+            ValueError, match=r"SharpeningCallback has to know.*'needs_solution'.*outcome_reward='odd_length'"
+        ):
             make({}, several)
         chosen = make({"outcome_reward": "needs_solution"}, several)
-        assert chosen.probe.outcome is needs_solution
+        assert chosen.probe.outcomes == [needs_solution]
         with pytest.raises(ValueError, match=r"lacks the column 'solution' in 4 of 4 rows.*'needs_solution' needs"):
             make({"prompts": [{"prompt": row["prompt"]} for row in PROBE]}, [needs_solution])
         # A plain GRPOTrainer's judge is no candidate, and SGPOTrainer has decided itself
-        assert make({}, [judge(), odd_length]).probe.outcome is odd_length
+        assert make({}, [judge(), odd_length]).probe.outcomes == [odd_length]
         sgpo = make({}, [*several, judge()], SGPOTrainer, outcome_reward="odd_length", success_threshold=0.7)
-        assert sgpo.probe.outcome is odd_length
+        assert sgpo.probe.outcomes == [odd_length]
         assert sgpo.probe.success_threshold == 0.7
         assert sgpo.probe.judge is sgpo.stepwise_judge
         assert make({"judge": False}, [odd_length, judge()], SGPOTrainer).probe.judge is None
+
+    def test_an_outcome_for_each_task(self, make):
+        def first(prompts, completions, **kwargs):
+            return [float(i % 2) if p == PROBE[0]["prompt"] else None for i, p in enumerate(prompts)]
+
+        def others(prompts, completions, **kwargs):
+            return [None if p == PROBE[0]["prompt"] else 1.0 for p in prompts]
+
+        trainer = make({}, [first, others, judge()], SGPOTrainer, outcome_reward=["first", "others"], max_steps=1)
+        assert trainer.probe.outcomes == [first, others]
+        trainer.train()
+        samples = table(trainer, "policy_000001")
+        assert 0 < samples["correct"][samples["prompt_id"] == 0].mean() < 1
+        assert samples["correct"][samples["prompt_id"] != 0].all()
+        assert json.loads((trainer.probe.folder / "probe.json").read_text())["outcome_reward"] == "first | others"
 
     def test_a_base_of_another_shape(self, make, tokenizer):
         config = LlamaConfig(

@@ -43,6 +43,7 @@ from trl_sgpo.analysis.probe import Batch, Probe, Sample, Stopwatch, sampling_se
 from trl_sgpo.analysis.sharpening_metrics import default_ks, summarise
 from trl_sgpo.analysis.training_batches import TrainingBatches
 from trl_sgpo.judges import StepwiseJudge
+from trl_sgpo.outcome import find_outcomes
 
 
 logger = logging.getLogger(__name__)
@@ -97,9 +98,9 @@ class SharpeningCallback(TrainerCallback):
             For pass@k. Defaults to the powers of two up to `n_samples`, and `n_samples`.
         taus (`Sequence[float]`, *optional*, defaults to `(0.25, 0.5, 0.75, 1.0)`):
             For Cover@tau.
-        outcome_reward (`str` or `Callable`, *optional*):
-            What says right or wrong: the name of one of the trainer's reward functions, or a reward function. Defaults to
-            [`SGPOTrainer`]'s, else to the trainer's only one.
+        outcome_reward (`str`, `list[str]` or `Callable`, *optional*):
+            What says right or wrong: the name of one of the trainer's reward functions, a list of names, one for each task, or
+            a reward function. Defaults to [`SGPOTrainer`]'s, else to the trainer's only one.
         success_threshold (`float`, *optional*):
             A completion is correct when its outcome reaches this. Defaults to [`SGPOTrainer`]'s, else to 0.5.
         judge ([`StepwiseJudge`], [`StepJudge`] or `Callable`, *optional*):
@@ -153,7 +154,7 @@ class SharpeningCallback(TrainerCallback):
         every: int = 50,
         ks: Sequence[int] | None = None,
         taus: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
-        outcome_reward: str | Callable | None = None,
+        outcome_reward: str | Sequence[str] | Callable | None = None,
         success_threshold: float | None = None,
         judge: Any = None,
         extract_answer: Callable[[str], Hashable] | None = None,
@@ -195,15 +196,16 @@ class SharpeningCallback(TrainerCallback):
                 "answer, for instance `lambda text: text.split()[-1]`."
             )
         self.extract_answer = extract_answer
-        self.outcome, self.outcome_index = _find_outcome(trainer, outcome_reward)
-        threshold = getattr(trainer, "success_threshold", 0.5) if success_threshold is None else success_threshold
+        self.outcomes, outcome_indices = _find_outcomes(trainer, outcome_reward)
+        threshold = getattr(trainer.args, "success_threshold", 0.5) if success_threshold is None else success_threshold
         if math.isnan(threshold):
             raise ValueError(
                 "success_threshold=nan: no outcome reaches it. Give the smallest one that means 'correct'."
             )
         self.success_threshold = float(threshold)
         self.rows = _rows(prompts)
-        _check_columns(self.rows, self.outcome)
+        for outcome in self.outcomes:
+            _check_columns(self.rows, outcome)
         self.domains = [str(row["domain"]) for row in self.rows] if "domain" in self.rows[0] else None
         self.judge = _find_judge(trainer, judge)
         self.sample_base, self.base_logps = sample_base, base_logps
@@ -225,10 +227,10 @@ class SharpeningCallback(TrainerCallback):
         self._probe = Probe(trainer, [row["prompt"] for row in self.rows], n_samples, batch_size, seed)
         self._batches: TrainingBatches | None = None
         if batch_metrics or batch_rank or batch_update:
-            if self.outcome_index is not None:
+            if outcome_indices:
                 self._batches = TrainingBatches(
                     trainer,
-                    self.outcome_index,
+                    outcome_indices,
                     self.success_threshold,
                     batch_metrics,
                     batch_rank,
@@ -238,7 +240,7 @@ class SharpeningCallback(TrainerCallback):
             elif batch_rank or batch_update:
                 raise ValueError(
                     "batch_rank and batch_update need the outcome among the trainer's rewards, but outcome_reward is "
-                    f"{get_callable_name(self.outcome)!r}, which the trainer does not use. Name one of "
+                    f"{get_callable_name(self.outcomes[0])!r}, which the trainer does not use. Name one of "
                     f"{trainer.reward_func_names}, or leave them out."
                 )
         self._base: BaseModel | None = None
@@ -317,7 +319,7 @@ class SharpeningCallback(TrainerCallback):
             "ks": self.ks,
             "taus": self.taus,
             "seed": self.seed,
-            "outcome_reward": get_callable_name(self.outcome),
+            "outcome_reward": " | ".join(map(get_callable_name, self.outcomes)),
             "success_threshold": self.success_threshold,
             "logps": "natural, summed over the completion's tokens with the end token, at the sampling temperature",
             "versions": {name: version(name) for name in ("trl", "transformers", "torch")},
@@ -522,25 +524,40 @@ class SharpeningCallback(TrainerCallback):
             piece = samples[start : start + size]
             rows = [self.rows[sample.prompt_id] for sample in piece]
             columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
-            rewards = self.outcome(
-                prompts=[row["prompt"] for row in rows],
-                completions=[sample.completion for sample in piece],
-                completion_ids=[sample.token_ids for sample in piece],
-                **columns,
-                trainer_state=self.trainer.state,
-                log_extra=_nowhere,
-                log_metric=_nowhere,
+            for sample in piece:
+                sample.scored = sample.correct = False
+            for outcome in self.outcomes:
+                self._score_outcome(outcome, piece, rows, columns)
+
+    def _score_outcome(
+        self, outcome: Any, piece: list[Sample], rows: list[dict[str, Any]], columns: dict[str, list[Any]]
+    ) -> None:
+        """By one outcome reward; a sample that it has no value for belongs to another task."""
+        rewards = outcome(
+            prompts=[row["prompt"] for row in rows],
+            completions=[sample.completion for sample in piece],
+            completion_ids=[sample.token_ids for sample in piece],
+            **columns,
+            trainer_state=self.trainer.state,
+            log_extra=_nowhere,
+            log_metric=_nowhere,
+        )
+        if inspect.isawaitable(rewards):
+            rewards = asyncio.run_coroutine_threadsafe(_awaited(rewards), self.trainer.async_loop).result()
+        if len(rewards) != len(piece):
+            raise ValueError(
+                f"The reward function {get_callable_name(outcome)!r} returned {len(rewards)} rewards for "
+                f"{len(piece)} completions: there must be one for each."
             )
-            if inspect.isawaitable(rewards):
-                rewards = asyncio.run_coroutine_threadsafe(_awaited(rewards), self.trainer.async_loop).result()
-            if len(rewards) != len(piece):
+        for sample, reward in zip(piece, rewards, strict=True):
+            if reward is None or math.isnan(reward):
+                continue
+            if sample.scored:
                 raise ValueError(
-                    f"The reward function {get_callable_name(self.outcome)!r} returned {len(rewards)} rewards for "
-                    f"{len(piece)} completions: there must be one for each."
+                    f"A completion has two outcomes, one of them from {get_callable_name(outcome)!r}. With several outcome "
+                    "rewards each must return None for the rows of the other tasks."
                 )
-            for sample, reward in zip(piece, rewards, strict=True):
-                sample.scored = reward is not None and not math.isnan(reward)
-                sample.correct = bool(sample.scored and reward >= self.success_threshold)
+            sample.scored, sample.correct = True, bool(reward >= self.success_threshold)
 
     def _judge_steps(self, samples: list[Sample], judge: StepwiseJudge) -> None:
         solved = [sample for sample in samples if sample.correct]
@@ -685,45 +702,28 @@ def _check_columns(rows: list[dict[str, Any]], outcome: Any) -> None:
             )
 
 
-def _find_outcome(trainer: Any, given: str | Callable | None) -> tuple[Any, int | None]:
-    """The outcome reward, and its column among the trainer's rewards if it has one."""
+def _find_outcomes(trainer: Any, given: Any) -> tuple[list[Any], list[int]]:
+    """The outcome rewards, one for each task, and their columns among the trainer's rewards; none for a foreign function."""
     names, funcs = trainer.reward_func_names, trainer.reward_funcs
-    judge_index = getattr(trainer, "_judge_index", None)
-    candidates = [i for i, func in enumerate(funcs) if not isinstance(func, StepwiseJudge) and i != judge_index]
-    listed = ", ".join(repr(names[i]) for i in candidates) or "none"
-    if given is None:
-        own = getattr(trainer, "_outcome_index", None)
-        if own is None and len(candidates) == 1:
-            own = candidates[0]
-        if own is None:
-            raise ValueError(
-                f"outcome_reward=None, and it cannot be told which of the trainer's rewards ({listed}) says whether a "
-                "completion is right or wrong. Name it, `outcome_reward='accuracy_reward'`, or give a reward function."
-            )
-        index = own
-    elif isinstance(given, str):
-        matches = [i for i in candidates if names[i] == given]
-        if len(matches) != 1:
-            problem = "is not the name of one of the trainer's rewards" if not matches else "is the name of several"
-            raise ValueError(
-                f"outcome_reward={given!r} {problem}; they are: {listed}. Give the name of the one that says whether a "
-                "completion is right or wrong, or a reward function."
-            )
-        index = matches[0]
-    elif callable(given) and not isinstance(given, nn.Module):
-        same = [i for i in candidates if funcs[i] is given]
-        return given, same[0] if same else None
-    else:
+    if callable(given) and not isinstance(given, nn.Module):
+        return [given], [i for i, func in enumerate(funcs) if func is given][:1]
+    if given is not None and not isinstance(given, str | list | tuple):
         raise TypeError(
-            f"outcome_reward={type(given).__name__} is neither a name nor a reward function. Give one of {listed}, or a "
+            f"outcome_reward={type(given).__name__} is neither a name nor a reward function. Give one of {names}, or a "
             "function `f(prompts, completions, **columns) -> list[float]`."
         )
-    if isinstance(funcs[index], nn.Module):
+    judge_index = getattr(trainer, "judge_index", None)
+    if judge_index is None:
+        judge_index = next((i for i, func in enumerate(funcs) if isinstance(func, StepwiseJudge)), None)
+    indices = getattr(trainer, "outcome_indices", []) if given is None else []
+    indices = indices or find_outcomes(names, judge_index, given, needed_by="SharpeningCallback")
+    models = [names[i] for i in indices if isinstance(funcs[i], nn.Module)]
+    if models:
         raise ValueError(
-            f"outcome_reward={names[index]!r} is a reward model, whose scores do not say right or wrong. Give a function "
+            f"outcome_reward={models[0]!r} is a reward model, whose scores do not say right or wrong. Give a function "
             "that does, `outcome_reward=accuracy_reward`."
         )
-    return funcs[index], index
+    return [funcs[i] for i in indices], indices
 
 
 def _find_judge(trainer: Any, given: Any) -> StepwiseJudge | None:

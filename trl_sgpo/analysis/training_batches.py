@@ -1,7 +1,7 @@
 """
-What a training batch says of sharpening, and callbacks never see: [`TrainingBatches`] listens to two methods of a
-GRPOTrainer, on that instance only. TRL shuffles the rows right after `_generate_and_score_completions`, so groups exist
-only inside. Nothing that passes through is changed.
+What a training batch says of sharpening, and callbacks never see: TRL shuffles the rows right after
+`_generate_and_score_completions`, so groups exist only inside. [`TrainingBatches`] observes the rounds of an SGPOTrainer; of any
+other GRPOTrainer it makes them by listening to two methods, on that instance only. Nothing that passes through is changed.
 """
 
 import math
@@ -19,12 +19,13 @@ from trl_sgpo.analysis.metrics import (
     answer_entropy,
     group_split,
     likelihood_displacement,
-    pass_at_k,
     rank_of_correct,
     uplift_by_rank,
 )
 from trl_sgpo.analysis.probe import token_logps, undisturbed
-from trl_sgpo.analysis.sharpening_metrics import default_ks
+from trl_sgpo.groups import group_pass_at_k
+from trl_sgpo.outcome import join_outcomes
+from trl_sgpo.rounds import Round
 
 
 PREFIX = "sharpening/batch/"
@@ -48,8 +49,8 @@ class TrainingBatches:
     Args:
         trainer (`GRPOTrainer`):
             The trainer.
-        outcome_index (`int`):
-            Column of the outcome reward.
+        outcome_indices (`list[int]`):
+            Columns of the outcome rewards.
         success_threshold (`float`):
             A completion is correct when its outcome reaches this.
         metrics (`bool`):
@@ -66,7 +67,7 @@ class TrainingBatches:
     def __init__(
         self,
         trainer: Any,
-        outcome_index: int,
+        outcome_indices: list[int],
         success_threshold: float,
         metrics: bool,
         rank: bool,
@@ -74,19 +75,23 @@ class TrainingBatches:
         extract_answer: Callable[[str], Hashable] | None = None,
     ) -> None:
         self.trainer = trainer
-        self.outcome_index = outcome_index
+        self.outcome_indices = outcome_indices
         self.success_threshold = success_threshold
         self.metrics, self.rank, self.update = metrics, rank, update
         self.extract_answer = extract_answer
         self.seconds = 0.0  # spent here since the start, forward passes included
-        self._outcome: Tensor | None = None
-        self._answers: list[Hashable] = []
+        self._round: Round | None = None  # of a trainer that makes none itself
         self._captured: list[_Captured] = []
         self._inner: dict[str, Any] = {}
 
     def install(self) -> None:
         """Starts to listen, unless it does already."""
         self._captured = []
+        observers = getattr(self.trainer, "round_observers", None)
+        if observers is not None:
+            if self.observe not in observers:
+                observers.append(self.observe)
+            return
         if self.trainer.__dict__.get(_LISTENED[0]) == self._rewards:
             return
         for name, wrapper in zip(_LISTENED, (self._rewards, self._generated), strict=True):
@@ -95,6 +100,11 @@ class TrainingBatches:
 
     def remove(self) -> None:
         """Stops listening, unless somebody else listens through us by now."""
+        observers = getattr(self.trainer, "round_observers", None)
+        if observers is not None:
+            if self.observe in observers:
+                observers.remove(self.observe)
+            return
         for name, wrapper in zip(_LISTENED, (self._rewards, self._generated), strict=True):
             if self.trainer.__dict__.get(name) == wrapper:
                 setattr(self.trainer, name, self._inner[name])
@@ -107,43 +117,51 @@ class TrainingBatches:
 
     def _rewards(self, inputs: list, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
         rewards = self._inner["_calculate_rewards"](inputs, prompts, completions, completion_ids_list)
-        self._outcome = rewards[:, self.outcome_index].detach().clone()
-        if self.extract_answer is not None and self.metrics and self.trainer.model.training:
-            texts = self.trainer.processing_class.batch_decode(completion_ids_list, skip_special_tokens=True)
-            self._answers = [self.extract_answer(text) for text in texts]
+        if self._round is not None and self._round.training:
+            rewards_PGF = rewards.view(-1, self.trainer.num_generations, rewards.shape[1])
+            weights_F = self.trainer.reward_weights.to(rewards.device)
+            self._round.fill(rewards_PGF, weights_F, self._outcome(rewards_PGF), completion_ids=completion_ids_list)
         return rewards
 
     def _generated(self, inputs: list) -> dict[str, Any]:
-        self._outcome = None
+        round = self._round = Round(training=self.trainer.model.training)
         output = self._inner["_generate_and_score_completions"](inputs)
-        if self.trainer.model.training and self._outcome is not None:
-            start = time.perf_counter()
-            if self.metrics:
-                self._log_batch(self._outcome, output)
-            if self.rank or self.update:
-                self._capture(self._outcome, output)
-            self.seconds += time.perf_counter() - start
+        self._round = None
+        self.observe(round, output)
         return output
 
-    def _log_batch(self, outcome: Tensor, output: dict[str, Any]) -> None:
-        outcome_PG = outcome.view(-1, self.trainer.num_generations)
+    def _outcome(self, rewards_PGF: Tensor) -> Tensor:
+        return join_outcomes(rewards_PGF, self.outcome_indices, self.trainer.reward_func_names)
+
+    def observe(self, round: Round, output: dict[str, Any]) -> None:
+        """To be called with each round and what the trainer makes of it."""
+        if not round.training:
+            return
+        start = time.perf_counter()
+        outcome_PG = self._outcome(round.rewards_PGF)
+        if self.metrics:
+            self._log_batch(outcome_PG, round, output)
+        if self.rank or self.update:
+            self._capture(outcome_PG.flatten(), output)
+        self.seconds += time.perf_counter() - start
+
+    def _log_batch(self, outcome_PG: Tensor, round: Round, output: dict[str, Any]) -> None:
         for kind, share in group_split(outcome_PG.cpu().numpy(), self.success_threshold).items():
             self._log(kind, share)
-        n = (~torch.isnan(outcome_PG)).sum(dim=1).cpu().numpy()
-        c = (outcome_PG >= self.success_threshold).sum(dim=1).cpu().numpy()
-        for k in default_ks(self.trainer.num_generations):
-            full = n >= k
-            if full.any():
-                self._log(f"pass@{k}", float(pass_at_k(n[full], c[full], k).mean()))
+        for k, estimate in group_pass_at_k(outcome_PG, self.success_threshold).items():
+            self._log(f"pass@{k}", estimate)
         mask, advantages = output["completion_mask"], output["advantages"]
         if advantages.dim() == 1:
             advantages = advantages.unsqueeze(1)
         effective, total = gather(torch.stack([(mask * (advantages != 0)).sum(), mask.sum()])).view(-1, 2).sum(dim=0)
         self._log("effective_tokens", (effective / total).item() if total > 0 else math.nan)
         size = self.trainer.num_generations
-        if self._answers and len(self._answers) % size == 0:  # a group that straddles ranks has no answers here
-            groups = [self._answers[i : i + size] for i in range(0, len(self._answers), size)]
-            self._log("answer_entropy", float(np.mean([answer_entropy(group) for group in groups])))
+        if self.extract_answer is None or len(round.completion_ids) % size != 0:
+            return  # a group that straddles ranks has no answers here
+        texts = self.trainer.processing_class.batch_decode(round.completion_ids, skip_special_tokens=True)
+        answers = [self.extract_answer(text) for text in texts]
+        groups = [answers[i : i + size] for i in range(0, len(answers), size)]
+        self._log("answer_entropy", float(np.mean([answer_entropy(group) for group in groups])))
 
     def _capture(self, outcome: Tensor, output: dict[str, Any]) -> None:
         prompt_mask, completion_mask = output["prompt_mask"].bool(), output["completion_mask"].bool()

@@ -34,7 +34,7 @@ def test_answer(signs, words):
         ({"tied": 0.5}, "unit='characters'"),
         ({"tied": 0.5, "rts": 0.1}, "unit='characters'"),
         ({"tied": 0.5, "rts": 0.0}, "no completion of the run has a right step"),
-        ({"abstained": 0.2}, "verdict_reason"),
+        ({"abstained": 0.2}, "judge_reason"),
         ({"solved": 0.6}, "harder data"),
         ({"other_rewards": 0.3}, "learning format"),
         ({"clipped": 0.5}, "max_completion_length"),

@@ -107,7 +107,7 @@ def test_one_group_per_file_is_no_guess():
 def test_prefix_credit_rescues_where_somebody_has_a_right_step():
     # The judge has no part in the rewards there, and equal scores teach
     rows = rows_of([[0, 0]] * 2, [[0.4, 0.4], [0.7, -0.7]], rts_PG=[[0.5, 0.5], [0, 0]], other_PG=[[0, 0], [1, 0]])
-    assert kinds_of(rows, 2, credit_assignment="prefix")[0] == ["rescued", "other_rewards"]
+    assert kinds_of(rows, 2, treatment="prefix")[0] == ["rescued", "other_rewards"]
 
 
 def test_kinds_without_a_judge():

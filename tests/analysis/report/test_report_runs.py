@@ -37,6 +37,25 @@ def test_a_whole_run(tmp_path):
     assert run.groups.share("rescued").sum() > 0
 
 
+def test_a_run_with_several_tasks(tmp_path):
+    path = write_run(tmp_path / "run", n_files=3, log=False)
+    plain = read(path)
+
+    def split(table):
+        of_math = (table["prompt"].str[-1].astype(int) % 2).astype(bool)
+        table["math"] = table["accuracy_reward"].where(of_math)
+        table["code"] = table["accuracy_reward"].where(~of_math)
+        return table.drop(columns="accuracy_reward")
+
+    for step in (1, 2, 3):
+        edit(path, step, split)
+    (path / "sgpo.json").write_text(json.dumps({"outcome_reward": ["code", "math"], "failed_groups": "sgpo"}))
+    run = read(path)
+    assert run.outcome == "code | math"
+    assert run.groups.n_correct.tolist() == plain.groups.n_correct.tolist()
+    assert run.groups.kind.tolist() == plain.groups.kind.tolist()
+
+
 def test_cut_off_and_empty_files_are_left_out(tmp_path):
     path = write_run(tmp_path / "run", n_files=6)
     files = sorted((path / "completions").iterdir())

@@ -20,8 +20,8 @@ from trl_sgpo.analysis.report.answers import Extractor, extract_answer
 # What the files hold beside rewards, with and without our trainer
 TEXT_COLUMNS = ("prompt", "completion")
 JUDGE_COLUMN = "stepwise_judge"
-OWN_COLUMNS = ("first_error", "n_steps", "rts", "verdict", "verdict_reason")
-_NOT_REWARDS = {"step", "advantage", "images", JUDGE_COLUMN, *TEXT_COLUMNS, *OWN_COLUMNS}
+_NOT_REWARDS = {"step", "advantage", "images", JUDGE_COLUMN, *TEXT_COLUMNS}
+_OWN_PREFIX = "judge_"
 VERDICTS = ("", "error", "no_error", "abstain")
 
 
@@ -185,17 +185,21 @@ def _numbers(table: Any, reward_names: Sequence[str] | None) -> dict[str, Any]:
         # A reward function that returned None throughout leaves a column of nulls
         if not numeric and not pa.types.is_null(kind):
             continue
-        if name in ("advantage", JUDGE_COLUMN, "rts"):
+        if name in ("advantage", JUDGE_COLUMN, "judge_rts"):
             own[name] = _floats(table.column(name))
-        elif name in reward_names if reward_names is not None else name not in _NOT_REWARDS:
+        elif name in reward_names if reward_names is not None else _may_be_reward(name):
             rewards[name] = _floats(table.column(name))
-    verdicts = table.column("verdict").to_pylist() if "verdict" in table.column_names else []
+    verdicts = table.column("judge_status").to_pylist() if "judge_status" in table.column_names else []
     known = {name: i for i, name in enumerate(VERDICTS)}
     return {
         "rewards": rewards,
         "own": own,
         "verdict": np.array([known.get(v or "", 0) for v in verdicts] or [0] * table.num_rows, dtype=np.int8),
     }
+
+
+def _may_be_reward(name: str) -> bool:
+    return name not in _NOT_REWARDS and not name.startswith(_OWN_PREFIX)
 
 
 def _floats(column: Any) -> np.ndarray:
@@ -221,7 +225,7 @@ def _join(files: list[dict[str, Any]]) -> Rows:
         rewards={name: column(lambda one, name=name: one["rewards"].get(name)) for name in names},  # type: ignore[misc]
         advantage=column(lambda one: one["own"].get("advantage")),
         judge=column(lambda one: one["own"].get(JUDGE_COLUMN)),
-        rts=column(lambda one: one["own"].get("rts")),
+        rts=column(lambda one: one["own"].get("judge_rts")),
         verdict=column(lambda one: one["verdict"]),
         answer=column(lambda one: one["answer"]),
         length=column(lambda one: one["length"]).astype(np.float64),

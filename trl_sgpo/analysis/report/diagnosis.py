@@ -138,7 +138,7 @@ def advice(s: Signs) -> list[str]:
         s.abstained,
         0.1,
         f"In {_percent(s.abstained)} of the groups the judge was silent: is it reachable and able? The completions' column "
-        "verdict_reason says why. A Fallback judge, no_error='last_step' for judges that see everything, or an abler one.",
+        "judge_reason says why. A Fallback judge, no_error='last_step' for judges that see everything, or an abler one.",
     )
     when(
         s.solved,

@@ -26,7 +26,7 @@ GLOSSARY: dict[str, Entry] = {
     "rescued": Entry(
         "rescued",
         "Failed groups that teach, since a step-wise judge scored their completions differently (with "
-        "credit_assignment='prefix': since it found right steps).",
+        "failed_groups='prefix': since it found right steps).",
         "Says that there is a gradient, not that it points the right way: that depends on the judge.",
     ),
     "other_rewards": Entry(
@@ -36,7 +36,7 @@ GLOSSARY: dict[str, Entry] = {
     ),
     "tied": Entry(
         "tied",
-        "Failed groups that were judged, with equal scores (with credit_assignment='prefix': without any right step): still no "
+        "Failed groups that were judged, with equal scores (with failed_groups='prefix': without any right step): still no "
         "gradient.",
         "A few long steps tie more often than many short ones, so the share depends on how completions are cut.",
     ),
@@ -44,7 +44,7 @@ GLOSSARY: dict[str, Entry] = {
         "judge silent",
         "Failed groups for fewer than half of whose completions the judge named a wrong step: it abstained, or found no error "
         "where the answer is known to be wrong.",
-        "An unreachable judge looks the same as an unsure one; the column verdict_reason of the completions tells.",
+        "An unreachable judge looks the same as an unsure one; the column judge_reason of the completions tells.",
     ),
     "unjudged": Entry(
         "failed, not judged",
@@ -59,7 +59,7 @@ GLOSSARY: dict[str, Entry] = {
     "effective_tokens": Entry(
         "effective tokens",
         "Share of the completions' tokens that carry an advantage, hence a gradient. By characters without --tokenizer.",
-        "Per-token credit is not logged: with credit_assignment='prefix' fewer tokens count.",
+        "Per-token credit is not logged: with failed_groups='prefix' fewer tokens count.",
     ),
     "pass@k": Entry(
         "pass@k",

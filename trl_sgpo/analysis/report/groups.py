@@ -156,7 +156,7 @@ def make_groups(
     size: int,
     outcome: str | None,
     success_threshold: float = 0.5,
-    credit_assignment: str = "sequence",
+    treatment: str = "sgpo",
 ) -> Groups:
     """
     What became of each group.
@@ -170,9 +170,9 @@ def make_groups(
             The reward that says right or wrong. Without it groups have no kind.
         success_threshold (`float`, *optional*, defaults to `0.5`):
             A completion is correct when its outcome reaches this.
-        credit_assignment (`str`, *optional*, defaults to `"sequence"`):
-            With `"prefix"` the judge has no part in the rewards: a failed group that teaches and in which somebody has a right
-            step is rescued.
+        treatment (`str`, *optional*, defaults to `"sgpo"`):
+            What was done with failed groups. With `"sgpo"` a failed group that teaches is rescued if its completions have
+            different rewards from the judge; with any other, if somebody has a right step.
     """
     index_PG = split_groups(rows.file, rows.prompt, size)
     n_rows, n_groups = len(rows.step), len(index_PG)
@@ -193,7 +193,7 @@ def make_groups(
     ).sum(axis=1)
     scored = n_scored >= 2
     failed = scored & (n_correct == 0)
-    differs_P = (np.nan_to_num(rts_PG) > 0).any(axis=1) if credit_assignment == "prefix" else spread_P > 0
+    differs_P = (np.nan_to_num(rts_PG) > 0).any(axis=1) if treatment != "sgpo" else spread_P > 0
     of_failed = [
         (live & differs_P, "rescued"),
         (live, "other_rewards"),

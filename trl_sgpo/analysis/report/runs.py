@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trl_sgpo.analysis.report.answers import Extractor, extract_answer
 from trl_sgpo.analysis.report.completions import Rows, read_completions
 from trl_sgpo.analysis.report.groups import Groups, infer_group_size, make_groups
@@ -154,7 +156,10 @@ def read_run(
         return run
     rows = read.rows
     run.rewards, run.has_judge = list(rows.rewards), rows.has_judge
-    run.outcome, problem = choose_outcome(run.rewards, outcome or settings.get("outcome_reward"))
+    wanted = outcome or settings.get("outcome_reward")
+    if isinstance(wanted, list):  # a run with several tasks
+        wanted = _join_outcomes(rows, wanted)
+    run.outcome, problem = choose_outcome(list(rows.rewards), wanted)
     run.missing += [problem] if problem else []
     if success_threshold is None:
         success_threshold = float(settings.get("success_threshold", 0.5))
@@ -162,12 +167,12 @@ def read_run(
     if size is None:
         size, guess = infer_group_size(rows.file, rows.prompt, rows.advantage)
         run.missing += [guess] if guess else []
-    run.groups = _groups(run, rows, size, success_threshold, settings.get("credit_assignment", "sequence"))
+    run.groups = _groups(run, rows, size, success_threshold, settings.get("failed_groups", "sgpo"))
     return run
 
 
-def _groups(run: Run, rows: Rows, size: int, success_threshold: float, credit_assignment: str) -> Groups | None:
-    groups = make_groups(rows, size, run.outcome, success_threshold, credit_assignment)
+def _groups(run: Run, rows: Rows, size: int, success_threshold: float, treatment: str) -> Groups | None:
+    groups = make_groups(rows, size, run.outcome, success_threshold, treatment)
     if size == 1:
         run.missing.append(
             "Every completion has a prompt of its own (G = 1): there are no groups, so no group split and no pass@k beyond "
@@ -192,6 +197,17 @@ def _groups(run: Run, rows: Rows, size: int, success_threshold: float, credit_as
             f"The outcome {run.outcome!r} is NaN for every completion: nothing can be said of right or wrong."
         )
     return groups
+
+
+def _join_outcomes(rows: Rows, names: list[str]) -> str:
+    """Adds a column with the one outcome of each completion that is there, and returns its name."""
+    joined = " | ".join(names)
+    columns = [rows.rewards[name] for name in names if name in rows.rewards]
+    if columns:
+        # Every one of them is None for the rows of the other tasks
+        first = np.argmax(~np.isnan(columns), axis=0)
+        rows.rewards[joined] = np.take_along_axis(np.array(columns), first[None], axis=0)[0]
+    return joined
 
 
 def choose_outcome(rewards: Sequence[str], wanted: str | None) -> tuple[str | None, str]:

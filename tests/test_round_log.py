@@ -1,0 +1,135 @@
+"""The completions table, in the terminal and as files, beside a user's own columns."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import length_reward
+from toys import FixedJudge, all_failed, stepwise
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import grpo_trainer
+
+from trl_sgpo import Verdict
+from trl_sgpo.round_log import JUDGE_COLUMNS
+
+
+def one_of_each(items):
+    verdicts = [Verdict.error(2), Verdict.no_error(), Verdict.abstain("too hard")]
+    return [verdicts[i % 3] if len(item.steps) > 2 else Verdict.error(0) for i, item in enumerate(items)]
+
+
+def logs_columns_of_its_own(prompts, completions, log_extra, **kwargs):
+    for name in ("verdict", "n_steps", "rts", "first_error", "verdict_reason"):
+        log_extra(name, [f"{name} {i}" for i in range(len(completions))])
+    return [0.0] * len(completions)
+
+
+CONFIG = {"log_completions": True, "max_steps": 1, "generation_kwargs": {"suppress_tokens": [0, 1]}}
+
+
+def table_of(trainer, step=1):
+    return pd.read_parquet(Path(trainer.args.output_dir) / "completions" / f"completions_{step:05d}.parquet")
+
+
+class TestPrintedTable:
+    @pytest.fixture
+    def printed(self, make_trainer, monkeypatch, capsys):
+        monkeypatch.setenv("COLUMNS", "80")
+        printer = grpo_trainer.print_prompt_completions_sample
+
+        def train(funcs, *args, **config):
+            trainer = make_trainer(funcs, *args, **{**CONFIG, **config})
+            trainer.train()
+            assert grpo_trainer.print_prompt_completions_sample is printer
+            return capsys.readouterr().out
+
+        return train
+
+    def test_it_fits_80_columns(self, printed):
+        text = printed([all_failed, stepwise(FixedJudge(one_of_each))])
+        table = text[text.index("╭") : text.index("╯") + 1].splitlines()
+        header = [line.strip("│ ").strip("┃").split("┃") for line in table if "┃" in line]
+        names = [" ".join(" ".join(cells).split()) for cells in zip(*header, strict=True)]
+        assert names == ["Prompt", "Completion", "all failed", "Advantage", "verdict"]
+        assert {len(line) for line in table} == {80}
+
+    def test_prompt_and_completion_are_not_squeezed(self, printed):
+        lines = printed([all_failed, stepwise(FixedJudge(one_of_each))]).splitlines()
+        header = next(line for line in lines if "Prompt" in line)
+        widths = [len(cell) - 2 for cell in header.strip("│ ").strip("┃").split("┃")]
+        assert min(widths[:2]) >= 12
+
+    def test_verdicts_in_words(self, printed):
+        text = printed([all_failed, stepwise(FixedJudge(one_of_each))], judge_until=0.5)
+        for verdict in ("step 3 of 12", "no error", "abstains"):
+            assert verdict in text
+
+    def test_without_a_judge_it_is_trls(self, printed):
+        funcs = [all_failed, length_reward]
+        ours, theirs = printed(funcs), printed(funcs, GRPOTrainer, GRPOConfig)
+        table = [[line for line in text.splitlines() if line.startswith("│")] for text in (ours, theirs)]
+        assert table[0] == table[1]
+        assert table[0]
+
+    def test_a_users_columns_stay(self, make_trainer, monkeypatch):
+        shown = []
+        monkeypatch.setattr(
+            grpo_trainer, "print_prompt_completions_sample", lambda *args, extra: shown.append((args[2], extra))
+        )
+        make_trainer(
+            [logs_columns_of_its_own, length_reward, stepwise()], outcome_reward="length_reward", **CONFIG
+        ).train()
+        rewards, extra = shown[0]
+        assert list(rewards) == ["logs columns of its own", "length reward"]
+        assert list(extra) == ["first_error", "n_steps", "rts", "verdict", "verdict_reason", "judge's verdict"]
+        assert extra["verdict"][0] == "verdict 0"
+
+    def test_after_an_error_trls_function_is_back(self, make_trainer, monkeypatch):
+        def fails(*args, **kwargs):
+            raise OSError("the terminal is gone")
+
+        monkeypatch.setattr(grpo_trainer, "print_prompt_completions_sample", fails)
+        trainer = make_trainer([all_failed, stepwise()], **CONFIG)
+        with pytest.raises(OSError, match="the terminal is gone"):
+            trainer.train()
+        assert grpo_trainer.print_prompt_completions_sample is fails
+
+
+def test_a_users_own_columns_are_not_overwritten(make_trainer, dataset):
+    trainer = make_trainer(
+        [logs_columns_of_its_own, stepwise(FixedJudge(one_of_each))],
+        trainer_args={"eval_dataset": dataset},
+        eval_strategy="steps",
+        eval_steps=2,
+        **{**CONFIG, "max_steps": 3},
+    )
+    trainer.train()
+    table = table_of(trainer)
+    for name in ("verdict", "n_steps", "rts", "first_error", "verdict_reason"):
+        assert table[name].tolist() == [f"{name} {i}" for i in range(8)]
+    assert set(JUDGE_COLUMNS) <= set(table.columns)
+    assert table["judge_status"].tolist() == [
+        "error",
+        "no_error",
+        "abstain",
+        "error",
+        "no_error",
+        "abstain",
+        "error",
+        "no_error",
+    ]
+
+
+def test_the_file_beside_the_table_names_all_outcomes(make_trainer):
+    def none(prompts, completions, **kwargs):
+        return [None] * len(completions)
+
+    trainer = make_trainer([all_failed, none, stepwise()], outcome_reward=["none", "all_failed"], **CONFIG)
+    trainer.train()
+    settings = json.loads((Path(trainer.args.output_dir) / "sgpo.json").read_text())
+    assert settings == {
+        "outcome_reward": ["all_failed", "none"],
+        "success_threshold": 0.5,
+        "failed_groups": "sgpo",
+    }
