@@ -6,7 +6,7 @@ What a training step costs with SGPO, as a ratio to GRPO's step on the same roll
 The learning rate is 0, so that both trainers see the same completions in every step, and step i of one is compared with
 step i of the other. Rounds of the two alternate, in an order that alternates too, so that a machine that slows down slows
 both. Cases: no failed group (the judge is never asked); every group failed (a function judges all completions); the same
-with credit per token. What the package itself does is timed as well: it is a smaller number, and a steadier one.
+with credit per token. What the package itself does in its hooks is timed as well: it is a smaller number, and a steadier one.
 """
 
 import json
@@ -14,10 +14,11 @@ import random
 import statistics
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 
@@ -47,8 +48,8 @@ def outcome_failed(prompts, completions, **kwargs):
 
 
 CASES = (
-    ("no_failed_group", outcome_mixed, "sequence"),
-    ("every_group_failed", outcome_failed, "sequence"),
+    ("no_failed_group", outcome_mixed, "sgpo"),
+    ("every_group_failed", outcome_failed, "sgpo"),
     ("every_group_failed_prefix_credit", outcome_failed, "prefix"),
 )
 
@@ -64,44 +65,60 @@ class StepTimes(TrainerCallback):
         self.times.append(time.perf_counter() - self.start)
 
 
+HOOKS = ("_generate_and_score_completions", "_calculate_rewards", "log")
+
+
 class TimedTrainer(SGPOTrainer):
-    """Measures the package's own share: its hook, less what that spends in GRPOTrainer, and the judge in it."""
+    """Measures the package's own share: each of its hooks, less what that spends in GRPOTrainer, and the judge in it."""
 
     own_seconds = 0.0
-    judge_seconds = 0.0
 
-    def _calculate_rewards(self, *args):
-        inner_seconds = 0.0
-        inner = GRPOTrainer._calculate_rewards
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for name in HOOKS:
+            setattr(self, name, self.timed(getattr(self, name), +1))
 
-        def timed_inner(trainer, *inner_args):
-            nonlocal inner_seconds
+    def timed(self, method, sign):
+        def run(*args, **kwargs):
             start = time.perf_counter()
-            result = inner(trainer, *inner_args)
-            inner_seconds = time.perf_counter() - start
-            return result
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.own_seconds += sign * (time.perf_counter() - start)
 
-        GRPOTrainer._calculate_rewards = timed_inner
-        start = time.perf_counter()
-        try:
-            return super()._calculate_rewards(*args)
-        finally:
-            self.own_seconds += time.perf_counter() - start - inner_seconds
-            self.judge_seconds += self._metrics["train"]["sgpo/judge_seconds"][-1]
-            GRPOTrainer._calculate_rewards = inner
+        return run
 
-    def _credit_tokens(self, *args):
-        start = time.perf_counter()
-        try:
-            return super()._credit_tokens(*args)
-        finally:
-            self.own_seconds += time.perf_counter() - start
+    @property
+    def judge_seconds(self):
+        return sum(entry.get("sgpo/judge_seconds", 0.0) for entry in self.state.log_history)
 
 
-def train(arm, outcome, credit_assignment, seed):
+@contextmanager
+def inner_timed():
+    """While it lasts, what GRPOTrainer spends inside a hook is taken off what the trainer has counted as its own."""
+    inner = {name: getattr(GRPOTrainer, name) for name in HOOKS}
+
+    def minus(method):
+        def run(trainer, *args, **kwargs):
+            if not isinstance(trainer, TimedTrainer):
+                return method(trainer, *args, **kwargs)
+            return trainer.timed(method, -1)(trainer, *args, **kwargs)
+
+        return run
+
+    for name, method in inner.items():
+        setattr(GRPOTrainer, name, minus(method))
+    try:
+        yield
+    finally:
+        for name, method in inner.items():
+            setattr(GRPOTrainer, name, method)
+
+
+def train(arm, outcome, treatment, seed):
     tokenizer = build_tokenizer()
     times = StepTimes()
-    own = {"credit_assignment": credit_assignment} if arm == "sgpo" else {}
+    own = {"failed_groups": treatment} if arm == "sgpo" else {}
     config = SGPOConfig if arm == "sgpo" else GRPOConfig
     judge = StepwiseJudge(first_wrong_block, segmenter=segment_blocks)
     trainer = (TimedTrainer if arm == "sgpo" else GRPOTrainer)(
@@ -114,7 +131,7 @@ def train(arm, outcome, credit_assignment, seed):
             max_completion_length=48,
             learning_rate=0.0,
             max_steps=STEPS,
-            logging_steps=100,
+            logging_steps=1,
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
@@ -128,7 +145,9 @@ def train(arm, outcome, credit_assignment, seed):
         processing_class=tokenizer,
         callbacks=[times],
     )
-    trainer.train()
+    trainer.remove_callback(PrinterCallback)
+    with inner_timed():
+        trainer.train()
     share = getattr(trainer, "own_seconds", 0.0) / sum(times.times)
     return times.times[WARM_UP:], share, getattr(trainer, "judge_seconds", 0.0) / sum(times.times)
 
@@ -149,11 +168,11 @@ def main():
         **provenance(("trl", "transformers", "torch", "accelerate")),
         "steps": ROUNDS * (STEPS - WARM_UP),
     }
-    for case, outcome, credit_assignment in CASES:
+    for case, outcome, treatment in CASES:
         ratios, shares, judge_shares, seconds = [], [], [], []
         for seed in range(ROUNDS):
             order = ("grpo", "sgpo") if seed % 2 == 0 else ("sgpo", "grpo")
-            runs = {arm: train(arm, outcome, credit_assignment, seed) for arm in order}
+            runs = {arm: train(arm, outcome, treatment, seed) for arm in order}
             ratios.append([a / b for a, b in zip(runs["sgpo"][0], runs["grpo"][0], strict=True)])
             seconds += runs["grpo"][0]
             shares.append(runs["sgpo"][1])
