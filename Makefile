@@ -1,11 +1,12 @@
 # make quickstart   set up, then train a tiny model with GRPO and with SGPO (a few minutes on a laptop CPU)
-# make test         set up, then lint, type check and test
+# make test         set up, then lint, type check and the fast tests, one training of every treatment among them (minutes)
+# make test-all     set up, then the slow tests: trainings, processes, whole commands, recorded results
 # make setup        the environment in .venv, from pyproject.toml and constraints.txt
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: setup quickstart test lint clean
+.PHONY: setup quickstart test test-all lint clean
 
 setup: .venv/.installed
 
@@ -23,8 +24,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One worker for each of two cores, one torch thread for each worker
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all: setup
+	$(PYTEST) -m slow
 
 clean:
 	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -13,8 +13,23 @@ from trl_sgpo import SGPOConfig, SGPOTrainer
 from trl_sgpo.tasks.rewrite_chain import PretrainConfig, build_model, build_tokenizer, make_dataset
 
 
-# On a GPU machine too the small tests run on the CPU, where equal means equal bit for bit
-torch.set_num_threads(2)
+# On a GPU machine too the small tests run on the CPU, where equal means equal bit for bit. One thread for each worker
+torch.set_num_threads(1)
+
+# Fixtures that train a model or start processes
+SLOW_FIXTURES = {"make_trainer", "two_ranks"}
+SLOW_FOLDERS = {"benchmarks"}
+
+
+def pytest_collection_modifyitems(items):
+    """
+    Sorts the tests into two tiers by what they use. `make test` runs what is not slow, `make test-all` the rest. A test marked
+    `essential` is in the first one whatever it uses; a file whose tests start processes marks itself `slow`.
+    """
+    for item in items:
+        slow = SLOW_FIXTURES.intersection(item.fixturenames) or SLOW_FOLDERS.intersection(item.path.parts)
+        if slow and not item.get_closest_marker("essential"):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -192,9 +192,8 @@ class SGPOTrainer(GRPOTrainer):
         )
 
         self.outcome_indices = find(self.reward_func_names)  # environments have appended their own by now
-        self.round_observers: list[
-            Callable[[Round, dict[str, Any]], None]
-        ] = []  # told of each round and its final output
+        # Each is called with every round and its final output
+        self.round_observers: list[Callable[[Round, dict[str, Any]], None]] = []
         self._round: Round | None = None
         self._policy = Policy(self, self.stepwise_judge)
         self._round_log = RoundLog(
@@ -321,7 +320,7 @@ class SGPOTrainer(GRPOTrainer):
     def _describe(self) -> str:
         """What was done with failed groups, for the model card."""
         name, judge, args = self.treatment.name, self.stepwise_judge, self._settings
-        if name == "none" or (self.treatment.asks_judge and judge is None):
+        if isinstance(self.treatment, NoTreatment) or (self.treatment.asks_judge and judge is None):
             return "No step-wise judge was used: this run is plain GRPO."
         if not self.treatment.asks_judge:
             return (

@@ -155,6 +155,7 @@ def run(make_trainer, name, **config):
     return trainer, table, rounds[0]
 
 
+@pytest.mark.essential
 @pytest.mark.parametrize(("scale", "aggregation"), SCALINGS)
 @pytest.mark.parametrize("name", TREATMENTS)
 def test_equals_a_loop_and_leaves_the_others_to_grpo(make_trainer, name, scale, aggregation):
