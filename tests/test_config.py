@@ -80,3 +80,18 @@ def test_the_own_fields_in_a_yaml(tmp_path):
     (config,) = TrlParser((SGPOConfig,)).parse_args_and_config(["--config", str(path)])
     assert (config.failed_groups, config.outcome_reward) == ("none", ["math_reward", "code_reward"])
     assert config.exclude_dead_groups is True
+
+
+def test_one_name_of_an_outcome_on_a_command_line(tmp_path):
+    arguments = [
+        "--output_dir",
+        str(tmp_path),
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+        "--outcome_reward",
+        "math_reward",
+    ]
+    (config,) = TrlParser((SGPOConfig,)).parse_args_and_config(arguments)
+    assert config.outcome_reward == "math_reward"

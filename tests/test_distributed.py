@@ -76,6 +76,23 @@ def test_a_rank_with_nothing_to_judge(two_ranks):
     assert rank1["log"][0]["sgpo/groups/mixed"] == rank1["log"][0]["sgpo/groups/failed"] == 0.5
 
 
+def test_credit_per_token_on_one_rank_only(two_ranks):
+    (rank0, rank1), _, folder = two_ranks("prefix")
+    assert rank0["sizes"] == [6, 6]
+    assert rank1["sizes"] == []
+    assert rank0["checksum"] == rank1["checksum"]
+    assert rank0["gathers_per_round"] == rank1["gathers_per_round"] == 3  # scores, places, what the table shows
+    for a, b in zip(rank0["rounds"], rank1["rounds"], strict=True):
+        halves = [torch.tensor(half["advantages"]) for half in (a, b)]
+        assert [half.dim() for half in halves] == [2, 1]
+        assert set(halves[0].unique().tolist()) <= {0.5, -0.25, 0.0}
+    table = pd.read_parquet(folder / "run" / "completions" / "completions_00001.parquet")
+    halves = [torch.tensor(rank["rounds"][0]["advantages"]) for rank in (rank0, rank1)]
+    lengths = table["completion"].str.split().str.len().tolist()
+    expected = [row[:n].mean().item() for row, n in zip(halves[0], lengths, strict=False)] + halves[1].tolist()
+    assert table["advantage"].tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_judge_that_fails_on_one_rank(two_ranks):
     (rank0, rank1), stderr, _ = two_ranks("fails_on_one_rank")
     assert rank0["checksum"] == rank1["checksum"]

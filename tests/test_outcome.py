@@ -116,6 +116,21 @@ class TestSeveralTasks:
             == 1
         )
 
+    def test_the_share_is_a_mean_over_rounds(self, make_trainer):
+        rounds = iter([None, 1.0])
+
+        def at_times(prompts, completions, **kwargs):
+            return (
+                [next_value] * len(completions)
+                if (next_value := next(rounds)) is not None
+                else [None] * len(completions)
+            )
+
+        config = {**self.config, "max_steps": 2, "logging_steps": 2}
+        make = make_trainer([at_times, format_reward, stepwise()], outcome_reward="at_times", **config)
+        make.train()
+        assert logged(make, "sgpo/groups/no_outcome") == [0.5]
+
     def test_two_outcomes_of_one_completion(self, make_trainer):
         trainer = make_trainer(
             [math_reward, format_reward, stepwise()], outcome_reward=["math_reward", "format_reward"], **self.config

@@ -11,7 +11,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
 from trl_sgpo import Verdict
-from trl_sgpo.round_log import JUDGE_COLUMNS
+from trl_sgpo.analysis.report import completions
+from trl_sgpo.round_log import JUDGE_COLUMNS, _verdict
 
 
 def one_of_each(items):
@@ -61,9 +62,13 @@ class TestPrintedTable:
         assert min(widths[:2]) >= 12
 
     def test_verdicts_in_words(self, printed):
-        text = printed([all_failed, stepwise(FixedJudge(one_of_each))], judge_until=0.5)
+        text = printed([all_failed, stepwise(FixedJudge(one_of_each))])
         for verdict in ("step 3 of 12", "no error", "abstains"):
             assert verdict in text
+
+    def test_an_empty_completion(self):
+        assert _verdict("error", float("nan"), 0.0) == "empty"
+        assert _verdict("", float("nan"), float("nan")) == ""  # nobody asked
 
     def test_without_a_judge_it_is_trls(self, printed):
         funcs = [all_failed, length_reward]
@@ -133,3 +138,7 @@ def test_the_file_beside_the_table_names_all_outcomes(make_trainer):
         "success_threshold": 0.5,
         "failed_groups": "sgpo",
     }
+
+
+def test_the_report_knows_the_judges_columns():
+    assert completions.OWN_COLUMNS == JUDGE_COLUMNS

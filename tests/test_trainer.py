@@ -88,6 +88,12 @@ class TestWhereGRPOIsEnough:
         assert trainer.treatment.name == args.failed_groups == "sgpo"
         assert logged(trainer, "train_runtime")
 
+    def test_two_rewards_and_no_judge(self, make_trainer):
+        trainer = make_trainer([by_kind, length_reward], SGPOTrainer, GRPOConfig, max_steps=1)
+        trainer.train()
+        assert trainer.outcome_indices == []
+        assert "sgpo/accuracy" not in trainer.state.log_history[0]
+
     def test_arguments_are_those_of_grpo_in_their_order(self):
         ours, theirs = (inspect.signature(cls.__init__).parameters for cls in (SGPOTrainer, GRPOTrainer))
         assert list(ours) == [*theirs, "treatment"]

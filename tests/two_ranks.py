@@ -32,6 +32,8 @@ WITHOUT_JUDGE = {
     # One group on each rank, of which the first failed
     "zvp": {"failed_groups": "zvp"},
 }
+# As one_sided, with credit per token
+PER_TOKEN = {"prefix": {"failed_groups": "prefix"}}
 
 
 class RecordingJudge(StepJudge):
@@ -51,14 +53,14 @@ def outcome(prompts, completions, **kwargs):
         return [[1.0, 0.0, float(row % 2)][row // 4] for row in rows]
     if mode == "zvp":
         return [[0.0, float(row % 2)][row // 6] for row in rows]
-    if mode == "one_sided":
+    if mode in ("one_sided", "prefix"):
         # Ranks hold two groups of eight: rank 0 the failed one and half of nothing else
         return [0.0 if rank == 0 else float(i % 2) for i in range(len(completions))]
     return [0.0] * len(completions)
 
 
 # Six rows a rank and groups of four: the second group has two rows on each rank. One-sided: one group of six a rank.
-size = 6 if mode in ("one_sided", "zvp") else 4
+size = 6 if mode in ("one_sided", "zvp", "prefix") else 4
 tokenizer = build_tokenizer()
 judge = RecordingJudge()
 trainer = SGPOTrainer(
@@ -75,7 +77,7 @@ trainer = SGPOTrainer(
         logging_steps=1,
         log_completions=True,
         failed_group_weight=0.5,
-        **WITHOUT_JUDGE.get(mode, {}),
+        **(WITHOUT_JUDGE | PER_TOKEN).get(mode, {}),
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,

@@ -24,7 +24,8 @@ class SGPOConfig(GRPOConfig):
     Parameters:
         failed_groups (`str`, *optional*, defaults to `"sgpo"`):
             What is done with a failed group. An own [`~trl_sgpo.treatments.Treatment`] is an argument of the trainer instead.
-            All other groups keep GRPO's advantages bit for bit.
+            All other groups keep GRPO's advantages bit for bit, unless `judge_scope="all_incorrect"` or `exclude_dead_groups`
+            says otherwise.
 
             With a judge, a [`StepwiseJudge`] in `reward_funcs`:
 
@@ -180,6 +181,6 @@ class SGPOConfig(GRPOConfig):
 def with_own_fields(args: GRPOConfig) -> SGPOConfig:
     """A plain GRPOConfig has none of SGPO's fields: gives it those that it lacks, at their defaults, and returns it."""
     for own in fields(SGPOConfig):
-        if not hasattr(args, own.name):
+        if own.name not in GRPOConfig.__dataclass_fields__ and not hasattr(args, own.name):
             setattr(args, own.name, own.default)
     return cast(SGPOConfig, args)

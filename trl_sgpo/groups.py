@@ -145,6 +145,21 @@ def rts_to_reward(rts: Tensor, beta: float = 10.0, gamma: float = 0.5, transform
     raise ValueError(f"transform={transform!r} is unknown: it must be one of {list(TRANSFORMS)}.")
 
 
+def enough_verdicts(outcome_PG: Tensor, rts_PG: Tensor) -> Tensor:
+    """
+    Which groups have verdicts for at least half of their completions with an outcome, shape `(P,)`, boolean. If the judge
+    abstains on most of a group, for example because its votes disagree, the few verdicts left are unreliable.
+
+    Args:
+        outcome_PG (`torch.Tensor` of shape `(P, G)`):
+            Outcome rewards, NaN where a completion has none.
+        rts_PG (`torch.Tensor` of shape `(P, G)`):
+            Reasoning trajectory scores, NaN where there is no verdict.
+    """
+    n_judged_P = (~torch.isnan(rts_PG)).sum(dim=1)
+    return 2 * n_judged_P >= (~torch.isnan(outcome_PG)).sum(dim=1)
+
+
 def value_range(values_PG: Tensor) -> Tensor:
     """Largest minus smallest value of each group, shape `(P,)`, NaN left out; 0 where a group has no value."""
     low_P = values_PG.nan_to_num(nan=torch.inf).amin(dim=1)

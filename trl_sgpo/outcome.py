@@ -44,7 +44,7 @@ def find_outcomes(
         needed_by (`str`, *optional*):
             The setting that cannot do without an outcome, as a message names it. Without one an unknown outcome is no error.
         n_given (`int`, *optional*):
-            How many of the names are the user's reward functions. Those behind are the environments' own.
+            How many of the names are the user's reward functions. Those after them are the environments' own.
 
     Returns:
         `list[int]`: Empty if nothing needs an outcome and nothing says which one it is.

@@ -2,19 +2,19 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, cast
+from itertools import dropwhile
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import gather
 from torch import Tensor
-from trl import GRPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
 
 from trl_sgpo.judges.stepwise import StepwiseJudge
 from trl_sgpo.rounds import Round
 
 
-_FORWARD_ARGUMENTS = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
 
 
 class Policy:
@@ -28,7 +28,7 @@ class Policy:
             The judge in `reward_funcs`.
     """
 
-    def __init__(self, trainer: GRPOTrainer, judge: StepwiseJudge | None) -> None:
+    def __init__(self, trainer: "GRPOTrainer", judge: StepwiseJudge | None) -> None:
         self._trainer: Any = trainer
         self.judge = judge
 
@@ -37,9 +37,14 @@ class Policy:
         Log-probabilities and entropies of this rank's completions under the policy that wrote them, each of shape `(B, T)`,
         float32 and without gradient. One forward pass.
         """
+        from trl import GRPOTrainer
+        from trl.models.utils import disable_gradient_checkpointing
+
         trainer, output = self._trainer, cast(dict[str, Any], round.output)
-        # What a model that reads images takes beside the ids
-        images = {name: output[name] for name in _FORWARD_ARGUMENTS if name in output}
+        arguments = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+        # What a model that reads images takes beside the ids stands at the end
+        of_images = dropwhile(lambda name: name != "compute_aux_loss", arguments)
+        images = {name: output[name] for name in of_images if name in output}
         with (
             torch.no_grad(),
             disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),

@@ -126,7 +126,8 @@ class RoundLog:
         """Metrics that need outcomes only; they are there in evaluation and without a judge too."""
         outcome_PG, kinds = round.outcome_PG, round.kinds
         n_scored = (~torch.isnan(outcome_PG)).sum()
-        if self.outcome_names and n_scored < outcome_PG.numel():
+        n_others = round.rewards_PGF.shape[2] - len(self.outcome_names) - (round.judge_index is not None)
+        if self.outcome_names and n_others > 0:
             self._log_groups_without_outcome(round)
         if n_scored == 0:
             return

@@ -61,7 +61,7 @@ class Judged(NamedTuple):
 class Round:
     """
     One generation round as every rank sees it: P groups of G completions, of which this rank holds B. Tensors of shape
-    `(P, G)` are the same on every rank. `rewards_PGF` and `output` are TRL's: nobody writes into them.
+    `(P, G)` are the same on every rank. `rewards_PGF` and `output` are TRL's: a treatment does not write into them.
 
     Args:
         training (`bool`):
@@ -87,12 +87,13 @@ class Round:
         judged ([`Judged`] or `None`):
             What the judge said; `None` if nobody was asked.
         output (`dict` or `None`):
-            TRL's output for this rank's completions: ids, masks and GRPO's advantages. There after super only.
+            TRL's output for this rank's completions: ids, masks and GRPO's advantages (with `exclude_dead_groups` exactly 0 in
+            groups of equal rewards). There after super only.
         metrics (`dict[str, float]`):
             What a treatment wants logged for this round; the same on every rank.
         advantages_PG (`torch.Tensor` of shape `(P, G)` or `None`):
             For the log: advantages of all ranks' completions, NaN where TRL's own stand. A treatment that knows them spares
-            a gather.
+            a gather. It sets them on every rank or on none.
         judge_rewards_PG (`torch.Tensor` of shape `(P, G)` or `None`):
             For the log: what the reward `stepwise_judge` shows, NaN where a completion has none.
     """

@@ -29,7 +29,7 @@ from trl_sgpo.outcome import find_outcomes, join_outcomes, reward_name
 from trl_sgpo.policy import Policy
 from trl_sgpo.round_log import RoundLog
 from trl_sgpo.rounds import Round, judge_round
-from trl_sgpo.treatments import NoTreatment, Treatment, choose_treatment
+from trl_sgpo.treatments import NoTreatment, SequenceReward, Treatment, choose_treatment
 from trl_sgpo.treatments.dead_groups import check_loss_type, without_dead_groups, without_residue
 from trl_sgpo.versions import check_trl_version
 
@@ -163,12 +163,14 @@ class SGPOTrainer(GRPOTrainer):
         if self._settings.exclude_dead_groups:
             check_loss_type(self._settings.loss_type)
         self._check_judge(setting)
-        needed_by = setting if not (self.treatment.asks_judge or isinstance(self.treatment, NoTreatment)) else None
+        acts = self.treatment.needs_outcome and not (self.treatment.asks_judge and self.stepwise_judge is None)
         find = partial(
             find_outcomes,
             judge_index=self.judge_index,
             outcome_reward=self._settings.outcome_reward,
-            needed_by="The StepwiseJudge in reward_funcs" if self.stepwise_judge is not None else needed_by,
+            needed_by=("The StepwiseJudge in reward_funcs" if self.treatment.asks_judge else setting)
+            if acts
+            else None,
             n_given=len(funcs),
         )
         if environment_factory is None:  # before any weight is loaded, if the names are known
@@ -215,7 +217,7 @@ class SGPOTrainer(GRPOTrainer):
                 "%s: the StepwiseJudge in reward_funcs is not asked, so judge_scope and judge_until have no effect.",
                 setting,
             )
-        elif self.judge_index < len(weights) and weights[self.judge_index] < 0:
+        elif isinstance(self.treatment, SequenceReward) and min(weights[self.judge_index :][:1], default=0.0) < 0:
             raise ValueError(
                 f"reward_weights={weights} gives the judge a negative weight, which would reward early errors. Give it a "
                 "weight of at least 0."
@@ -285,12 +287,17 @@ class SGPOTrainer(GRPOTrainer):
             output["advantages"] = without_residue(round, self.multi_objective_aggregation)
         advantages, treats = round.advantages_B, self.treatment.treats(round)
         if treats:
-            advantages = self.treatment.advantages(round, self._policy)
+            advantages = self.treatment.advantages(round, self._policy).to(round.advantages_B)
             if advantages.shape not in (round.advantages_B.shape, output["completion_ids"].shape):
                 raise ValueError(
                     f"The treatment {self.treatment.name!r} returned advantages of shape {tuple(advantages.shape)}. They must be "
                     f"of shape {tuple(round.advantages_B.shape)}, one per completion of this rank, or of shape "
                     f"{tuple(output['completion_ids'].shape)}, one per token."
+                )
+            if not torch.isfinite(advantages).all():
+                raise ValueError(
+                    f"The treatment {self.treatment.name!r} returned advantages that are not finite, which would destroy the "
+                    "weights. NaN in a score means that there is no verdict: give such a completion no advantage."
                 )
         if exclude:
             advantages = without_dead_groups(advantages, round, self._policy, self.loss_type)

@@ -1,6 +1,5 @@
 """The exclusion of dead groups: the gradient is that of a batch without them."""
 
-import doctest
 from pathlib import Path
 
 import pandas as pd
@@ -19,17 +18,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_sgpo import SGPOConfig
 from trl_sgpo.groups import group_advantages
-from trl_sgpo.treatments import dead_groups
 from trl_sgpo.treatments.dead_groups import exclusion_factor
 
 
 class TestFactor:
-    def test_worked_example(self):
-        source = exclusion_factor.__doc__.replace("```python", "").replace("```", "")
-        test = doctest.DocTestParser().get_doctest(source, vars(dead_groups).copy(), "exclusion_factor", None, None)
-        assert test.examples
-        assert doctest.DocTestRunner().run(test).failed == 0
-
     def test_exclusion_factor(self):
         size = torch.tensor([[3.0, 5.0], [2.0, 2.0], [1.0, 7.0]])
         assert exclusion_factor(torch.tensor([True, True, True]), size) == 1

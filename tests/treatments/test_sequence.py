@@ -1,4 +1,4 @@
-"""The paper's method: its pure functions against naive loops, and real runs against GRPO."""
+"""The pure functions of the paper's method against naive loops; test_treatments.py has the real runs."""
 
 import math
 
@@ -44,7 +44,7 @@ class TestFillFailedGroups:
     def test_equals_loop(self, data):
         outcomes = data.draw(matrix(st.sampled_from([None, 0.0, 0.0, 0.0, 1.0])))
         shape = [len(row) for row in outcomes]
-        # Binary fractions, so that float32 and Python agree on ties and on the spread
+        # Binary fractions, so that float32 and Python agree on ties
         values = st.sampled_from([None, 0.0, 0.125, 0.25, 0.5, 0.75])
         rts = [data.draw(st.lists(values, min_size=n, max_size=n)) for n in shape]
         failed = group_kinds(tensor(outcomes), 0.5).failed_P

@@ -13,7 +13,8 @@ from conftest import assert_every_parameter_moved, by_kind, logged, parameters, 
 from toys import CountingJudge, FixedJudge, all_failed, all_mixed, stepwise
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_sgpo import SGPOConfig, SGPOTrainer, Verdict
+from trl_sgpo import SGPOConfig, Verdict
+from trl_sgpo.groups import SortedGroups, grpo_advantages
 from trl_sgpo.treatments import TREATMENTS, Policy, Round, Treatment
 
 
@@ -97,13 +98,13 @@ def advantages_of(columns, weights, scale, aggregation, divisor=None):
     return [0.0 if math.isnan(a) else a for a in found]
 
 
-def rescued_groups(table, transform):
+def rescued_groups(table):
     """From the first row of each rescued group to its judged rows' rewards, by the rules of the paper's treatment."""
     found = {}
     for i in range(0, len(table), SIZE):
         rows = range(i, i + SIZE)
         scored = [j for j in rows if not is_none(table["outcome"][j])]
-        judged = {j: transform(table["judge_rts"][j]) for j in scored if not is_none(table["judge_rts"][j])}
+        judged = {j: eq_2(table["judge_rts"][j]) for j in scored if not is_none(table["judge_rts"][j])}
         failed = len(scored) >= 2 and not any(table["outcome"][j] >= 0.5 for j in scored)
         enough = len(judged) >= 2 and 2 * len(judged) >= len(scored)
         if failed and enough and len(set(judged.values())) > 1:
@@ -111,11 +112,35 @@ def rescued_groups(table, transform):
     return found
 
 
-def reference_sgpo(table, scale, aggregation, factor):
+def rewards_in_mixed_groups(table, others):
+    """From the first row of each mixed group to its wrong rows' rewards, scaled so that none passes a right one."""
+    found = {}
+    for i in range(0, len(table), SIZE):
+        rows = [j for j in range(i, i + SIZE) if not is_none(table["outcome"][j])]
+        right = [j for j in rows if table["outcome"][j] >= 0.5]
+        wrong = [j for j in rows if j not in right]
+        judged = {j: eq_2(table["judge_rts"][j]) for j in wrong if not is_none(table["judge_rts"][j])}
+        if not right or not judged or 2 * len(judged) < len(wrong):
+            continue
+        kept = {}
+        for j in wrong:
+            share = min(max(min(others[k] for k in right) - others[j], 0.0) / WEIGHTS[2], 1.0)
+            if share > 0:
+                kept[j] = judged.get(j, mean(judged.values())) * share
+        if kept:
+            found[i] = kept
+    return found
+
+
+def eq_2(rts):
+    return 1 / (1 + math.exp(-10 * (rts - 0.5)))
+
+
+def reference_sgpo(table, scope, scale, aggregation, factor):
     """Puts the judge's rewards into the matrix, lets GRPO's formula act, and scales the judge's part. NaN where GRPO stays."""
     columns = [table["outcome"].tolist(), table["other"].tolist()]
     sums_first = aggregation == "sum_then_normalize"
-    rescued = rescued_groups(table, lambda rts: 1 / (1 + math.exp(-10 * (rts - 0.5))))
+    rescued = rescued_groups(table)
     judge = [NAN] * len(table)
     factors = [NAN] * len(table)
     for i, (scored, judged) in rescued.items():
@@ -124,6 +149,12 @@ def reference_sgpo(table, scale, aggregation, factor):
             judge[j] = judged.get(j, mean(judged.values()) if sums_first else NAN)
         spread = math.sqrt((len(judged) - 1) / (len(scored) - 1)) if sums_first and scale == "group" else 1.0
         factors[i : i + SIZE] = [factor * spread] * SIZE
+    if scope == "all_incorrect":
+        others = total(columns, WEIGHTS[:2])
+        for i, kept in rewards_in_mixed_groups(table, others).items():
+            for j, reward in kept.items():
+                judge[j] = reward
+            factors[i : i + SIZE] = [1.0] * SIZE
     matrix = [*columns, judge]
     with_judge = advantages_of(matrix, WEIGHTS, scale, aggregation)
     divisor = None
@@ -155,11 +186,8 @@ def run(make_trainer, name, **config):
     return trainer, table, rounds[0]
 
 
-@pytest.mark.essential
-@pytest.mark.parametrize(("scale", "aggregation"), SCALINGS)
-@pytest.mark.parametrize("name", TREATMENTS)
-def test_equals_a_loop_and_leaves_the_others_to_grpo(make_trainer, name, scale, aggregation):
-    config = {"scale_rewards": scale, "multi_objective_aggregation": aggregation}
+def plain_grpo(make_trainer, **config):
+    """The same round of a GRPOTrainer: the trainer, its reward matrix, its advantages."""
     grpo = make_trainer(
         [outcome, other],
         GRPOTrainer,
@@ -170,10 +198,31 @@ def test_equals_a_loop_and_leaves_the_others_to_grpo(make_trainer, name, scale, 
         generation_kwargs={"suppress_tokens": [0, 1]},
         **config,
     )
-    plain = record_rounds(grpo)
+    rounds, matrices, inner = record_rounds(grpo), [], grpo._calculate_rewards
+    grpo._calculate_rewards = lambda *args: matrices.append(inner(*args)) or matrices[-1]
     grpo.train()
-    plain = plain[0]["advantages"]
-    trainer, table, found = run(make_trainer, name, **config)
+    return grpo, matrices[0].view(-1, SIZE, 2), rounds[0]["advantages"]
+
+
+@pytest.mark.parametrize(("scale", "aggregation"), SCALINGS)
+def test_the_formula_that_is_written_again_is_trls_bit_for_bit(make_trainer, scale, aggregation):
+    config = {"scale_rewards": scale, "multi_objective_aggregation": aggregation}
+    _, rewards_PGF, advantages = plain_grpo(make_trainer, **config)
+    assert torch.equal(
+        grpo_advantages(rewards_PGF, torch.tensor(WEIGHTS[:2]), scale, aggregation).flatten(), advantages
+    )
+
+
+CASES = [(name, "failed_groups", *scaling) for name in TREATMENTS for scaling in SCALINGS]
+CASES += [("sgpo", "all_incorrect", *scaling) for scaling in SCALINGS if scaling[1] == "sum_then_normalize"]
+
+
+@pytest.mark.essential
+@pytest.mark.parametrize(("name", "scope", "scale", "aggregation"), CASES)
+def test_equals_a_loop_and_leaves_the_others_to_grpo(make_trainer, name, scope, scale, aggregation):
+    config = {"scale_rewards": scale, "multi_objective_aggregation": aggregation}
+    plain = plain_grpo(make_trainer, **config)[2]
+    trainer, table, found = run(make_trainer, name, judge_scope=scope, **config)
     advantages, length = found["advantages"], found["completion_ids"].shape[1]
     known_outcome = [not is_none(value) for value in table["outcome"]]
     failed = [
@@ -183,7 +232,7 @@ def test_equals_a_loop_and_leaves_the_others_to_grpo(make_trainer, name, scale, 
     ]
     expected = plain.unsqueeze(1).repeat(1, length)
     if name == "sgpo":
-        values, judge = reference_sgpo(table, scale, aggregation, FACTOR)
+        values, judge = reference_sgpo(table, scope, scale, aggregation, FACTOR)
         treated = ~torch.tensor(values).isnan()
         expected = torch.where(treated.unsqueeze(1), torch.tensor(values).unsqueeze(1), expected)
         known = [value for value in judge if not math.isnan(value)]
@@ -232,16 +281,17 @@ def test_equals_a_loop_and_leaves_the_others_to_grpo(make_trainer, name, scale, 
     assert table["advantage"].tolist() == pytest.approx(per_token.mean(dim=1).tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", TREATMENTS)
+@pytest.mark.parametrize("name", [name for name in TREATMENTS if name != "none"])
 def test_rewards_compare_with_those_of_a_grpo_run(make_trainer, name):
     """The matrix is read only, so what TRL logs of it does not depend on the treatment."""
     keys = ("reward", "reward_std", "frac_reward_zero_std", "rewards/outcome/mean", "rewards/other/mean")
-    logs = [run(make_trainer, other_name)[0].state.log_history[0] for other_name in ("none", name)]
-    assert [logs[0][key] for key in keys] == [logs[1][key] for key in keys]
+    grpo = plain_grpo(make_trainer)[0]
+    ours = run(make_trainer, name)[0]
+    assert [ours.state.log_history[0][key] for key in keys] == [grpo.state.log_history[0][key] for key in keys]
 
 
 class HalfBlame(Treatment):
-    """Blames every wrong completion of a failed group, by half as much if the judge has found a right step in it."""
+    """Blames the judged completions of a failed group, by half as much if they begin with a right step."""
 
     asks_judge = True
 
@@ -249,10 +299,15 @@ class HalfBlame(Treatment):
         super().setup(args)
         self.weight = args.failed_group_weight
 
+    def sort(self, round: Round) -> SortedGroups:
+        has_verdict_P = (~torch.isnan(round.judged.rts_PG)).any(dim=1)
+        rescued_P = round.kinds.failed_P & has_verdict_P  # equal scores teach too, so no group is tied
+        return SortedGroups(rescued_P, torch.zeros_like(rescued_P))
+
     def advantages(self, round: Round, policy: Policy) -> torch.Tensor:
-        started_well_PG = round.judged.rts_PG > 0  # NaN, no verdict, compares false
-        blame_PG = torch.where(started_well_PG, -0.5, -1.0) * self.to_judge(round)
-        return round.advantages_B + self.weight * round.local(blame_PG)
+        blame_PG = torch.where(round.judged.rts_PG > 0, -0.5, -1.0)
+        blamed_PG = ~torch.isnan(round.judged.rts_PG) & round.kinds.failed_P.unsqueeze(1)  # NaN: no verdict
+        return round.advantages_B + self.weight * round.local(blame_PG * blamed_PG)
 
 
 class TestOwnTreatment:
@@ -282,7 +337,8 @@ class TestOwnTreatment:
         torch.testing.assert_close(advantages, plain[0]["advantages"] + torch.tensor(blame))
         assert table["advantage"].tolist() == pytest.approx(advantages.tolist())
         log = trainer.state.log_history[0]
-        assert log["sgpo/groups/rescued"] + log["sgpo/groups/tied"] == log["sgpo/groups/failed"] == 0.5
+        assert log["sgpo/groups/rescued"] == log["sgpo/groups/failed"] == 0.5
+        assert log["sgpo/groups/tied"] == log["sgpo/groups/unjudged"] == 0
 
     def test_the_docs_show_the_same_code(self):
         page = (ROOT / "docs" / "write_a_treatment.md").read_text()
@@ -362,6 +418,41 @@ class TestOwnTreatment:
         with pytest.raises(ValueError, match=r"The treatment 'Whole' returned advantages of shape \(2, 4\).*\(8,\)"):
             trainer.train()
 
+    def test_advantages_that_are_not_finite(self, make_trainer):
+        class ByScore(HalfBlame):
+            def advantages(self, round, policy):
+                return round.local(round.judged.rts_PG).double()  # NaN for an abstention
+
+        judge = stepwise(FixedJudge(random_verdicts))
+        trainer = make_trainer([all_failed, judge], trainer_args={"treatment": ByScore()}, max_steps=1)
+        with pytest.raises(ValueError, match="The treatment 'ByScore' returned advantages that are not finite"):
+            trainer.train()
+
+    def test_two_trainers_do_not_share_its_settings(self, make_trainer):
+        treatment = HalfBlame()
+        trainers = [
+            make_trainer([by_kind, stepwise()], trainer_args={"treatment": treatment}, failed_group_weight=weight)
+            for weight in (0.4, 0.8)
+        ]
+        assert [trainer.treatment.weight for trainer in trainers] == [0.4, 0.8]
+
+    def test_it_may_do_without_an_outcome(self, make_trainer):
+        class Doubled(Treatment):
+            needs_outcome = False
+
+            def treats(self, round):
+                return True
+
+            def advantages(self, round, policy):
+                return 2 * round.advantages_B
+
+        trainer = make_trainer([all_mixed, outcome], trainer_args={"treatment": Doubled()}, max_steps=1)
+        trainer.train()
+        assert trainer.outcome_indices == []
+        Doubled.needs_outcome = True
+        with pytest.raises(ValueError, match="has to know which completions are wrong"):
+            make_trainer([all_mixed, outcome], trainer_args={"treatment": Doubled()})
+
     def test_the_rounds_in_evaluation_are_not_treated(self, make_trainer, dataset):
         judge = CountingJudge()
         trainer = make_trainer(
@@ -391,12 +482,13 @@ def test_an_observer_is_told_of_each_round_and_its_final_output(make_trainer):
 def test_nothing_of_a_round_stays_in_the_trainer(make_trainer):
     """The two hooks tell each other nothing but the Round, and forget it, after an error too."""
     trainer = make_trainer([by_kind, stepwise()], max_steps=2, exclude_dead_groups=True)
-    before = {name: value for name, value in vars(trainer).items() if not name.startswith("_step")}
+    before, treatment = dict(vars(trainer)), dict(vars(trainer.treatment))
     own = set(vars(trainer)) - set(vars(make_trainer([by_kind], GRPOTrainer, GRPOConfig)))
     trainer.train()
     assert {name for name in own if vars(trainer)[name] is not before[name]} == set()
     assert trainer._round is None
-    assert isinstance(trainer, SGPOTrainer)
+    assert vars(trainer.treatment) == treatment
+    assert not any(isinstance(value, Round | torch.Tensor) for value in vars(trainer._round_log).values())
 
     def fails(*args):
         raise RuntimeError("out of memory")

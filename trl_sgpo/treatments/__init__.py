@@ -4,6 +4,7 @@ and an own one is passed as `SGPOTrainer(..., treatment=...)`.
 """
 
 import inspect
+from copy import copy
 from typing import TYPE_CHECKING
 
 from trl_sgpo.policy import Policy
@@ -76,4 +77,4 @@ def choose_treatment(
             f"{setting} asks a judge, and reward_funcs holds no StepwiseJudge. Put one into the list: "
             "`reward_funcs=[accuracy_reward, StepwiseJudge(judge)]`."
         )
-    return treatment, setting
+    return copy(treatment), setting  # what it keeps of the settings is this trainer's

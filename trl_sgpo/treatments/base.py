@@ -9,10 +9,9 @@ import warnings
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from trl_sgpo.groups import SortedGroups, value_range
+from trl_sgpo.groups import SortedGroups, enough_verdicts, value_range
 from trl_sgpo.policy import Policy
 from trl_sgpo.rounds import Round
 
@@ -30,12 +29,15 @@ class Treatment(ABC):
             What the model card, `sgpo.json` and messages call it. Defaults to the name of the class.
         asks_judge (`bool`, defaults to `False`):
             Whether the round is judged before `advantages` is asked for. It needs a [`StepwiseJudge`] in `reward_funcs` then.
+        needs_outcome (`bool`, defaults to `True`):
+            Whether it has to know which completions are wrong. If so, a run in which that cannot be told is refused.
         per_token (`bool`, defaults to `False`):
             Whether it tells the tokens of a completion apart. Options of TRL that tie them together are warned of then.
     """
 
     name: ClassVar[str] = ""
     asks_judge: ClassVar[bool] = False
+    needs_outcome: ClassVar[bool] = True
     per_token: ClassVar[bool] = False
 
     judge_scope: str = "failed_groups"
@@ -70,10 +72,11 @@ class Treatment(ABC):
     def sort(self, round: Round) -> SortedGroups:
         """
         Which failed groups of a judged round teach now, and which do not although they were judged, for the log. By default
-        those with verdicts for at least half of their completions: with different scores, and with equal ones.
+        those with verdicts for at least half of their completions: with different scores, and with equal ones. A treatment
+        under which equal scores teach too has to say so here.
         """
         assert round.judged is not None, "a round that nobody judged cannot be sorted"
-        enough_P = enough_verdicts(round) & round.kinds.failed_P
+        enough_P = round.kinds.failed_P & enough_verdicts(round.outcome_PG, round.judged.rts_PG)
         tied_P = value_range(round.judged.rts_PG) == 0
         return SortedGroups(rescued_P=enough_P & ~tied_P, tied_P=enough_P & tied_P)
 
@@ -87,8 +90,8 @@ class Treatment(ABC):
     @abstractmethod
     def advantages(self, round: Round, policy: Policy) -> Tensor:
         """
-        The advantages of this rank's completions, of shape `(B,)`, or per token, `(B, T)`. GRPO's are `round.advantages_B`;
-        they are to be returned, not written into.
+        The advantages of this rank's completions, of shape `(B,)`, or per token, `(B, T)`, all finite. GRPO's are
+        `round.advantages_B`; they are to be returned, not written into.
 
         Args:
             round ([`~trl_sgpo.rounds.Round`]):
@@ -102,19 +105,13 @@ class NoTreatment(Treatment):
     """Plain GRPO: no judge is asked, and failed groups teach nothing. The control of a comparison."""
 
     name = "none"
+    needs_outcome = False
 
     def treats(self, round: Round) -> bool:
         return False
 
     def advantages(self, round: Round, policy: Policy) -> Tensor:
         return round.advantages_B
-
-
-def enough_verdicts(round: Round) -> Tensor:
-    """Which groups have verdicts for at least half of their completions with an outcome, shape `(P,)`, boolean."""
-    assert round.judged is not None, "a round that nobody judged has no verdicts"
-    n_judged_P = (~torch.isnan(round.judged.rts_PG)).sum(dim=1)
-    return 2 * n_judged_P >= (~torch.isnan(round.outcome_PG)).sum(dim=1)
 
 
 def _warn_if_tokens_are_tied(args: "SGPOConfig", name: str) -> None:

@@ -1,6 +1,6 @@
 """
 The exclusion of dead groups (AGPO, arXiv 2503.15952): groups without any advantage are left out of what the loss divides by. It
-is no treatment but a control that goes behind any of them, `exclude_dead_groups=True`.
+is no treatment but a control that comes after any of them, `exclude_dead_groups=True`.
 """
 
 import torch
@@ -93,6 +93,6 @@ def exclusion_factor(live_P: Tensor, size_PG: Tensor) -> float:
     4.0
     ```
     """
-    size_P = size_PG.double().sum(dim=1)
-    live_size = size_P[live_P].sum().item()
+    size_P = size_PG.cpu().double().sum(dim=1)  # some accelerators have no float64
+    live_size = size_P[live_P.cpu()].sum().item()
     return size_P.sum().item() / live_size if live_size > 0 else 1.0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trl_sgpo.credit import StepTokens, locate_steps
-from trl_sgpo.groups import SortedGroups
+from trl_sgpo.groups import SortedGroups, enough_verdicts
 from trl_sgpo.policy import Policy
 from trl_sgpo.rounds import Round
 from trl_sgpo.treatments.base import Treatment
@@ -85,8 +85,7 @@ def credited_groups(outcome_PG: Tensor, rts_PG: Tensor, failed_P: Tensor) -> Sor
     The failed groups whose verdicts pay tokens. What a token earns is not relative to the group, so equal scores teach too.
     Two kinds of groups do not:
 
-    - Groups with verdicts for fewer than half of their completions. If the judge abstains on most of a group, for example
-      because its votes disagree, the few verdicts left are unreliable.
+    - Groups with verdicts for fewer than half of their completions.
     - Groups in which no completion has a right step. They would only be punished. Punishment does not say what to write
       instead, and it makes a policy that cannot solve the task forget what it knows.
 
@@ -110,8 +109,7 @@ def credited_groups(outcome_PG: Tensor, rts_PG: Tensor, failed_P: Tensor) -> Sor
     SortedGroups(rescued_P=tensor([ True, False, False]), tied_P=tensor([False,  True, False]))
     ```
     """
-    judged_PG = ~torch.isnan(rts_PG)
-    enough_P = failed_P & (2 * judged_PG.sum(dim=1) >= (~torch.isnan(outcome_PG)).sum(dim=1))
+    enough_P = failed_P & enough_verdicts(outcome_PG, rts_PG)
     right_step_P = rts_PG.nan_to_num(nan=0.0).amax(dim=1) > 0
     rescued_P = enough_P & right_step_P
     return SortedGroups(rescued_P, enough_P & ~rescued_P)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trl_sgpo.groups import SortedGroups, group_advantages, grpo_advantages, value_range, weighted_sum
+from trl_sgpo.groups import SortedGroups, enough_verdicts, group_advantages, grpo_advantages, value_range, weighted_sum
 from trl_sgpo.policy import Policy
 from trl_sgpo.rounds import Round
 from trl_sgpo.treatments.base import Treatment
@@ -156,7 +156,7 @@ def fill_failed_groups(outcome_PG: Tensor, rts_PG: Tensor, reward_PG: Tensor, fa
     rts_PG, reward_PG = rts_PG.masked_fill(~judged_PG, torch.nan), reward_PG.masked_fill(~judged_PG, torch.nan)
     n_scored_P, n_judged_P = scored_PG.sum(dim=1), judged_PG.sum(dim=1)
 
-    enough_P = failed_P & (n_judged_P >= 2) & (2 * n_judged_P >= n_scored_P)
+    enough_P = failed_P & (n_judged_P >= 2) & enough_verdicts(outcome_PG, rts_PG)
     # Different scores may still earn equal rewards, where the logistic is flat to machine precision
     flat_P = (value_range(rts_PG) == 0) | (value_range(reward_PG) == 0)
     rescued_P = enough_P & ~flat_P

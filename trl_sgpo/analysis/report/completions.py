@@ -20,8 +20,8 @@ from trl_sgpo.analysis.report.answers import Extractor, extract_answer
 # What the files hold beside rewards, with and without our trainer
 TEXT_COLUMNS = ("prompt", "completion")
 JUDGE_COLUMN = "stepwise_judge"
-_NOT_REWARDS = {"step", "advantage", "images", JUDGE_COLUMN, *TEXT_COLUMNS}
-_OWN_PREFIX = "judge_"
+OWN_COLUMNS = ("judge_first_error", "judge_n_steps", "judge_rts", "judge_status", "judge_reason")
+_NOT_REWARDS = {"step", "advantage", "images", JUDGE_COLUMN, *TEXT_COLUMNS, *OWN_COLUMNS}
 VERDICTS = ("", "error", "no_error", "abstain")
 
 
@@ -187,7 +187,7 @@ def _numbers(table: Any, reward_names: Sequence[str] | None) -> dict[str, Any]:
             continue
         if name in ("advantage", JUDGE_COLUMN, "judge_rts"):
             own[name] = _floats(table.column(name))
-        elif name in reward_names if reward_names is not None else _may_be_reward(name):
+        elif name in reward_names if reward_names is not None else name not in _NOT_REWARDS:
             rewards[name] = _floats(table.column(name))
     verdicts = table.column("judge_status").to_pylist() if "judge_status" in table.column_names else []
     known = {name: i for i, name in enumerate(VERDICTS)}
@@ -196,10 +196,6 @@ def _numbers(table: Any, reward_names: Sequence[str] | None) -> dict[str, Any]:
         "own": own,
         "verdict": np.array([known.get(v or "", 0) for v in verdicts] or [0] * table.num_rows, dtype=np.int8),
     }
-
-
-def _may_be_reward(name: str) -> bool:
-    return name not in _NOT_REWARDS and not name.startswith(_OWN_PREFIX)
 
 
 def _floats(column: Any) -> np.ndarray:
