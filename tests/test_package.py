@@ -28,7 +28,12 @@ def imported_modules(statement):
 
 def test_importing_the_package_is_quick():
     assert not imported_modules("import trl_sgpo") & {"torch", "transformers", "trl", "datasets"}
-    assert not imported_modules("import trl_sgpo.steps, trl_sgpo.scripts.loading") & {"torch", "transformers", "trl"}
+    for light in (
+        "trl_sgpo.steps, trl_sgpo.scripts.loading",
+        "trl_sgpo.judge_training.arguments, trl_sgpo.judge_training.data, trl_sgpo.judge_training.card",
+        "trl_sgpo.scripts.judge_train",
+    ):
+        assert not imported_modules(f"import {light}") & {"torch", "transformers", "trl", "datasets"}
 
 
 def test_no_optional_dependency_is_imported():

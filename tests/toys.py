@@ -1,5 +1,6 @@
 """Judges, reward functions and tables that tests share."""
 
+import json
 import math
 
 import torch
@@ -67,3 +68,16 @@ def matrix(values, min_groups=1, max_groups=4, min_size=2, max_size=8):
     return st.integers(min_size, max_size).flatmap(
         lambda size: st.lists(st.lists(values, min_size=size, max_size=size), min_size=min_groups, max_size=max_groups)
     )
+
+
+def save_model(model, tokenizer, folder):
+    """A folder that a script can load as a model."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path, rows):
+    """A file with one JSON object per line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

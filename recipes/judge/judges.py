@@ -1,4 +1,4 @@
-"""The trained judge of RewriteChain, together with a rule that a judge which reads from left to right cannot know."""
+"""The trained judge of RewriteChain, and a rule for what it cannot see because it reads from left to right."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,16 +10,17 @@ from trl_sgpo.tasks.rewrite_chain import SEPARATOR, Problem
 
 def unfinished(problem: str, steps: Sequence[str], **row: Any) -> int | None:
     """
-    A solution that does not have one block per operation is wrong from its first block on: it has no answer. This counts
-    blocks and computes nothing. Without it a policy is paid for stopping early, for fewer steps make the right ones a
-    larger share.
+    Names the first block of a solution that does not have one block per operation, because it has no answer. The rule
+    counts blocks and computes nothing.
+
+    Without it a policy gets credit for stopping early: in a shorter solution the right steps are a larger share.
     """
     finished = len(steps) == len(Problem.from_prompt(problem).operations)
     return None if finished and not steps[-1].rstrip().endswith(SEPARATOR) else 0
 
 
 class FinishedPRMJudge(EarliestError):
-    """`PRMJudge(model, ...)`, and [`unfinished`]."""
+    """The earlier error of `PRMJudge(model, ...)` and [`unfinished`]."""
 
     def __init__(self, model: str, **kwargs: Any) -> None:
         super().__init__([unfinished, PRMJudge(model, **kwargs)])
