@@ -29,6 +29,10 @@ def imported_modules(statement):
 def test_importing_the_package_is_quick():
     assert not imported_modules("import trl_sgpo") & {"torch", "transformers", "trl", "datasets"}
     assert not imported_modules("import trl_sgpo.steps, trl_sgpo.scripts.loading") & {"torch", "transformers", "trl"}
+    evaluation = (
+        "import trl_sgpo.scripts.judge_eval, trl_sgpo.judge_evaluation.evaluation, trl_sgpo.judge_evaluation.tables"
+    )
+    assert not imported_modules(evaluation) & {"torch", "transformers", "trl", "matplotlib", "rich"}
 
 
 def test_no_optional_dependency_is_imported():

@@ -41,8 +41,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig, TrlParser
 
+    from trl_sgpo.judge_evaluation.data import Row
     from trl_sgpo.judges import JudgeItem
-    from trl_sgpo.scripts.first_error_data import Row
 
 
 logger = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ def read_data(arguments: JudgeTrainArguments, seed: int = 0) -> JudgeData:
     Raises:
         ValueError: If a row cannot be understood (which file, row and field), or nothing is left to train or calibrate on.
     """
-    from trl_sgpo.scripts.first_error_data import read_rows
+    from trl_sgpo.judge_evaluation.data import read_rows
 
     rows, sources = read_rows(arguments.data, arguments.split)
     skipped: Counter[str] = Counter()
@@ -458,7 +458,7 @@ def calibrate(folder: Path, dev: Sequence["Row"], use_cpu: bool, arguments: Judg
     Finds the threshold of a saved judge on all dev rows and writes it into its config. The numbers that are returned
     are of verdicts by the threshold of the *other* half of the dev problems, so that they flatter nobody.
     """
-    from trl_sgpo.analysis.judge_metrics import ABSTAIN, NO_ERROR, first_error_f1
+    from trl_sgpo.judge_evaluation.metrics import ABSTAIN, NO_ERROR, first_error_f1
     from trl_sgpo.judges.prm import PRMJudge, best_threshold, verdict_from_scores
 
     judge = PRMJudge(folder, device="cpu" if use_cpu else None, max_tokens_per_batch=arguments.max_tokens_per_batch)
@@ -692,7 +692,7 @@ def train_generative(
 
 def evaluate_generative(judge: Any, dev: Sequence["Row"]) -> dict[str, Any]:
     """The dev numbers of a generative judge, asked without being told which solutions are wrong."""
-    from trl_sgpo.analysis.judge_metrics import ABSTAIN, NO_ERROR, first_error_f1
+    from trl_sgpo.judge_evaluation.metrics import ABSTAIN, NO_ERROR, first_error_f1
     from trl_sgpo.judges.base import ask
 
     verdicts = ask(judge, [as_item(row) for row in dev])
