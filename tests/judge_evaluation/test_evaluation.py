@@ -156,7 +156,7 @@ class TestEvaluation:
 class TestResuming:
     @pytest.mark.parametrize("cache", [None, "none"])
     def test_a_second_run_asks_nothing(self, workplace, cache):
-        """Nor does it where the judge abstained; the results are the same."""
+        """Also not if the judge abstained. The results are the same."""
         first = run("eval_judges.half_done", cache=cache, robustness=True)
         assert 0.1 < first["abstain_rate"] < 0.9
         again = run("eval_judges.half_done", cache=cache, robustness=True)

@@ -56,7 +56,7 @@ def evaluate(args: "JudgeEvalArguments") -> dict[str, Any]:
     everything, sources = read_rows(args.data, args.split, args.columns or ())
     rows = sample_rows(everything, args.limit, args.seed)
     if not rows:
-        raise ValueError(f"data={args.data} hold no row that can be used: {sources}. See the fields in `--help`.")
+        raise ValueError(f"data={args.data} hold no row that can be used: {sources}. `skipped` says why.")
     # The solutions of a problem follow each other, for servers with prefix caching
     first_seen = {group: i for i, group in reversed(list(enumerate(row.group for row in rows)))}
     rows = sorted(rows, key=lambda row: first_seen[row.group])

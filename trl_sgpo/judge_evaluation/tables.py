@@ -89,7 +89,7 @@ def _table(spec: tuple[Any, ...], parts: Iterable[tuple[str, Mapping[str, Any]]]
 
 
 def _cell(part: Mapping[str, Any], key: str, form: str) -> str:
-    """A score in one of the formats `%`, `.3f` and the like, or as it is; with `interval` its interval, if it has one."""
+    """A score in a format such as `%` or `.3f`, or as it is. With `interval`, its interval too, if it has one."""
     form, _, interval = form.partition(" ")
     text = _formatted(part[key], form)
     if interval and key in part.get("intervals", {}) and not math.isnan(part["intervals"][key][0]):
