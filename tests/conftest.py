@@ -1,11 +1,13 @@
 """Tiny models, made on the spot: nothing here needs a network or a GPU."""
 
 import json
+import sys
 from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
+from annotated_solutions import JUDGES, made_up_rows, write
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -248,3 +250,14 @@ def gsm8k_path(tmp_path) -> Path:
     path = tmp_path / "gsm8k.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with judges and annotated solutions. It is the working directory."""
+    (tmp_path / "eval_judges.py").write_text(JUDGES)
+    write(tmp_path / "rows.jsonl", made_up_rows())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("eval_judges", None)
+    return tmp_path

@@ -32,8 +32,10 @@ def test_importing_the_package_is_quick():
         "trl_sgpo.steps, trl_sgpo.scripts.loading",
         "trl_sgpo.judge_training.arguments, trl_sgpo.judge_training.data, trl_sgpo.judge_training.card",
         "trl_sgpo.scripts.judge_train",
+        "trl_sgpo.scripts.judge_eval, trl_sgpo.judge_evaluation.evaluation, trl_sgpo.judge_evaluation.tables",
     ):
-        assert not imported_modules(f"import {light}") & {"torch", "transformers", "trl", "datasets"}
+        heavy = {"torch", "transformers", "trl", "datasets", "matplotlib", "rich"}
+        assert not imported_modules(f"import {light}") & heavy
 
 
 def test_no_optional_dependency_is_imported():

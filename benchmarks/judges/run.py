@@ -15,8 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.provenance import commit
-from trl_sgpo.analysis.judge_tables import show
-from trl_sgpo.scripts.judge_eval import JudgeEvalArguments, evaluate, write_json
+from trl_sgpo.analysis.jsonable import write_json
+from trl_sgpo.judge_evaluation.evaluation import evaluate
+from trl_sgpo.judge_evaluation.tables import show
+from trl_sgpo.scripts.judge_eval import JudgeEvalArguments
 
 
 HERE = Path(__file__).parent

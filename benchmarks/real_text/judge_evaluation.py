@@ -15,7 +15,7 @@ from rich.table import Table
 from benchmarks.real_text.data import load_gsm8k, read_lines
 from benchmarks.real_text.judge import ReferenceJudge, make_judge, plain_text
 from benchmarks.real_text.records import write_json
-from trl_sgpo.analysis.judge_metrics import ABSTAIN, NO_ERROR, first_error_f1
+from trl_sgpo.judge_evaluation.metrics import ABSTAIN, NO_ERROR, first_error_f1
 from trl_sgpo.judges import ArithmeticJudge, JudgeItem
 from trl_sgpo.steps import segment
 

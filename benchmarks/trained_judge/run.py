@@ -31,10 +31,10 @@ from run import BASE, GROUP_SIZE, N_OPERATIONS, TOKENS, LearningCurve  # the qui
 
 from benchmarks.provenance import provenance
 from recipes.judge.judges import FinishedPRMJudge
-from trl_sgpo.analysis.judge_metrics import NO_ERROR, first_error_f1
+from trl_sgpo.judge_evaluation.data import read_rows
+from trl_sgpo.judge_evaluation.metrics import NO_ERROR, first_error_f1
 from trl_sgpo.judges import JudgeItem, StepJudge, Verdict
 from trl_sgpo.judges.prm import PRMJudge
-from trl_sgpo.scripts.first_error_data import read_rows
 from trl_sgpo.scripts.sgpo import make_parser, make_trainer
 from trl_sgpo.tasks.rewrite_chain import Problem, evaluate, first_wrong_block, load_or_pretrain, make_dataset
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from annotated_solutions import parsed, write_solutions
+from solutions_to_learn import parsed, write_solutions
 from toys import save_model
 
 from trl_sgpo.judge_training.arguments import JudgeTrainArguments

@@ -1,7 +1,7 @@
 """What a judge is trained on and calibrated on, and the arguments that say so."""
 
 import pytest
-from annotated_solutions import PROBLEMS, solution, write_solutions
+from solutions_to_learn import PROBLEMS, solution, write_solutions
 from toys import write_rows
 
 from trl_sgpo.judge_training.arguments import JudgeTrainArguments

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from annotated_solutions import parsed, write_solutions
+from solutions_to_learn import parsed, write_solutions
 from toys import save_model
 from transformers import LlamaConfig, LlamaForCausalLM
 

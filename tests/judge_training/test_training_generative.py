@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from annotated_solutions import PROBLEMS, parsed, solution, write_solutions
+from solutions_to_learn import PROBLEMS, parsed, solution, write_solutions
 from toys import save_model, write_rows
 
 from trl_sgpo.judge_training.arguments import JudgeTrainArguments

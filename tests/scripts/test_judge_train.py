@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from annotated_solutions import write_solutions
+from solutions_to_learn import write_solutions
 from toys import save_model
 
 from trl_sgpo.judge_training.arguments import JudgeTrainArguments

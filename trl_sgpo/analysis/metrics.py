@@ -353,12 +353,15 @@ def bootstrap(
         rows = rng.integers(n, size=n)
         values.append(statistic(*(column[rows] for column in columns)))
     tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * _t_quantile(0.5 + level / 2, n - 1))
-    finite = np.array(values, dtype=np.float64)
+    return Estimate(value, *percentile_interval(values, tail))
+
+
+def percentile_interval(values: ArrayLike, tail: float) -> tuple[float, float]:
+    """The quantiles `tail` and `1 - tail` of resampled values. Undefined values are left out; NaN if all are."""
+    finite = np.asarray(values, dtype=np.float64)
     finite = finite[np.isfinite(finite)]
-    if not finite.size:
-        return Estimate(value, float("nan"), float("nan"))
-    low, high = np.quantile(finite, [tail, 1 - tail])
-    return Estimate(value, float(low), float(high))
+    low, high = np.quantile(finite, [tail, 1 - tail]) if finite.size else (math.nan, math.nan)
+    return float(low), float(high)
 
 
 def mean_estimate(values_P: ArrayLike, **options: Any) -> Estimate:

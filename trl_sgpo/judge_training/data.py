@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trl_sgpo.scripts.first_error_data import Row, read_rows
+from trl_sgpo.judge_evaluation.data import Row, read_rows
 
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from transformers import (
     Trainer,
 )
 
-from trl_sgpo.analysis.judge_metrics import ABSTAIN, NO_ERROR, first_error_f1
+from trl_sgpo.judge_evaluation.metrics import ABSTAIN, NO_ERROR, first_error_f1
 from trl_sgpo.judge_training.data import JudgeData, as_item, same_problem
 from trl_sgpo.judges.prm import PRMEncoder, PRMJudge, PRMSpec, best_threshold, verdict_from_scores
 
@@ -29,8 +29,8 @@ from trl_sgpo.judges.prm import PRMEncoder, PRMJudge, PRMSpec, best_threshold, v
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
+    from trl_sgpo.judge_evaluation.data import Row
     from trl_sgpo.judge_training.arguments import JudgeTrainArguments
-    from trl_sgpo.scripts.first_error_data import Row
 
 
 def step_labels(n_scores: int, first_error: int) -> list[int]:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
-from trl_sgpo.analysis.judge_metrics import ABSTAIN, NO_ERROR, first_error_f1
+from trl_sgpo.judge_evaluation.metrics import ABSTAIN, NO_ERROR, first_error_f1
 from trl_sgpo.judge_training.data import JudgeData, as_item
 from trl_sgpo.judges.base import StepJudge, ask
 from trl_sgpo.judges.generative import GenerativeJudge, QuestionLayout
@@ -28,8 +28,8 @@ from trl_sgpo.judges.prompt import JudgePrompt
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig
 
+    from trl_sgpo.judge_evaluation.data import Row
     from trl_sgpo.judge_training.arguments import JudgeTrainArguments
-    from trl_sgpo.scripts.first_error_data import Row
 
 
 logger = logging.getLogger(__name__)

@@ -1,13 +1,13 @@
 """
-How good a step-wise judge is, as pure functions of arrays: what it said and what the annotators said.
+How good a step-wise judge is, as pure functions of arrays: what the judge said and what the annotators said.
 
 A verdict is an integer: the 0-based index of the first wrong step, `NO_ERROR` or `ABSTAIN`. Labels are the same
-without `ABSTAIN`. Three questions are asked of a judge: does it find errors and leave right solutions alone
-(ProcessBench's F1), how far is its RTS from the true one where an error is known to be there, and does it put several
-wrong solutions of one problem into the right order, which is all that a group's advantages depend on.
+without `ABSTAIN`. Three things are measured. Does the judge find errors and accept right solutions (ProcessBench's F1)?
+How far is its RTS from the true one if there is an error? Does it put several wrong solutions of one problem into the
+right order? A group's advantages depend on that order alone.
 
-Every score is a function of sums over rows, so that one bootstrap serves all. It draws problems, not rows: solutions
-of one problem are not independent. Shapes: `_N` rows, `_G` problems, `_S` sums, `_B` resamples.
+Every score is a function of sums over rows, so that one bootstrap serves all. It draws problems, not rows, because
+solutions of one problem are not independent. Shapes: `_N` rows, `_G` problems, `_S` sums, `_B` resamples.
 """
 
 import math
@@ -17,16 +17,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from trl_sgpo.analysis.metrics import percentile_interval
+
 
 NO_ERROR = -1
 ABSTAIN = -2
 
+_LEVEL = 0.95  # of the intervals
 # Resamples that are drawn at a time, which bounds the memory for many problems
 _CHUNK = 100
 
 
+def verdict_index(status: str, first_error: int | None) -> int:
+    """The status and first wrong step of a [`Verdict`] as one integer."""
+    return first_error if first_error is not None else (NO_ERROR if status == "no_error" else ABSTAIN)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Errors found, right solutions left alone
+# Errors found, right solutions accepted
 # ---------------------------------------------------------------------------------------------------------------------
 
 _ACCURACY_SUMS = 8
@@ -34,9 +42,8 @@ _ACCURACY_SUMS = 8
 
 def accuracy_columns(predicted: ArrayLike, label: ArrayLike) -> np.ndarray:
     """
-    What [`accuracy_scores`] is made of, per row: whether it has an error; whether that was found, and found within one
-    step; whether it has none; whether that was seen; whether an error was named all the same; whether the judge
-    abstained; 1.
+    The columns that [`accuracy_scores`] sums, per row: it has an error; the error was found; it was found within one
+    step; it has no error; the judge said so; the judge named an error anyway; the judge abstained; 1.
 
     Args:
         predicted, label (`ArrayLike` of integers, shape `(N,)`):
@@ -46,7 +53,7 @@ def accuracy_columns(predicted: ArrayLike, label: ArrayLike) -> np.ndarray:
         `np.ndarray` of shape `(N, 8)`.
 
     Raises:
-        ValueError: If the two differ in length, or hold a number that is neither an index nor one of the constants.
+        ValueError: If the lengths differ, or a number is neither an index nor one of the constants.
     """
     predicted, label = _integers(predicted=predicted, label=label, lowest=(ABSTAIN, NO_ERROR))
     wrong = label != NO_ERROR
@@ -67,20 +74,20 @@ def accuracy_columns(predicted: ArrayLike, label: ArrayLike) -> np.ndarray:
 def accuracy_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
     """
     ProcessBench's scores from the sums of [`accuracy_columns`], shape `(..., 8)`: `acc_error` and `acc_correct`, their
-    harmonic mean `f1` (0 if both are 0), `acc_error_within_1`, `false_alarm_rate` (of the rows without an error, those
-    in which one was named) and `abstain_rate`. NaN where there are no rows to tell.
+    harmonic mean `f1` (0 if both are 0), `acc_error_within_1`, `false_alarm_rate` (the share of rows without an error in
+    which the judge named one) and `abstain_rate`. A score without rows is NaN.
     """
     wrong, hit, near, right, seen, alarms, abstained, rows = np.moveaxis(np.asarray(sums, dtype=np.float64), -1, 0)
-    acc_error, acc_correct = _ratio(hit, wrong), _ratio(seen, right)
+    acc_error, acc_correct = ratio(hit, wrong), ratio(seen, right)
     total = acc_error + acc_correct
-    f1 = np.where(total == 0, 0.0, _ratio(2 * acc_error * acc_correct, total))
+    f1 = np.where(total == 0, 0.0, ratio(2 * acc_error * acc_correct, total))
     return {
         "f1": f1,
         "acc_error": acc_error,
         "acc_correct": acc_correct,
-        "acc_error_within_1": _ratio(near, wrong),
-        "false_alarm_rate": _ratio(alarms, right),
-        "abstain_rate": _ratio(abstained, rows),
+        "acc_error_within_1": ratio(near, wrong),
+        "false_alarm_rate": ratio(alarms, right),
+        "abstain_rate": ratio(abstained, rows),
     }
 
 
@@ -94,8 +101,8 @@ def first_error_f1(predicted: ArrayLike, label: ArrayLike) -> dict[str, float]:
 
     Returns:
         `dict[str, float]`: `acc_error = mean(pred == label | label != -1)`, `acc_correct = mean(pred == -1 | label ==
-        -1)`, their harmonic mean `f1`, `acc_error_within_1`, `false_alarm_rate` and `abstain_rate`. NaN where there
-        are no such rows.
+        -1)`, their harmonic mean `f1`, `acc_error_within_1`, `false_alarm_rate` and `abstain_rate`. A score without
+        rows is NaN.
 
     Example:
 
@@ -104,8 +111,7 @@ def first_error_f1(predicted: ArrayLike, label: ArrayLike) -> dict[str, float]:
     0.5
     ```
     """
-    scores = accuracy_scores(accuracy_columns(predicted, label).sum(axis=0))
-    return {name: float(value) for name, value in scores.items()}
+    return _floats(accuracy_scores(accuracy_columns(predicted, label).sum(axis=0)))
 
 
 def standard_summary(
@@ -117,8 +123,8 @@ def standard_summary(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    Standard mode: ProcessBench's scores per subset, their *unweighted* means over the subsets that have them, the same
-    over all rows pooled, and 95 % bootstrap intervals.
+    Standard mode: ProcessBench's scores of each subset, their *unweighted* means over the subsets that have them, the
+    scores of all rows pooled, and 95 % bootstrap intervals.
 
     Args:
         predicted, label (`ArrayLike` of integers, shape `(N,)`):
@@ -147,21 +153,17 @@ def standard_summary(
         pooled = accuracy_scores(sums.sum(axis=-2))
         return {**scores, **{f"pooled/{name}": value for name, value in pooled.items()}}
 
-    values = {name: float(value) for name, value in means(blocks.sum(axis=0)).items()}
-    intervals = bootstrap_intervals(blocks, problem, means, resamples, seed)
+    values = _with_intervals(blocks, problem, means, resamples, seed)
     subsets = {}
     for i, name in enumerate(names):
         rows = columns[place == i]
-        sums = rows.sum(axis=0)
-        own = {key: float(value) for key, value in accuracy_scores(sums).items()}
         own_problem = [p for p, here in zip(problem, place == i, strict=True) if here]
-        own_intervals = bootstrap_intervals(rows, own_problem, accuracy_scores, resamples, seed)
-        subsets[name] = {**own, "n": len(rows), "n_error": int(sums[0]), "intervals": own_intervals}
+        own = _with_intervals(rows, own_problem, accuracy_scores, resamples, seed)
+        subsets[name] = {"n": len(rows), "n_error": int(rows[:, 0].sum()), **own}
     return {
         **{key: value for key, value in values.items() if "/" not in key},
         "pooled": {key.removeprefix("pooled/"): value for key, value in values.items() if "/" in key},
         "n": len(columns),
-        "intervals": intervals,
         "subsets": subsets,
     }
 
@@ -173,8 +175,8 @@ def standard_summary(
 
 def best_constant(gold: ArrayLike) -> float:
     """
-    The constant RTS that has the smallest mean absolute error on these rows: their median. NaN if there are none. A
-    judge that is no better than this, which reads nothing, gives SGPO nothing.
+    The constant RTS with the smallest mean absolute error on these rows: their median. NaN without rows. A constant
+    reads nothing, so a judge that is not better gives SGPO nothing.
     """
     gold = np.asarray(gold, dtype=np.float64)
     return float(np.median(gold)) if len(gold) else math.nan
@@ -191,12 +193,14 @@ def known_wrong_summary(
     """
     Known-wrong mode: where is the first error of solutions that have one?
 
-    Accuracies and rates are over all rows. Here "no error" cannot be right, so it counts as no answer, as it does in
-    training. The RTS error is given over the rows that were answered, beside the best constant *for those very rows*
-    (`rts_mae_constant`: the strictest constant there is), and over all rows with the best constant of all rows in the
-    place of what was not answered (`rts_mae_all`), so that no judge gains by abstaining. `rts_mae_constant_step` is
-    the error of the step nearest to that constant: who names steps lies on the same grid as the annotators, which
-    alone is worth a little.
+    Accuracies and rates are over all rows. "No error" cannot be right here, so it counts as no answer, as in training.
+
+    - `rts_mae` is the RTS error over the answered rows.
+    - `rts_mae_constant` is the error of the best constant *for those same rows*, the strictest constant there is.
+    - `rts_mae_constant_step` is the error of the step nearest to that constant. A judge that names steps is on the same
+      grid as the annotators, and that alone is worth a little.
+    - `rts_mae_all` is over all rows. An unanswered row counts as the best constant of all rows
+      (`rts_mae_constant_all`), so that no judge gains by abstaining.
 
     Args:
         predicted, label, n_steps (`ArrayLike` of integers, shape `(N,)`):
@@ -204,7 +208,7 @@ def known_wrong_summary(
         problem (`Sequence`):
             What tells the problems apart: the bootstrap draws these.
         resamples, seed (`int`, *optional*, default to `1000` and `0`):
-            Of the bootstrap. The constants stay what they are on all rows.
+            Of the bootstrap. Each resample keeps the constants of all rows.
 
     Returns:
         `dict`: Scores, constants, histograms and `intervals`.
@@ -215,7 +219,7 @@ def known_wrong_summary(
     predicted, label = _integers(predicted=predicted, label=label, lowest=(ABSTAIN, 0))
     n_steps = np.asarray(n_steps, dtype=np.int64)
     if (np.maximum(label, predicted) >= n_steps).any():
-        raise ValueError("a first wrong step lies behind the last step: indices are 0-based, and below n_steps.")
+        raise ValueError("a first wrong step lies after the last step: indices are 0-based, and below n_steps.")
     answered = predicted >= 0
     gold, rts = label / n_steps, predicted / n_steps
     constant, constant_all = best_constant(gold[answered]), best_constant(gold)
@@ -244,22 +248,22 @@ def known_wrong_summary(
         rows, exact, near, abstained, no_error, n, *errors = np.moveaxis(sums, -1, 0)
         mae, mae_constant, mae_step, bias, mae_all, mae_constant_all = errors
         return {
-            "acc_error": _ratio(exact, rows),
-            "acc_error_within_1": _ratio(near, rows),
-            "coverage": _ratio(n, rows),
-            "abstain_rate": _ratio(abstained, rows),
-            "no_error_rate": _ratio(no_error, rows),
-            "rts_mae": _ratio(mae, n),
-            "rts_mae_constant": _ratio(mae_constant, n),
-            "rts_mae_constant_step": _ratio(mae_step, n),
-            "rts_mae_minus_constant": _ratio(mae - mae_constant, n),
-            "rts_bias": _ratio(bias, n),
-            "rts_mae_all": _ratio(mae_all, rows),
-            "rts_mae_constant_all": _ratio(mae_constant_all, rows),
+            "acc_error": ratio(exact, rows),
+            "acc_error_within_1": ratio(near, rows),
+            "coverage": ratio(n, rows),
+            "abstain_rate": ratio(abstained, rows),
+            "no_error_rate": ratio(no_error, rows),
+            "rts_mae": ratio(mae, n),
+            "rts_mae_constant": ratio(mae_constant, n),
+            "rts_mae_constant_step": ratio(mae_step, n),
+            "rts_mae_minus_constant": ratio(mae - mae_constant, n),
+            "rts_bias": ratio(bias, n),
+            "rts_mae_all": ratio(mae_all, rows),
+            "rts_mae_constant_all": ratio(mae_constant_all, rows),
         }
 
     return {
-        **{name: float(value) for name, value in scores(columns.sum(axis=0)).items()},
+        **_with_intervals(columns, problem, scores, resamples, seed),
         "constant": constant,
         "constant_all": constant_all,
         "rts_gold_mean": float(gold.mean()) if len(gold) else math.nan,
@@ -267,15 +271,14 @@ def known_wrong_summary(
         "n_answered": int(answered.sum()),
         "histogram_predicted": index_histogram(predicted),
         "histogram_gold": index_histogram(label),
-        "intervals": bootstrap_intervals(columns, problem, scores, resamples, seed),
     }
 
 
-def index_histogram(index: ArrayLike, largest: int = 10) -> dict[str, int]:
-    """How often each 0-based step was named, those from `largest` on together, and the two other answers."""
+def index_histogram(index: ArrayLike) -> dict[str, int]:
+    """How often each 0-based step was named (those from 10 on together), and the two other answers."""
     index = np.asarray(index, dtype=np.int64)
-    counts = {str(i): int((index == i).sum()) for i in range(largest)}
-    counts[f"{largest}+"] = int((index >= largest).sum())
+    counts = {str(i): int((index == i).sum()) for i in range(10)}
+    counts["10+"] = int((index >= 10).sum())
     return counts | {"no_error": int((index == NO_ERROR).sum()), "abstain": int((index == ABSTAIN).sum())}
 
 
@@ -286,8 +289,8 @@ def index_histogram(index: ArrayLike, largest: int = 10) -> dict[str, int]:
 
 def pair_counts(gold: ArrayLike, predicted: ArrayLike) -> tuple[int, int, float]:
     """
-    The pairs of one group whose gold RTS differ: how many there are, how many of them the judge answered on both
-    sides, and how many of these it put in the right order. A tie of the judge is half right; a NaN is no answer.
+    The pairs of one group whose gold RTS differ: how many there are, in how many the judge answered both, and how many
+    of these it put in the right order. A tie of the judge is half right. NaN means no answer.
 
     Example:
 
@@ -319,7 +322,7 @@ def kendall_tau_b(x: ArrayLike, y: ArrayLike) -> float:
     upper = np.triu_indices(len(x), k=1)
     sign_x = np.sign(x[:, None] - x[None, :])[upper]
     sign_y = np.sign(y[:, None] - y[None, :])[upper]
-    # The root of the product, not the product of the roots: it is exact for complete agreement
+    # The root of the product, not the product of the roots, because it is exact if the orders agree completely
     denominator = math.sqrt(int(abs(sign_x).sum()) * int(abs(sign_y).sum()))
     return float((sign_x * sign_y).sum() / denominator) if denominator else math.nan
 
@@ -330,16 +333,16 @@ def group_summary(
     """
     Group mode: does the judge order the wrong solutions of one problem as the annotators do?
 
-    `pairwise_accuracy` is over the pairs that the judge answered, pairs with equal gold RTS left out, its own ties
-    half right; `pairwise_accuracy_all` counts an unanswered pair as half right too. `kendall_tau_b` is the mean of the
-    groups whose answered rows differ in gold RTS; where the judge gives all of those the same RTS it is 0 there, not
-    left out.
+    `pairwise_accuracy` is over the pairs that the judge answered. Pairs with equal gold RTS are left out, and a tie of
+    the judge is half right. `pairwise_accuracy_all` counts an unanswered pair as half right too. `kendall_tau_b` is the
+    mean over the groups whose answered rows differ in gold RTS. A group counts as 0 if the judge gives all of these rows
+    the same RTS.
 
     Args:
         gold, predicted (`ArrayLike` of floats, shape `(N,)`):
-            RTS; NaN in `predicted` where there is no answer.
+            RTS. NaN in `predicted` means no answer.
         group (`Sequence`):
-            What tells the groups apart; those of one row are passed over. The bootstrap draws groups.
+            What tells the groups apart. Groups of one row are left out. The bootstrap draws groups.
         resamples, seed (`int`, *optional*, default to `1000` and `0`):
             Of the bootstrap.
 
@@ -364,20 +367,19 @@ def group_summary(
     def scores(sums: np.ndarray) -> dict[str, np.ndarray]:
         pairs, answered, right, n_tau, tau = np.moveaxis(sums, -1, 0)
         return {
-            "pairwise_accuracy": _ratio(right, answered),
-            "pairwise_accuracy_all": _ratio(right + 0.5 * (pairs - answered), pairs),
-            "pair_coverage": _ratio(answered, pairs),
-            "kendall_tau_b": _ratio(tau, n_tau),
+            "pairwise_accuracy": ratio(right, answered),
+            "pairwise_accuracy_all": ratio(right + 0.5 * (pairs - answered), pairs),
+            "pair_coverage": ratio(answered, pairs),
+            "kendall_tau_b": ratio(tau, n_tau),
         }
 
     sums = columns.sum(axis=0)
     return {
-        **{name: float(value) for name, value in scores(sums).items()},
+        **_with_intervals(columns, range(len(columns)), scores, resamples, seed),
         "n_groups": len(columns),
         "n_pairs": int(sums[0]),
         "n_pairs_answered": int(sums[1]),
         "n_groups_tau": int(sums[3]),
-        "intervals": bootstrap_intervals(columns, range(len(columns)), scores, resamples, seed),
     }
 
 
@@ -392,11 +394,14 @@ def bootstrap_intervals(
     scores: Callable[[np.ndarray], Mapping[str, np.ndarray]],
     resamples: int = 1000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> dict[str, tuple[float, float]]:
     """
-    Percentile bootstrap of scores that are functions of sums over rows. It draws problems with replacement, each with
-    all its rows: drawing rows would take the solutions of one problem for independent and the interval for narrower.
+    95 % percentile bootstrap of scores that are functions of sums over rows. It draws problems with replacement, each
+    with all its rows. If it drew rows, it would treat the solutions of one problem as independent, and the interval
+    would be too short.
+
+    [`~trl_sgpo.analysis.metrics.bootstrap`] takes any statistic and calls it once per resample. Here resamples are
+    counts of problems, so that one call scores a hundred of them.
 
     Args:
         columns (`np.ndarray` of shape `(N, S)`):
@@ -404,13 +409,13 @@ def bootstrap_intervals(
         problem (`Sequence`):
             What tells the problems apart, one per row.
         scores (`Callable`):
-            From sums of shape `(..., S)` to scores of shape `(...)` by name. Resamples that leave one undefined (NaN)
-            are left out of its interval.
-        resamples, seed, level (*optional*, default to `1000`, `0` and `0.95`):
-            Number of resamples, seed of the draws, and share of them inside the interval.
+            From sums of shape `(..., S)` to scores of shape `(...)` by name. A resample in which a score is undefined
+            (NaN) is left out of its interval.
+        resamples, seed (`int`, *optional*, default to `1000` and `0`):
+            Number of resamples, and seed of the draws.
 
     Returns:
-        `dict[str, tuple[float, float]]`: Lower and upper end by name; NaN where the score was never defined.
+        `dict[str, tuple[float, float]]`: Lower and upper end by name. NaN if the score was never defined.
     """
     ids = {name: i for i, name in enumerate(dict.fromkeys(problem))}
     sums_GS = np.zeros((len(ids), columns.shape[1]))
@@ -423,25 +428,36 @@ def bootstrap_intervals(
         size = min(_CHUNK, resamples - start)
         counts_BG = rng.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=size)
         chunks.append(scores(counts_BG @ sums_GS))
-    intervals = {}
-    for name in chunks[0]:
-        values = np.concatenate([chunk[name] for chunk in chunks])
-        values = values[~np.isnan(values)]
-        ends = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) if len(values) else [math.nan, math.nan]
-        intervals[name] = (float(ends[0]), float(ends[1]))
-    return intervals
+    values = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    return {name: percentile_interval(own, (1 - _LEVEL) / 2) for name, own in values.items()}
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """`part / whole`, NaN where there is nothing."""
+def _with_intervals(
+    columns: np.ndarray,
+    problem: Sequence[Any],
+    scores: Callable[[np.ndarray], Mapping[str, np.ndarray]],
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """The scores of all rows, and `intervals`."""
+    intervals = bootstrap_intervals(columns, problem, scores, resamples, seed)
+    return {**_floats(scores(columns.sum(axis=0))), "intervals": intervals}
+
+
+def _floats(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return {name: float(value) for name, value in scores.items()}
+
+
+def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """`part / whole`, NaN if `whole` is 0."""
     part, whole = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
     return np.divide(part, whole, out=np.full(part.shape, math.nan), where=whole != 0)
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the last axis of what is not NaN; NaN if all is."""
+    """Mean over the last axis without NaN; NaN if there is nothing else."""
     known = ~np.isnan(values)
-    return _ratio(np.where(known, values, 0.0).sum(axis=-1), known.sum(axis=-1))
+    return ratio(np.where(known, values, 0.0).sum(axis=-1), known.sum(axis=-1))
 
 
 def _integers(predicted: ArrayLike, label: ArrayLike, lowest: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -454,6 +470,6 @@ def _integers(predicted: ArrayLike, label: ArrayLike, lowest: tuple[int, int]) -
         if len(values) and not (np.equal(values, values.astype(np.int64)).all() and values.min() >= least):
             raise ValueError(
                 f"{name} holds {values.min()} or a fraction: it must be whole numbers from {least} on, the 0-based "
-                f"index of a step, NO_ERROR={NO_ERROR} or ABSTAIN={ABSTAIN} where these make sense."
+                f"index of a step, NO_ERROR={NO_ERROR} or ABSTAIN={ABSTAIN} if these make sense."
             )
     return predicted.astype(np.int64), label.astype(np.int64)

@@ -1,7 +1,9 @@
 """
-Solutions whose first wrong step is annotated, from the Hub or from files: ProcessBench, Mr-Ben, rows with a boolean
-per step, and files of one's own. What cannot be understood is an error that names its place; what is understood and
-cannot be used (no steps, a label that is no step) is skipped and counted.
+Solutions whose first wrong step is annotated, from the Hub or from files: ProcessBench, Mr-Ben, rows with one boolean
+per step, and your own files.
+
+A row that cannot be understood raises an error that names its place. A row that is understood but cannot be used (no
+steps, or a label that is not a step) is skipped and counted.
 """
 
 import hashlib
@@ -36,7 +38,7 @@ class Row:
 
     Args:
         id, file, subset (`str`):
-            Where it comes from; `file` is a file's or dataset's name without its folder.
+            Where it comes from. `file` is the name of the file or dataset, without its folder.
         problem (`str`), steps (`tuple[str, ...]`):
             What is judged.
         label (`int`):
@@ -70,8 +72,8 @@ class Row:
         return self.subset, self.problem
 
 
-class _Skip(Exception):
-    """A row that is understood and cannot be used; its text is the reason that is counted."""
+class _UnusableRow(Exception):
+    """A row that is understood but cannot be used. Its text is the reason that is counted."""
 
 
 def read_rows(
@@ -84,15 +86,15 @@ def read_rows(
         data (`Sequence[str]`):
             Names of the Hub or local files.
         split (`str`, *optional*):
-            The split of a dataset of the Hub; all of them by default.
+            The split of a dataset of the Hub. All of them by default.
         columns (`Sequence[str]`, *optional*):
             Columns to keep for the judge.
 
     Returns:
-        The rows, and per source its name, hash, number of rows, and how many were skipped for which reason.
+        The rows. For each source its name, hash, number of rows, and number of skipped rows by reason.
 
     Raises:
-        ValueError: If a row cannot be understood: which one, which field, and what it should be.
+        ValueError: If a row cannot be understood. The message says which row, which field, and what is expected.
     """
     rows: list[Row] = []
     sources = []
@@ -103,7 +105,7 @@ def read_rows(
             for place, record in records:
                 try:
                     rows.append(_row(record, place, source["name"], source.get("split"), columns))
-                except _Skip as reason:
+                except _UnusableRow as reason:
                     skipped[str(reason)] += 1
             sources.append({**source, "rows": len(rows) - n_before, "skipped": dict(skipped)})
     return rows, sources
@@ -122,7 +124,7 @@ def _sources(name: str, split: str | None) -> Iterator[tuple[dict[str, Any], Ite
     splits = load_rows(name)
     if split is not None and split not in splits:
         raise ValueError(f"split={split!r} is not in data={name!r}, which has {sorted(splits)}. Give one of these.")
-    shown = path.name if path.exists() else name  # a folder of this machine says nothing to others
+    shown = path.name if path.exists() else name  # the local folder means nothing to others
     for part in [split] if split else list(splits):
         rows = splits[part]
         source = {"name": shown, "split": part, "fingerprint": getattr(rows, "_fingerprint", None)}
@@ -137,7 +139,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path.name} is not valid JSON: {error}. Write a list of objects.") from error
         return
-    # Not splitlines(): a string in JSON may hold a line separator that it would cut at
+    # Not splitlines(): it would cut at a line separator inside a JSON string
     for i, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -152,7 +154,9 @@ def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _row(record: Any, place: str, file: str, split: str | None, columns: Sequence[str]) -> Row:
     if not isinstance(record, Mapping):
-        raise ValueError(f"{place}: it is {type(record).__name__}, not an object with fields. Write one per solution.")
+        raise ValueError(
+            f"{place}: it is {type(record).__name__}, not an object with fields. Write one object per solution."
+        )
     steps = _steps(record, place)
     label = _label(record, place, len(steps))
     missing = [name for name in columns if name not in record]
@@ -201,23 +205,23 @@ def _steps(record: Mapping[str, Any], place: str) -> tuple[str, ...]:
     if not isinstance(steps, list | tuple) or not all(isinstance(step, str) for step in steps):
         raise ValueError(f"{place}: {name}={_short(steps)} must be a list of strings, one per step.")
     if not any(step.strip() for step in steps):
-        raise _Skip("no steps")
+        raise _UnusableRow("no steps")
     return tuple(steps)
 
 
 def _label(record: Mapping[str, Any], place: str, n_steps: int) -> int:
     name, label = _field(record, LABEL_FIELDS, "label", place)
     if label is None:
-        raise _Skip(f"{name} is empty")
+        raise _UnusableRow(f"{name} is empty")
     if name == "labels":
         if not isinstance(label, list | tuple):
             raise ValueError(f"{place}: labels={_short(label)} must be a list, one boolean per step.")
         if len(label) != n_steps:
-            raise _Skip("labels and steps differ in number")
+            raise _UnusableRow("labels and steps differ in number")
         wrong = [i for i, right in enumerate(label) if right is not None and not right]
         first = wrong[0] if wrong else n_steps
         if any(right is None for right in label[:first]):
-            raise _Skip("a step before the first wrong one has no label")
+            raise _UnusableRow("a step before the first wrong one has no label")
         if not all(right in (0, 1) for right in label[: first + 1]):
             raise ValueError(f"{place}: labels={_short(label)} must be true, false or null for each step.")
         return wrong[0] if wrong else -1
@@ -226,15 +230,15 @@ def _label(record: Mapping[str, Any], place: str, n_steps: int) -> int:
         correctness = str(record.get("Model_Solution_Correctness") or "").strip().lower()
         if text.upper() == "N/A":
             if correctness == "incorrect":
-                raise _Skip("called incorrect, without a first wrong step")
+                raise _UnusableRow("called incorrect, without a first wrong step")
             return -1
         if not text.isdecimal():  # prose, in its coding part
-            raise _Skip("the first wrong step is no number")
+            raise _UnusableRow("the first wrong step is no number")
         if correctness == "correct":
-            raise _Skip("called correct, with a first wrong step")
+            raise _UnusableRow("called correct, with a first wrong step")
         label = int(text) - 1
         if label < 0:
-            raise _Skip("label out of range")
+            raise _UnusableRow("label out of range")
     try:
         number = int(label)
         whole = number == float(label) and not isinstance(label, bool)
@@ -245,7 +249,7 @@ def _label(record: Mapping[str, Any], place: str, n_steps: int) -> int:
             f"{place}: {name}={_short(label)} must be the 0-based index of the first wrong step, or -1 for none."
         )
     if not -1 <= number < n_steps:
-        raise _Skip("label out of range")
+        raise _UnusableRow("label out of range")
     return number
 
 
@@ -263,8 +267,8 @@ def _short(value: Any) -> str:
 
 def sample_rows(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
     """
-    At most `limit` rows, drawn by problem so that groups stay whole (one group that is larger alone is taken all the
-    same), in their old order.
+    At most `limit` rows, in their old order. Problems are drawn, so that groups stay whole. If the first group alone is
+    larger than `limit`, it is taken anyway.
     """
     if limit is None or limit >= len(rows):
         return list(rows)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_sgpo.analysis.judge_metrics import (
+from trl_sgpo.judge_evaluation.metrics import (
     ABSTAIN,
     NO_ERROR,
     best_constant,
@@ -214,7 +214,7 @@ class TestBootstrap:
     def test_chunks_do_not_matter(self, monkeypatch):
         columns = np.stack([np.arange(30.0), np.ones(30)], axis=1)
         whole = bootstrap_intervals(columns, range(30), self.mean, resamples=250)
-        monkeypatch.setattr("trl_sgpo.analysis.judge_metrics._CHUNK", 7)
+        monkeypatch.setattr("trl_sgpo.judge_evaluation.metrics._CHUNK", 7)
         assert bootstrap_intervals(columns, range(30), self.mean, resamples=250) == whole
 
     def test_nothing_to_draw(self):
@@ -229,7 +229,7 @@ def test_bad_input():
         first_error_f1([-3], [0])
     with pytest.raises(ValueError, match="label holds -1 or a fraction: it must be whole numbers from 0 on"):
         known_wrong_summary([0], [-1], [2], [0])
-    with pytest.raises(ValueError, match="lies behind the last step"):
+    with pytest.raises(ValueError, match="lies after the last step"):
         known_wrong_summary([2], [0], [2], [0])
 
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_sgpo.analysis.perturbations import (
+from trl_sgpo.judge_evaluation.robustness import (
     FILLER,
     PAYLOADS,
     PLACEMENTS,

@@ -1,4 +1,4 @@
-"""One picture of a judge: its RTS against the true one, and which steps it names. Needs matplotlib."""
+"""One picture of a judge: its RTS beside the true one, and which steps it names. Needs matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -10,8 +10,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 
-_GOLD, _JUDGE = "#E69F00", "#0072B2"  # told apart by the colour-blind too
-# With more points than this a scatter is a blot
+_GOLD, _JUDGE = "#E69F00", "#0072B2"  # colour-blind readers can tell them apart
+# A scatter of more points than this cannot be read
 _MOST_POINTS = 600
 
 
@@ -35,9 +35,9 @@ def plot_judge(
         title (`str`):
             The judge's name.
         summary (`Mapping[str, Any]`):
-            The result of [`~trl_sgpo.analysis.judge_metrics.known_wrong_summary`] on these rows.
+            The result of [`~trl_sgpo.judge_evaluation.metrics.known_wrong_summary`] on these rows.
         seed (`int`, *optional*, defaults to `0`):
-            Of the jitter, which pulls points apart that would lie on one another.
+            Of the jitter, which separates equal points.
     """
     named, gold_index, steps = (np.asarray(values) for values in (predicted, label, n_steps))
     answered = named >= 0
@@ -47,7 +47,7 @@ def plot_judge(
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.35))
 
     if len(gold) > _MOST_POINTS:
-        # From below 1 on, so that a single solution is not white
+        # The scale begins below 1, so that a single solution is not white
         log = LogNorm(vmin=0.15)
         cells = left.hexbin(gold, rts, gridsize=18, extent=(0, 1, 0, 1), mincnt=1, norm=log, cmap="Blues")
         figure.colorbar(cells, ax=left, label="solutions", shrink=0.85)
