@@ -606,7 +606,7 @@ class TestErrors:
             (
                 [stepwise()],
                 {"failed_groups": "nsr"},
-                "The StepwiseJudge in reward_funcs has to know .* no outcome reward",
+                "failed_groups='nsr' has to know .* no outcome reward",
             ),
             ([by_kind], {"failed_groups": "prefix"}, "failed_groups='prefix' asks a judge, and reward_funcs holds no"),
             ([by_kind, stepwise()], {"reward_weights": [1.0, -0.5]}, "gives the judge a negative weight"),
