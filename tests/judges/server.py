@@ -4,8 +4,23 @@ import asyncio
 import contextlib
 import json
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import Any
+
+from trl_sgpo.judges import endpoint, servers
+
+
+class Clock:
+    """The clock of deadlines and breakers: it goes on as always, and a test may set it forward."""
+
+    def __init__(self, monkeypatch):
+        self.skipped = 0.0
+        for module in (endpoint, servers):
+            monkeypatch.setattr(module, "monotonic", lambda: time.monotonic() + self.skipped)
+
+    def skip(self, seconds):
+        self.skipped += seconds
 
 
 @dataclass

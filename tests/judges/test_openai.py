@@ -16,7 +16,7 @@ import time
 
 import pytest
 from conftest import by_kind, logged, words_as_steps
-from server import Answer, Server
+from server import Answer, Clock, Server
 
 from trl_sgpo import JudgeItem, StepwiseJudge
 from trl_sgpo.judges import CachedJudge, endpoint
@@ -31,7 +31,12 @@ CHOICES = {"choices": [{"finish_reason": "stop", "message": {"content": "FIRST_E
 
 @pytest.fixture(autouse=True)
 def fresh_log(monkeypatch):
-    monkeypatch.setattr(endpoint, "_shown", set())
+    monkeypatch.setattr(endpoint.log_once, "_logged", set())
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
 
 
 @pytest.fixture
@@ -465,27 +470,30 @@ class TestServers:
         if bad:
             assert len(bad.requests) == before
 
-    def test_breaker_opens_and_closes(self, serve, caplog):
+    def test_breaker_opens_and_closes(self, serve, caplog, clock):
         server = serve(lambda request: 500)
         items = [JudgeItem(f"Problem {i}", ("Add.",)) for i in range(30)]
-        judge = OpenAIJudge("m", server.url, max_retries=0, max_concurrency=2, breaker_failures=4, breaker_seconds=0.4)
+        judge = OpenAIJudge("m", server.url, max_retries=0, max_concurrency=2, breaker_failures=4, breaker_seconds=40)
         verdicts = judge.judge(items)
         assert statuses(verdicts) == {"abstain"}
         assert 4 <= len(server.requests) <= 5
         assert "times in a row and is not asked for" in verdicts[-1].reason
         assert "HTTP 500" in verdicts[-1].reason
         before = len(server.requests)
-        assert judged(judge, items)[1] < 0.3  # at once
+        judge.judge(items)  # nobody is asked
         assert len(server.requests) == before
-        time.sleep(0.45)
+        clock.skip(39)
+        judge.judge(items)
+        assert len(server.requests) == before
+        clock.skip(2)
         judge.judge(items)  # one trial, in vain
         assert len(server.requests) == before + 1
-        time.sleep(0.45)
+        clock.skip(79)
         judge.judge(items)  # the pause has doubled
         assert len(server.requests) == before + 1
         assert caplog.text.count("IS DOWN") == 1
         server.reply = lambda request: "FIRST_ERROR: 1"
-        time.sleep(0.45)
+        clock.skip(2)
         assert statuses(judge.judge(items)) == {"error"}  # those that waited for the trial too
         assert len(server.requests) == before + 1 + 30
         assert "answers again" in caplog.text
@@ -726,9 +734,9 @@ class TestArguments:
 
     def test_the_address_of_the_environment(self, monkeypatch):
         monkeypatch.setenv("OPENAI_BASE_URL", "http://host:1/v1/")
-        assert OpenAIJudge("m").base_urls == ("http://host:1/v1",)
+        assert OpenAIJudge("m").servers.base_urls == ("http://host:1/v1",)
         monkeypatch.delenv("OPENAI_BASE_URL")
-        assert OpenAIJudge("m").base_urls == ("https://api.openai.com/v1",)
+        assert OpenAIJudge("m").servers.base_urls == ("https://api.openai.com/v1",)
 
     def test_cache_key(self):
         base = OpenAIJudge("m", "http://a/v1", timeout=1)
