@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+import weakref
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.provenance import commit
 from trl_sgpo import JudgeItem
 from trl_sgpo.judges import servers
+from trl_sgpo.judges.background import close_in_background, own
 from trl_sgpo.judges.endpoint import Endpoint
 from trl_sgpo.judges.openai import OpenAIJudge
 
@@ -46,6 +48,7 @@ SETTINGS = {
     "0.2 s, 64 under way": (0.2, 10_000, 64),
     "50 ms, 64 served at a time": (0.05, 64, 128),
 }
+SCHEDULING = {os.SCHED_OTHER: "normal", os.SCHED_RR: "real time", os.SCHED_FIFO: "real time"}
 FAST = "50 ms, 64 served at a time"
 BASELINE = "aiohttp"
 
@@ -160,7 +163,7 @@ class Bare:
         return json.loads(self.loop.run_until_complete(post(self.control, written(b"order"))))
 
 
-def package_endpoint(on_aiohttp: bool) -> type[Endpoint]:
+def package_endpoint(on_aiohttp: bool, under_way: int) -> type[Endpoint]:
     """An endpoint whose transport is the `openai` package's."""
     import httpx2
     from openai import APIStatusError, AsyncOpenAI, DefaultAioHttpClient, DefaultAsyncHttpxClient
@@ -171,7 +174,10 @@ def package_endpoint(on_aiohttp: bool) -> type[Endpoint]:
         async def _post(self, data, headers):
             if self.client is None:
                 http_client = (DefaultAioHttpClient if on_aiohttp else DefaultAsyncHttpxClient)(
-                    limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=60),
+                    # Not None: the aiohttp transport takes that for aiohttp's own default of 100 connections
+                    limits=httpx2.Limits(
+                        max_connections=under_way, max_keepalive_connections=under_way, keepalive_expiry=60
+                    ),
                     timeout=httpx2.Timeout(None, connect=10.0),
                     follow_redirects=False,
                     trust_env=False,
@@ -179,6 +185,8 @@ def package_endpoint(on_aiohttp: bool) -> type[Endpoint]:
                 self.client = AsyncOpenAI(
                     api_key="none", base_url=self.url, max_retries=0, timeout=None, http_client=http_client
                 )
+                own(self.client)
+                weakref.finalize(self, close_in_background, self.client, asyncio.get_running_loop(), os.getpid())
             try:
                 response = await self.client.post(
                     "/chat/completions", cast_to=httpx2.Response, content=data, options={"headers": headers}
@@ -191,9 +199,9 @@ def package_endpoint(on_aiohttp: bool) -> type[Endpoint]:
 
 
 TRANSPORTS = {
-    "aiohttp": lambda: Endpoint,
-    "openai": lambda: package_endpoint(on_aiohttp=False),
-    "openai[aiohttp]": lambda: package_endpoint(on_aiohttp=True),
+    "aiohttp": lambda under_way: Endpoint,
+    "openai": lambda under_way: package_endpoint(False, under_way),
+    "openai[aiohttp]": lambda under_way: package_endpoint(True, under_way),
 }
 
 
@@ -201,7 +209,7 @@ def judged_round(name: str, url: str, under_way: int, items: list[JudgeItem]):
     """A function that judges all completions over one transport and checks the verdicts."""
     judge = OpenAIJudge("m", url, max_concurrency=under_way)
     expected = [int(item.problem.split()[1].rstrip(":")) % 6 for item in items]
-    endpoint = TRANSPORTS[name]()
+    endpoint = TRANSPORTS[name](under_way)
 
     def work():
         servers.Endpoint = endpoint  # used when the judge connects, in its first round
@@ -318,6 +326,7 @@ def main():
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("aiohttp", "openai", "httpx2", "trl")},
         "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "scheduling": SCHEDULING[os.sched_getscheduler(0)],
         "load_average_before": os.getloadavg()[0],
         "requests": REQUESTS,
         "settings": {},

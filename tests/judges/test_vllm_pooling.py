@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -158,7 +157,10 @@ def test_heads_with_one_output_and_verdict_tokens(family):
         (lambda ids: data([[0.5, float("nan")]] * len(ids)), "NaN"),
         (lambda ids: (200, "<html>"), "answered with no JSON: <html>"),
         (lambda ids: (500, "Internal Server Error"), "HTTP 500 from http://127.0.0.1"),
-        (lambda ids: (400, "this model does not support token_classify"), "this model does not support token_classify"),
+        (
+            lambda ids: (400, "this model does not support token_classify"),
+            "this model does not support token_classify",
+        ),
         (lambda ids: (307, ""), "HTTP 307 from http://127.0.0.1"),
     ],
 )
@@ -208,20 +210,16 @@ def test_a_server_that_hangs_does_not_hang_the_judge(family, kind):
             handler.end_headers()
             while not release.wait(0.05):
                 handler.wfile.write(b" ")
-        release.wait(10)
+        release.wait()
         return None
 
     with serving(answer) as server:
         judge = VLLMPoolingJudge("m", server.url, tokenizer=str(family.folder), batch_deadline=2.0)
         longest = max(len(one.ids) for one in judge.encoder.encode(ITEMS))
-        started = time.monotonic()
-        verdicts = judge.judge(ITEMS)
-        assert time.monotonic() - started < 2.4
+        verdicts = judge.judge(ITEMS)  # comes back although nothing is released
         assert [verdict.status for verdict in verdicts] == ["abstain", "error", "error", "error"]
         judge = VLLMPoolingJudge("m", server.url, tokenizer=str(family.folder), timeout=0.3)
-        started = time.monotonic()
         assert "no answer within timeout=0.3 s" in judge.judge(ITEMS)[0].reason
-        assert time.monotonic() - started < 1
         release.set()
 
 

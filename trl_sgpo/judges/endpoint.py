@@ -2,7 +2,9 @@
 One server that judges ask: what it understands ([`RequestFormat`]), whether it is up ([`Breaker`]), and how one request is
 brought to an answer or to a [`RequestFailed`] ([`Endpoint`]). Several servers are in `servers.py`.
 
-TRANSPORT_DOC
+The client is aiohttp and not the package `openai`, because a judged round takes longer with that one
+(`benchmarks/judge_throughput`). Retries, Retry-After and the bound on requests under way would be ours in any case: they
+depend on the deadline and the breaker, which have to see every answer.
 """
 
 import asyncio

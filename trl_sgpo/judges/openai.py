@@ -91,7 +91,7 @@ class OpenAIJudge(StepJudge):
         usage (`dict[str, int]`): What the judge has used in this process; see [`OpenAIJudge.usage`].
 
     Raises:
-        ImportError: If the package TRANSPORT is not installed.
+        ImportError: If the package `aiohttp` is not installed.
         TypeError: If an argument is of a wrong type.
         ValueError: If an argument is out of its range, `base_url` is no plain http(s) address, or `api_key_env` is no name
             of a variable whose value can be sent.

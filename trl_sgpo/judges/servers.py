@@ -76,7 +76,7 @@ class Servers:
         usage (`Counter`): `requests` sent, repeated ones included; `retries`; `failures`, the requests without an answer.
 
     Raises:
-        ImportError: If the package TRANSPORT is not installed.
+        ImportError: If the package `aiohttp` is not installed.
         TypeError: If `base_url` is neither an address nor a list of addresses.
         ValueError: If an argument is out of its range, `base_url` is no plain http(s) address, `api_key_env` is no name, or
             the key cannot be sent.

@@ -71,7 +71,7 @@ class VLLMPoolingJudge(StepScorer):
             See [`OpenAIJudge`].
 
     Raises:
-        ImportError: If the package TRANSPORT is not installed.
+        ImportError: If the package `aiohttp` is not installed.
         TypeError: If `base_url` is neither an address nor a list of addresses.
         ValueError: If the tokenizer or the config cannot be loaded or do not go with the spec, or another argument is
             out of its range.
