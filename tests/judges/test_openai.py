@@ -19,7 +19,7 @@ from conftest import by_kind, logged, words_as_steps
 from server import Answer, Clock, Server
 
 from trl_sgpo import JudgeItem, StepwiseJudge
-from trl_sgpo.judges import CachedJudge, endpoint
+from trl_sgpo.judges import CachedJudge, endpoint, servers
 from trl_sgpo.judges.openai import OpenAIJudge
 from trl_sgpo.judges.prompt import JudgePrompt
 
@@ -615,6 +615,10 @@ class TestWhereItRuns:
         assert statuses(OpenAIJudge("m", serve().url).judge(ITEMS)) == {"error"}  # this machine needs none
         judge = OpenAIJudge("m", "http://judge.invalid/v1", max_retries=0)
         assert "ClientProxyConnectionError" in judge.judge(ITEMS[:1])[0].reason
+        for host in ("localhost:8000", "127.5.0.1", "[::1]:8000", "0.0.0.0:8000"):
+            assert servers._proxy(f"http://{host}/v1") is None
+        for host in ("10.0.0.1", "127.judge.invalid", "[fd00::1]:8000"):
+            assert servers._proxy(f"http://{host}/v1") == os.environ["http_proxy"]
 
 
 class TestTheKey:
@@ -684,7 +688,7 @@ class TestTheKey:
 
 
 class TestLog:
-    def test_one_line_per_kind_of_trouble(self, serve, caplog):
+    def test_one_line_per_kind_of_failure(self, serve, caplog):
         server = serve(lambda request: 500 if request.number % 2 else "hm")
         judge = OpenAIJudge("m", server.url, max_retries=0, breaker_failures=1000)
         for _ in range(3):

@@ -15,6 +15,7 @@ from trl_sgpo import JudgeItem
 from trl_sgpo.judges import endpoint
 from trl_sgpo.judges.openai import OpenAIJudge
 from trl_sgpo.judges.prompt import JudgePrompt
+from trl_sgpo.judges.server_settings import RequestFormat
 
 
 for package in ("fastapi", "uvicorn", "openai"):
@@ -111,7 +112,7 @@ def test_a_real_server(served, monkeypatch, caplog):
     assert [(verdict.status, verdict.first_error) for verdict in verdicts] == [("error", 1)] * 4, verdicts
     # It took the JSON schema and ignored it; the key that it does not know is not sent any more
     (server,) = judge.servers.endpoints
-    assert server.request_format == endpoint.RequestFormat(output="json_schema")
+    assert server.request_format == RequestFormat(output="json_schema")
     assert "extra_body['top_k'] is not sent" in caplog.text
     assert judge.usage["completion_tokens"] == 4 * 15
     before = judge.usage["requests"]

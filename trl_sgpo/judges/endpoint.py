@@ -1,6 +1,6 @@
 """
-One server that judges ask: what it understands ([`RequestFormat`]), whether it is up ([`Breaker`]), and how one request is
-brought to an answer or to a [`RequestFailed`] ([`Endpoint`]). Several servers are in `servers.py`.
+One server that judges ask: whether it is up ([`Breaker`]), and how one request is brought to an answer or to a
+[`RequestFailed`] ([`Endpoint`]). What is asked is in `server_settings.py`, several servers are in `servers.py`.
 
 The client is aiohttp and not the package `openai`, because a judged round takes longer with that one
 (`benchmarks/judge_throughput`). Retries, Retry-After and the bound on requests under way would be ours in any case: they
@@ -11,17 +11,16 @@ import asyncio
 import email.utils
 import json
 import logging
-import os
 import random
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trl_sgpo.judges.log_once import LogOnce
+from trl_sgpo.judges.server_settings import RequestFormat, ServerSettings, api_key, redact
 
 
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 log_once = LogOnce(logger)  # one for all servers of the process
-
-OUTPUTS = ("json_schema", "json_object", "text")
 
 LONGEST_WAIT = 60.0  # seconds: a server that asks for more by Retry-After is not waited for
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.5, 8.0  # seconds
@@ -49,48 +46,11 @@ _TOO_LONG = re.compile(
     r"longer than the (?:model|maximum)|tokens. must be <=",
     re.IGNORECASE,
 )
-_KEY_FORMS = re.compile(r"\b(?:sk|pk|hf|gsk|xai|nvapi)[-_][\w*.-]{4,}|(?<=Bearer )[^\s\"',]+", re.IGNORECASE)
-_KEY_PROVIDED = re.compile(r"(api[ _-]?key[^:\n]{0,30}:\s*)[^\s,]+", re.IGNORECASE)
-
-
-def api_key(name: str) -> str:
-    """The key in an environment variable, empty if there is none. Read where it is needed, and kept nowhere."""
-    return (os.environ.get(name) or "").strip()
-
-
-def redact(text: str, key: str) -> str:
-    """A text without the key, and without what looks like one: servers quote it in their error messages."""
-    if len(key) > 3:
-        text = text.replace(key, "[key]")
-    return _KEY_PROVIDED.sub(r"\1[key]", _KEY_FORMS.sub("[key]", text))
 
 
 def is_too_long(message: str) -> bool:
     """Whether a server refuses a request because of the length of its text, and not for a key that it does not know."""
     return _TOO_LONG.search(message) is not None and not re.search("response_format|schema", message)
-
-
-@dataclass(frozen=True)
-class Route:
-    """
-    What is asked of a server, and what an answer is.
-
-    Args:
-        path (`str`):
-            What follows the base URL.
-        field (`str`):
-            Name of the list that every answer holds.
-        longest_answer (`int`):
-            Bytes of an answer that are read at most.
-        if_too_long, if_not_found (`str`):
-            What to do if the server refuses a request because of its length, or does not know the path or the model.
-    """
-
-    path: str
-    field: str
-    longest_answer: int
-    if_too_long: str
-    if_not_found: str
 
 
 class RequestFailed(Exception):
@@ -133,63 +93,6 @@ class RequestFailed(Exception):
         self.delay = delay
         self.silent = silent
         self.refusal = refusal
-
-
-@dataclass(frozen=True)
-class RequestFormat:
-    """
-    Which optional keys a request has. If a server refuses a request, it is asked again with one of them less: the one that
-    its message names, else the output constraint, the temperature, the extra keys and the name of the length limit, in this
-    order.
-
-    Args:
-        output (`str`):
-            `"json_schema"`, `"json_object"` or `"text"`.
-        output_is_fixed (`bool`):
-            Whether the output constraint stays as it is.
-        temperature (`bool`):
-            Whether a temperature is sent.
-        extra (`tuple[str, ...]`):
-            Keys of `extra_body` that are sent.
-        length_key (`str`):
-            Name of the length limit. Most servers know `"max_tokens"`; OpenAI's newer models want
-            `"max_completion_tokens"`.
-    """
-
-    output: str = "json_schema"
-    output_is_fixed: bool = False
-    temperature: bool = True
-    extra: tuple[str, ...] = ()
-    length_key: str = "max_tokens"
-
-    def without_one(self, message: str) -> tuple["RequestFormat | None", bool]:
-        """The next format to try after a refusal, `None` if there is none, and whether the message named the key."""
-        options: list[tuple[str, RequestFormat]] = []
-        if self.output != "text" and not self.output_is_fixed:
-            lower = replace(self, output=OUTPUTS[OUTPUTS.index(self.output) + 1])
-            options.append(("response_format|json_schema|json_object|schema|grammar|guided|structured", lower))
-        if self.temperature:
-            options.append(("temperature", replace(self, temperature=False)))
-        for name in self.extra:
-            options.append((re.escape(name), replace(self, extra=tuple(x for x in self.extra if x != name))))
-        if self.length_key == "max_tokens":
-            options.append(("max_tokens|max_completion_tokens", replace(self, length_key="max_completion_tokens")))
-        for pattern, request_format in options:
-            if re.search(pattern, message):
-                return request_format, True
-        return (options[0][1] if options else None), False
-
-    def difference(self, other: "RequestFormat") -> str:
-        """What the other format does not send, in words."""
-        parts = []
-        if self.output != other.output:
-            parts.append(f"output is {other.output!r}, not {self.output!r}")
-        if self.temperature and not other.temperature:
-            parts.append("no temperature is sent")
-        parts += [f"extra_body[{name!r}] is not sent" for name in self.extra if name not in other.extra]
-        if self.length_key != other.length_key:
-            parts.append(f"the length limit is sent as {other.length_key!r}")
-        return ", ".join(parts)
 
 
 class Breaker:
@@ -285,18 +188,8 @@ class Endpoint:
             Its base URL, without credentials.
         session (`ClientSession`):
             Holds the connections.
-        route ([`Route`]):
-            What is asked.
-        api_key_env (`str`):
-            Name of the environment variable with the key, which is read for every request and kept nowhere.
-        request_format ([`RequestFormat`]):
-            What to begin with.
-        max_concurrency (`int`):
-            Requests under way at the same time.
-        timeout (`float`):
-            Seconds that one request may take.
-        breaker_failures (`int`), breaker_seconds (`float`):
-            See [`Breaker`].
+        settings ([`ServerSettings`]):
+            What is asked, and how. The key is read for every request and kept nowhere.
         usage (`Counter`):
             Counters to add to.
         proxy (`str`, *optional*):
@@ -307,25 +200,17 @@ class Endpoint:
         self,
         url: str,
         session: "ClientSession",
-        route: Route,
-        api_key_env: str,
-        request_format: RequestFormat,
-        max_concurrency: int,
-        timeout: float,
-        breaker_failures: int,
-        breaker_seconds: float,
+        settings: ServerSettings,
         usage: "Counter[str]",
         proxy: str | None = None,
     ) -> None:
         self.url = url
-        self.request_format = request_format
-        self.slots = asyncio.Semaphore(max_concurrency)
+        self.request_format = settings.request_format
+        self.slots = asyncio.Semaphore(settings.max_concurrency)
         self.outstanding = 0
-        self.breaker = Breaker(url, breaker_failures, breaker_seconds)
+        self.breaker = Breaker(url, settings.breaker_failures, settings.breaker_seconds)
         self._session = session
-        self._api_key_env = api_key_env
-        self._route = route
-        self._timeout = timeout
+        self._settings = settings
         self._usage = usage
         self._proxy = proxy
         self._ladder = asyncio.Lock()
@@ -343,12 +228,12 @@ class Endpoint:
             write (`Callable`):
                 Format -> something to remember, and the body of the request.
             retries (`int`):
-                How often it may be sent again if the server is in failure.
+                How often it may be sent again if the server fails.
             end (`float`):
                 The deadline, on the clock of `time.monotonic`. The caller cancels then.
 
         Returns:
-            What `write` gave to remember, and the server's answer: an object with the list that the route names.
+            What `write` gave to remember, and the server's answer: an object with the list that the settings name.
 
         Raises:
             [`RequestFailed`]: If there is no answer.
@@ -446,14 +331,14 @@ class Endpoint:
         self.request_format = request_format
 
     async def _send(self, remembered: T, body: dict[str, Any]) -> tuple[T, dict[str, Any]]:
-        key = api_key(self._api_key_env)
+        key = api_key(self._settings.api_key_env)
         headers = {"Content-Type": "application/json"}
         if key:
             headers["Authorization"] = f"Bearer {key}"
         self._usage["requests"] += 1
         try:
             # Around everything, because a server that sends a byte now and then keeps a read timeout from running out
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(self._settings.timeout):
                 status, answer_headers, data = await self._post(json.dumps(body).encode(), headers)
             delay = _retry_after(answer_headers)
             answer = self._checked(status, data, delay, key)
@@ -472,13 +357,13 @@ class Endpoint:
     async def _post(self, data: bytes, headers: dict[str, str]) -> tuple[int, Mapping[str, str], bytes]:
         """Status, headers and body of the answer to one request."""
         async with self._session.post(
-            self.url + self._route.path,
+            self.url + self._settings.path,
             data=data,
             headers=headers,
             proxy=self._proxy,
             allow_redirects=False,  # one would turn the POST into a GET, or carry the key elsewhere
         ) as response:
-            return response.status, response.headers, await _read(response, self._route.longest_answer)
+            return response.status, response.headers, await _read(response, self._settings.longest_answer)
 
     def _failure(self, error: Exception, key: str) -> RequestFailed:
         """What is said of an exception of the client."""
@@ -488,7 +373,7 @@ class Endpoint:
             return RequestFailed("connection", f"{self.url} could not be reached in time", retry=True, silent=True)
         if isinstance(error, TimeoutError):
             return RequestFailed(
-                "timeout", f"no answer within timeout={self._timeout:g} s from {self.url}", silent=True
+                "timeout", f"no answer within timeout={self._settings.timeout:g} s from {self.url}", silent=True
             )
         text = _shortened(redact(f"{self.url}: {type(error).__name__}: {error}", key))
         if isinstance(error, aiohttp.ClientError | OSError):
@@ -502,10 +387,10 @@ class Endpoint:
         except (ValueError, RecursionError):
             answer = None
         if 200 <= status < 300:
-            if isinstance(answer, dict) and isinstance(answer.get(self._route.field), list):
+            if isinstance(answer, dict) and isinstance(answer.get(self._settings.field), list):
                 return answer
             if not isinstance(answer, dict) or not answer.get("error"):
-                what = "no JSON" if answer is None else f"JSON without a list of {self._route.field}"
+                what = "no JSON" if answer is None else f"JSON without a list of {self._settings.field}"
                 text = _shortened(redact(data.decode(errors="replace"), key))
                 raise RequestFailed("no answer", f"{self.url} answered with {what}: {text}")
             # Routers report what a provider said in an answer of status 200
@@ -516,15 +401,15 @@ class Endpoint:
         text = f"HTTP {status} from {self.url}: {_shortened(message)}"
         if status in (400, 413, 422, 501):
             if status == 413 or is_too_long(message[:_LONGEST_MESSAGE]):
-                raise RequestFailed("too long", f"{self._route.if_too_long} {text}", server=False)
+                raise RequestFailed("too long", f"{self._settings.if_too_long} {text}", server=False)
             raise RequestFailed("refused", text, server=False, refusal=message[:_LONGEST_MESSAGE])
         if status in (401, 403):
-            hint = f"Check the key in the environment variable {self._api_key_env}" + (
+            hint = f"Check the key in the environment variable {self._settings.api_key_env}" + (
                 "." if key else ", which is not set."
             )
             raise RequestFailed("key", f"{text}. {hint}")
         if status == 404:
-            raise RequestFailed("not found", f"{text}. {self._route.if_not_found}")
+            raise RequestFailed("not found", f"{text}. {self._settings.if_not_found}")
         if status in (408, 409, 425, 429) or status >= 500:
             if delay is not None and delay > LONGEST_WAIT:
                 raise RequestFailed(f"HTTP {status}", f"{text} (Retry-After: {delay:.0f} s)")

@@ -3,7 +3,7 @@ A prompted model behind any OpenAI-compatible server: vLLM, SGLang, `transformer
 
 One request per completion and vote, a bounded number at a time. Whatever the server or the network does, it costs a verdict
 at most: an answer that does not come back, is cut off or cannot be parsed is an abstention with its reason. The question and
-the way an answer is read are in `prompt.py`, the servers in `servers.py`, a single server in `endpoint.py`. Needs
+the way an answer is read are in `prompt.py`, the servers in `servers.py`. Needs
 `pip install trl-sgpo[api]`.
 
 Left out on purpose: streaming, several choices per request (`n`, which some servers ignore), log-probabilities, batch APIs.
@@ -17,9 +17,10 @@ from typing import Any
 
 from trl_sgpo.judges.base import JudgeItem, StepJudge, Verdict
 from trl_sgpo.judges.combinators import plurality
-from trl_sgpo.judges.endpoint import OUTPUTS, RequestFailed, RequestFormat, Route, api_key, redact
+from trl_sgpo.judges.endpoint import RequestFailed
 from trl_sgpo.judges.prompt import JudgePrompt, Question
-from trl_sgpo.judges.servers import Request, Servers, check_whole
+from trl_sgpo.judges.server_settings import OUTPUTS, RequestFormat, ServerSettings, api_key, check_whole, redact
+from trl_sgpo.judges.servers import Request, Servers
 
 
 _OPENAI = "https://api.openai.com/v1"
@@ -172,25 +173,25 @@ class OpenAIJudge(StepJudge):
         self.servers = Servers(
             self.name,
             base_url,
-            Route(
+            ServerSettings(
                 path="/chat/completions",
                 field="choices",
                 longest_answer=4_000_000,
                 if_too_long="The question is too long for the server: give the judge a smaller `max_characters`.",
                 if_not_found=f"Check base_url, which mostly ends in /v1, and model={model!r}.",
+                request_format=RequestFormat(
+                    output="json_schema" if output == "auto" else output,
+                    output_is_fixed=output != "auto",
+                    extra=tuple(extra_body),
+                ),
+                api_key_env=api_key_env,
+                max_concurrency=max_concurrency,
+                timeout=timeout,
+                batch_deadline=batch_deadline,
+                max_retries=max_retries,
+                breaker_failures=breaker_failures,
+                breaker_seconds=breaker_seconds,
             ),
-            RequestFormat(
-                output="json_schema" if output == "auto" else output,
-                output_is_fixed=output != "auto",
-                extra=tuple(extra_body),
-            ),
-            api_key_env=api_key_env,
-            max_concurrency=max_concurrency,
-            timeout=timeout,
-            batch_deadline=batch_deadline,
-            max_retries=max_retries,
-            breaker_failures=breaker_failures,
-            breaker_seconds=breaker_seconds,
         )
 
     @property
@@ -272,7 +273,7 @@ class OpenAIJudge(StepJudge):
         text = next((text for text in texts if text.strip()), "")
         refusal = _text(message.get("refusal"))
         # A server may repeat anything, the headers too
-        key = api_key(self.servers.api_key_env)
+        key = api_key(self.servers.settings.api_key_env)
         if refusal.strip() and not texts[0].strip():
             return Verdict.abstain(f"the judge refused to answer: {redact(refusal, key)[:200]}")
         if not text:

@@ -1,14 +1,13 @@
 """
 Several servers with the same model, as one judge asks them: [`Servers`].
 
-Here are the connections of a process, the choice of a server, the deadline of a batch, and the checks of addresses and of
-the name of the key's variable. One request to one server is in `endpoint.py`.
+Here are the connections of a process, the choice of a server, the deadline of a batch, the check of addresses and the choice
+of a proxy. One request to one server is in `endpoint.py`.
 """
 
 import asyncio
 import ipaddress
 import os
-import re
 import urllib.request
 import weakref
 from collections import Counter, deque
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 from trl_sgpo.judges.background import background_loop, close_in_background, in_background, own
-from trl_sgpo.judges.endpoint import Endpoint, RequestFailed, RequestFormat, Route, api_key, log_once, redact
+from trl_sgpo.judges.endpoint import Endpoint, RequestFailed, log_once
+from trl_sgpo.judges.server_settings import RequestFormat, ServerSettings, api_key, redact
 
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _CONNECT_SECONDS = 10.0
+_LONGEST_REASON = 1000  # characters
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,15 @@ class _Connections:
 
 class Servers:
     """
-    One or several servers with the same model, which share the work and stand in for each other. The arguments that are not
-    described here are those of [`OpenAIJudge`].
+    One or several servers with the same model, which share the work and stand in for each other.
 
     Args:
         judge (`str`):
             Name of the judge, for the log.
-        route ([`Route`]):
-            What is asked.
-        request_format ([`RequestFormat`]):
-            What a request holds, unless a server refuses it.
+        base_url (`str` or `Sequence[str]`):
+            Their addresses.
+        settings ([`ServerSettings`]):
+            What is asked, and how.
 
     Attributes:
         usage (`Counter`): `requests` sent, repeated ones included; `retries`; `failures`, the requests without an answer.
@@ -78,44 +78,13 @@ class Servers:
     Raises:
         ImportError: If the package `aiohttp` is not installed.
         TypeError: If `base_url` is neither an address nor a list of addresses.
-        ValueError: If an argument is out of its range, `base_url` is no plain http(s) address, `api_key_env` is no name, or
-            the key cannot be sent.
+        ValueError: If `base_url` is no plain http(s) address.
     """
 
-    def __init__(
-        self,
-        judge: str,
-        base_url: str | Sequence[str],
-        route: Route,
-        request_format: RequestFormat,
-        api_key_env: str,
-        max_concurrency: int,
-        timeout: float,
-        batch_deadline: float,
-        max_retries: int,
-        breaker_failures: int,
-        breaker_seconds: float,
-    ) -> None:
-        check_whole("max_concurrency", max_concurrency, 1)
-        check_whole("max_retries", max_retries, 0)
-        check_whole("breaker_failures", breaker_failures, 1)
-        seconds = {"timeout": timeout, "batch_deadline": batch_deadline, "breaker_seconds": breaker_seconds}
-        for name, value in seconds.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e7:
-                raise ValueError(
-                    f"{name}={value!r} must be positive: it is the number of seconds that is waited at most."
-                )
+    def __init__(self, judge: str, base_url: str | Sequence[str], settings: ServerSettings) -> None:
         self.judge = judge
         self.base_urls = checked_urls(base_url)
-        self.route = route
-        self.request_format = request_format
-        self.api_key_env = _variable_name(api_key_env)
-        self.max_concurrency = max_concurrency
-        self.timeout = timeout
-        self.batch_deadline = batch_deadline
-        self.max_retries = max_retries
-        self.breaker_failures = breaker_failures
-        self.breaker_seconds = breaker_seconds
+        self.settings = settings
         self.usage: Counter[str] = Counter()
         self._connections: _Connections | None = None
         _require_aiohttp()  # so that a missing package is found before any training
@@ -137,11 +106,11 @@ class Servers:
         """
         if not requests:
             return []
-        end = monotonic() + self.batch_deadline
+        end = monotonic() + self.settings.batch_deadline
         loop = background_loop()
         batch = in_background(self._ask(list(requests), loop, end), loop)
         try:
-            return batch.result(timeout=1.1 * self.batch_deadline)
+            return batch.result(timeout=1.1 * self.settings.batch_deadline)
         except TimeoutError:
             # Something else keeps the loop busy
             batch.cancel()
@@ -169,7 +138,9 @@ class Servers:
 
         # As many workers as may ask at a time, and not a task per request: what lives long brings on full garbage
         # collections, which take 0.1 s each beside torch
-        workers = [loop.create_task(work()) for _ in range(min(len(waiting), self.max_concurrency * len(endpoints)))]
+        workers = [
+            loop.create_task(work()) for _ in range(min(len(waiting), self.settings.max_concurrency * len(endpoints)))
+        ]
         try:
             await asyncio.wait(workers, timeout=max(0.0, end - monotonic()))
         finally:
@@ -179,7 +150,9 @@ class Servers:
         return [results[i] if i in results else self._late() for i in range(len(requests))]
 
     def _late(self) -> RequestFailed:
-        return self._logged(RequestFailed("deadline", f"not judged within batch_deadline={self.batch_deadline:g} s"))
+        return self._logged(
+            RequestFailed("deadline", f"not judged within batch_deadline={self.settings.batch_deadline:g} s")
+        )
 
     async def _result(
         self, request: Request[T], endpoints: list[Endpoint], homes: dict[Hashable, Endpoint], end: float
@@ -191,7 +164,7 @@ class Servers:
         except Exception as error:
             # The question cannot be asked, because its first step is too long, or a bug of ours: a verdict, not the training
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            text = redact(f"{kind}{error}", api_key(self.api_key_env))
+            text = redact(f"{kind}{error}", api_key(self.settings.api_key_env))[:_LONGEST_REASON]
             return self._logged(RequestFailed(type(error).__name__, text))
 
     async def _answer(
@@ -205,7 +178,7 @@ class Servers:
             endpoint.outstanding += 1
             try:
                 async with endpoint.slots:
-                    retries = 0 if any(other.breaker.admits for other in left) else self.max_retries
+                    retries = 0 if any(other.breaker.admits for other in left) else self.settings.max_retries
                     return await endpoint.ask(request.write, retries, end)
             except RequestFailed as failure:
                 left = [other for other in left if other.breaker.admits]
@@ -218,7 +191,7 @@ class Servers:
     def _chosen(self, left: list[Endpoint], group: Hashable, homes: dict[Hashable, Endpoint]) -> Endpoint:
         up = [endpoint for endpoint in left if endpoint.breaker.admits] or left
         home = homes.get(group)
-        if home in up and (home.outstanding < self.max_concurrency or len(up) == 1):
+        if home in up and (home.outstanding < self.settings.max_concurrency or len(up) == 1):
             return home
         chosen = min(up, key=lambda endpoint: endpoint.outstanding)
         if home not in up:
@@ -237,22 +210,7 @@ class Servers:
             )
             own(session)
             weakref.finalize(self, close_in_background, session, loop, os.getpid())
-            endpoints = [
-                Endpoint(
-                    url,
-                    session,
-                    route=self.route,
-                    api_key_env=self.api_key_env,
-                    request_format=self.request_format,
-                    max_concurrency=self.max_concurrency,
-                    timeout=self.timeout,
-                    breaker_failures=self.breaker_failures,
-                    breaker_seconds=self.breaker_seconds,
-                    usage=self.usage,
-                    proxy=_proxy(url),
-                )
-                for url in self.base_urls
-            ]
+            endpoints = [Endpoint(url, session, self.settings, self.usage, _proxy(url)) for url in self.base_urls]
             self._connections = _Connections(loop, session, endpoints)
         return self._connections
 
@@ -265,12 +223,6 @@ class Servers:
             failure.text.rstrip("."),
         )
         return failure
-
-
-def check_whole(name: str, number: Any, least: int) -> None:
-    """Raises a `ValueError` if an argument is no whole number of at least `least`."""
-    if isinstance(number, bool) or not isinstance(number, int) or number < least:
-        raise ValueError(f"{name}={number!r} must be a whole number of at least {least}.")
 
 
 def _require_aiohttp() -> None:
@@ -307,25 +259,6 @@ def checked_urls(base_url: Any) -> tuple[str, ...]:
                 f"base_url={url!r} is no http(s) address. Give all of it, for instance 'http://localhost:8000/v1'."
             )
     return tuple(dict.fromkeys(url.rstrip("/") for url in urls))
-
-
-def _variable_name(api_key_env: Any) -> str:
-    """The name of an environment variable. A key that was given instead is not printed."""
-    if not isinstance(api_key_env, str) or not (
-        api_key_env in os.environ or re.fullmatch(r"[A-Z][A-Z0-9_]*", api_key_env)
-    ):
-        raise ValueError(
-            "api_key_env (not shown here, because it may be a key) is not the name of an environment variable. Put the key "
-            "into a variable, `export JUDGE_API_KEY=...`, and give its name: api_key_env='JUDGE_API_KEY'."
-        )
-    key = api_key(api_key_env)
-    if not (key.isascii() and key.isprintable()):
-        # Otherwise the HTTP library would say so, and might show the key
-        raise ValueError(
-            f"the environment variable {api_key_env} (api_key_env) holds characters that no HTTP header may have. Set it "
-            "anew."
-        )
-    return api_key_env
 
 
 def _proxy(url: str) -> str | None:

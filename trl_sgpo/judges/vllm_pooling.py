@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from trl_sgpo.judges.base import JudgeItem
-from trl_sgpo.judges.endpoint import RequestFailed, RequestFormat, Route
+from trl_sgpo.judges.endpoint import RequestFailed
 from trl_sgpo.judges.prm_spec import KNOWN_WRONG_RULES, EncodedSteps, PRMEncoder, PRMSpec, StepScorer
+from trl_sgpo.judges.server_settings import RequestFormat, ServerSettings
 from trl_sgpo.judges.servers import Request, Servers, checked_urls
 
 
@@ -107,21 +108,21 @@ class VLLMPoolingJudge(StepScorer):
         self.servers = Servers(
             self.name,
             [url.removesuffix("/v1") for url in checked_urls(base_url)],
-            Route(
+            ServerSettings(
                 path="/pooling",
                 field="data",
                 longest_answer=1 << 28,
                 if_too_long="The completion is too long for the server: start it with a larger --max-model-len.",
                 if_not_found=f"Check base_url, model={model!r}, and that the server runs with --runner pooling.",
+                request_format=_FORMAT,
+                api_key_env=api_key_env,
+                max_concurrency=max_concurrency,
+                timeout=timeout,
+                batch_deadline=batch_deadline,
+                max_retries=max_retries,
+                breaker_failures=breaker_failures,
+                breaker_seconds=breaker_seconds,
             ),
-            _FORMAT,
-            api_key_env=api_key_env,
-            max_concurrency=max_concurrency,
-            timeout=timeout,
-            batch_deadline=batch_deadline,
-            max_retries=max_retries,
-            breaker_failures=breaker_failures,
-            breaker_seconds=breaker_seconds,
         )
         config = None
         source = model if tokenizer is None else tokenizer
