@@ -1,6 +1,7 @@
 """A process reward model behind `POST /pooling`: a loopback server that runs the model and answers as vLLM does."""
 
 import json
+import sys
 import threading
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -307,6 +308,12 @@ def test_what_is_too_long_is_not_sent(family):
         assert "the problem is too long" in long.reason
         assert "of 400 steps fit" in cut.reason
         assert len(server.seen) == 1
+
+
+def test_without_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(ImportError, match=r"pip install trl-sgpo\[api\]"):
+        VLLMPoolingJudge("m", spec=PRMSpec.preset("skywork"), tokenizer=byte_tokenizer())
 
 
 def test_errors_name_the_argument(family, tmp_path):
