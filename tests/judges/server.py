@@ -4,8 +4,23 @@ import asyncio
 import contextlib
 import json
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import Any
+
+from trl_sgpo.judges import endpoint, servers
+
+
+class Clock:
+    """The clock of deadlines and breakers: it goes on as always, and a test may set it forward."""
+
+    def __init__(self, monkeypatch):
+        self.skipped = 0.0
+        for module in (endpoint, servers):
+            monkeypatch.setattr(module, "monotonic", lambda: time.monotonic() + self.skipped)
+
+    def skip(self, seconds):
+        self.skipped += seconds
 
 
 @dataclass
@@ -28,8 +43,8 @@ class Request:
 @dataclass
 class Answer:
     """
-    What the server sends. `content` is the judge's text, or `body` all of the response; `seconds` it waits before;
-    `trickle` seconds it waits before each byte; `cut` it closes the connection after half of the body.
+    What the server sends. `content` is the judge's text, or `body` all of the response; `seconds` it waits before, or until
+    `after` is set; `trickle` seconds it waits before each byte; `cut` it closes the connection after half of the body.
     """
 
     content: Any = "FIRST_ERROR: 1"
@@ -37,6 +52,7 @@ class Answer:
     body: Any = None
     headers: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    after: threading.Event | None = None
     trickle: float = 0.0
     cut: bool = False
     finish_reason: str = "stop"
@@ -150,6 +166,8 @@ class Server:
         elif not isinstance(answer, Answer):
             answer = Answer(answer)
         await asyncio.sleep(answer.seconds)
+        while answer.after is not None and not answer.after.is_set():
+            await asyncio.sleep(0.01)
         data = answer.data()
         headers = {"Content-Type": "application/json", "Content-Length": str(len(data)), **answer.headers}
         writer.write(f"HTTP/1.1 {answer.status} X\r\n".encode())

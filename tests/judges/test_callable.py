@@ -1,5 +1,4 @@
 import threading
-import time
 from functools import partial
 
 import pytest
@@ -60,28 +59,28 @@ def test_a_function_that_hangs_is_left_behind():
     def judge(problem, steps):
         calls.append(1)
         if len(calls) == 3:
-            release.wait(30)
+            release.wait()
         return 0
 
-    start = time.perf_counter()
-    verdicts = CallableJudge(judge, batch_deadline=0.3).judge([ITEM] * 5)
-    assert time.perf_counter() - start < 0.3 * 1.2 + 0.1
+    verdicts = CallableJudge(judge, batch_deadline=0.3).judge([ITEM] * 5)  # comes back although nothing is released
     assert status(verdicts) == [("error", 0)] * 2 + [("abstain", None)] * 3
     assert verdicts[2].reason == "not judged within batch_deadline=0.3 s"
     release.set()
 
 
 def test_what_was_left_behind_stops():
-    calls = []
+    release = threading.Event()
+    threads = []
 
     def judge(problem, steps):
-        calls.append(1)
-        time.sleep(0.05)
+        threads.append(threading.current_thread())
+        release.wait()
         return 0
 
-    CallableJudge(judge, batch_deadline=0.12).judge([ITEM] * 50)
-    time.sleep(0.2)
-    assert len(calls) <= 5
+    CallableJudge(judge, batch_deadline=0.1).judge([ITEM] * 50)
+    release.set()
+    threads[0].join()
+    assert len(threads) == 1
 
 
 def test_code_that_wants_the_main_thread(caplog):

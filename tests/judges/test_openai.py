@@ -16,22 +16,31 @@ import time
 
 import pytest
 from conftest import by_kind, logged, words_as_steps
-from server import Answer, Server
+from server import Answer, Clock, Server
 
 from trl_sgpo import JudgeItem, StepwiseJudge
-from trl_sgpo.judges import CachedJudge, endpoint
+from trl_sgpo.judges import CachedJudge, endpoint, servers
 from trl_sgpo.judges.openai import OpenAIJudge
 from trl_sgpo.judges.prompt import JudgePrompt
 
 
 KEY = "uniq7h3-k3y-value"
+# More than any test waits: a judge that comes back did not wait for it
+NEVER = 3600.0
+SILENT = Answer(seconds=NEVER)
+DRIPPING = Answer("FIRST_ERROR: 1" * 10_000, trickle=0.05)
 ITEMS = [JudgeItem(f"Problem {i}", ("Add.", "It is 5.", f"Answer {i}")) for i in range(6)]
 CHOICES = {"choices": [{"finish_reason": "stop", "message": {"content": "FIRST_ERROR: 2"}}]}
 
 
 @pytest.fixture(autouse=True)
 def fresh_log(monkeypatch):
-    monkeypatch.setattr(endpoint, "_shown", set())
+    monkeypatch.setattr(endpoint.log_once, "_logged", set())
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
 
 
 @pytest.fixture
@@ -54,14 +63,20 @@ def free_port():
 
 
 def judged(judge, items=ITEMS):
-    """Verdicts and seconds; every verdict is whole."""
-    start = time.perf_counter()
+    """Verdicts, each of which is whole."""
     verdicts = judge.judge(items)
-    seconds = time.perf_counter() - start
     assert len(verdicts) == len(items)
     for verdict in verdicts:
         assert (verdict.status == "error") == (verdict.first_error is not None)
-    return verdicts, seconds
+    return verdicts
+
+
+def wait_for(condition):
+    """Waits until something is so, a while at most."""
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
 
 
 def statuses(verdicts):
@@ -146,11 +161,11 @@ class TestAnswers:
     def test_no_verdict(self, serve, answer, reason):
         server = serve(lambda request: answer)
         judge = OpenAIJudge("m", server.url, max_retries=0)
-        verdicts, seconds = judged(judge, ITEMS[:2])
+        verdicts = judged(judge, ITEMS[:2])
         assert statuses(verdicts) == {"abstain"}
         for verdict in verdicts:
             assert reason in verdict.reason
-        assert seconds < 2
+        assert len(server.requests) == 2
         server.reply = lambda request: "FIRST_ERROR: 2"
         assert {verdict.first_error for verdict in judge.judge(ITEMS)} == {1}
 
@@ -163,55 +178,55 @@ class TestAnswers:
 
 
 class TestFaults:
-    """What a fault costs: abstentions, no more time than the deadline, and nothing in the next batch."""
+    """
+    What a fault costs: abstentions, no more time than the deadline, and nothing in the next batch. A reason that is not the
+    deadline's says that the judge came back before it.
+    """
 
     @pytest.mark.parametrize(
         ("answer", "reason", "deadline", "requests"),
         [
-            (500, "HTTP 500", 30.0, 12),
-            (Answer("slow down", status=429, headers={"Retry-After": "0.1"}), "HTTP 429", 30.0, 12),
-            (Answer("slow down", status=429, headers={"Retry-After": "3600"}), "Retry-After: 3600 s", 30.0, 6),
+            (500, "HTTP 500", 10.0, 12),
+            (Answer("slow down", status=429, headers={"Retry-After": "0.1"}), "HTTP 429", 10.0, 12),
+            (Answer("slow down", status=429, headers={"Retry-After": "3600"}), "Retry-After: 3600 s", 10.0, 6),
             (
                 Answer("slow down", status=429, headers={"Retry-After": "Fri, 01 Jan 2100 00:00:00 GMT"}),
                 "After",
-                30.0,
+                10.0,
                 6,
             ),
-            (Answer("slow down", status=429, headers={"Retry-After": "20"}), "HTTP 429", 2.0, 6),
-            (Answer(seconds=30), "batch_deadline", 1.0, 6),
-            (Answer(trickle=0.05), "batch_deadline", 1.0, 6),
-            (Answer(cut=True), "ClientPayloadError", 30.0, 12),
-            (Answer("who?", status=401), "environment variable OPENAI_API_KEY, which is not set", 30.0, 6),
-            (Answer("what?", status=404), "model='m'", 30.0, 6),
+            (Answer("slow down", status=429, headers={"Retry-After": "20"}), "HTTP 429", 10.0, 6),
+            (SILENT, "batch_deadline", 1.0, 6),
+            (DRIPPING, "batch_deadline", 1.0, 6),
+            (Answer(cut=True), "ClientPayloadError", 10.0, 12),
+            (Answer("who?", status=401), "environment variable OPENAI_API_KEY, which is not set", 10.0, 6),
+            (Answer("what?", status=404), "model='m'", 10.0, 6),
         ],
     )
     def test_abstains_in_time(self, serve, monkeypatch, answer, reason, deadline, requests):
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
         server = serve(lambda request: answer)
         judge = OpenAIJudge("m", server.url, batch_deadline=deadline, max_retries=1)
-        verdicts, seconds = judged(judge)
+        verdicts = judged(judge)
         assert statuses(verdicts) == {"abstain"}
         for verdict in verdicts:
             assert reason in verdict.reason
-        assert seconds < 1.2 * min(deadline, 3.0)
         assert len(server.requests) == requests == judge.usage["requests"]
         server.reply = lambda request: f"FIRST_ERROR: {request.number % 3 + 1}"
         assert [verdict.first_error for verdict in judge.judge(ITEMS)] == [0, 1, 2, 0, 1, 2]
 
-    @pytest.mark.parametrize("answer", [Answer(seconds=30), Answer(trickle=0.05)])
+    @pytest.mark.parametrize("answer", [SILENT, DRIPPING])
     def test_timeout_of_a_request(self, serve, answer):
         server = serve(lambda request: answer if request.number == 2 else "FIRST_ERROR: 3")
-        verdicts, seconds = judged(OpenAIJudge("m", server.url, timeout=0.5))
+        verdicts = judged(OpenAIJudge("m", server.url, timeout=1.0))
         assert [verdict.first_error for verdict in verdicts] == [2, 2, None, 2, 2, 2]
-        assert "no answer within timeout=0.5 s" in verdicts[2].reason
-        assert seconds < 0.6 + 0.4
+        assert "no answer within timeout=1 s" in verdicts[2].reason
 
     def test_nothing_listens(self):
         judge = OpenAIJudge("m", f"http://127.0.0.1:{free_port()}/v1")
-        verdicts, seconds = judged(judge)
+        verdicts = judged(judge)
         assert statuses(verdicts) == {"abstain"}
         assert "ClientConnectorError" in verdicts[0].reason
-        assert seconds < 3
         assert judge.usage["retries"] == 12
 
     def test_retries_help(self, serve):
@@ -226,21 +241,14 @@ class TestFaults:
             return Answer("wait", status=429, headers={"Retry-After": "0.2"})
 
         judge = OpenAIJudge("m", serve(reply).url)
-        verdicts, seconds = judged(judge)
-        assert statuses(verdicts) == {"error"}
-        assert seconds < 2
+        assert statuses(judged(judge)) == {"error"}
         assert judge.usage["retries"] == judge.usage["failures"] == 6
 
     def test_what_the_deadline_cuts_off_does_not_reach_the_next_batch(self, serve):
-        server = serve(lambda request: Answer("FIRST_ERROR: 1", seconds=0.0 if request.number < 3 else 3.0))
+        server = serve(lambda request: "FIRST_ERROR: 1" if request.number < 3 else SILENT)
         judge = OpenAIJudge("m", server.url, batch_deadline=1.0, max_concurrency=5)
-        verdicts, seconds = judged(judge)
-        assert [verdict.first_error for verdict in verdicts] == [0, 0, 0, None, None, None]
-        assert seconds < 1.2
-        deadline = time.monotonic() + 2
-        while server.lost < 3 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert server.lost == 3
+        assert [verdict.first_error for verdict in judged(judge)] == [0, 0, 0, None, None, None]
+        assert wait_for(lambda: server.lost == 3)
         assert server.under_way == 0
         server.reply = lambda request: "FIRST_ERROR: 2"
         assert {verdict.first_error for verdict in judge.judge(ITEMS)} == {1}
@@ -250,28 +258,25 @@ class TestFaults:
         server = serve(lambda request: Answer(status=503, seconds=0.2))
         items = [JudgeItem(f"Problem {i}", ("Add.",)) for i in range(100)]
         judge = OpenAIJudge("m", server.url, batch_deadline=1.0, max_concurrency=2, max_retries=5)
-        verdicts, seconds = judged(judge, items)
+        verdicts = judged(judge, items)
         assert statuses(verdicts) == {"abstain"}
-        assert seconds < 1.2
+        assert len(server.requests) <= 2 * 5  # of 600; one takes 0.2 s and two are under way
+        assert "batch_deadline" in verdicts[-1].reason
 
     def test_an_interrupt_ends_the_requests(self, serve):
-        server = serve(lambda request: Answer(seconds=20))
+        server = serve(lambda request: SILENT)
         judge = OpenAIJudge("m", server.url)
         # A process that was started in the background ignores interrupts
         handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         timer = threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT])
         timer.start()
-        start = time.perf_counter()
         try:
             with pytest.raises(KeyboardInterrupt):
                 judge.judge(ITEMS)
         finally:
             signal.signal(signal.SIGINT, handler)
-        assert time.perf_counter() - start < 2
-        deadline = time.monotonic() + 2
-        while server.lost < 6 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert server.lost == 6
+        assert wait_for(lambda: server.lost == len(server.requests))
+        assert server.under_way == 0
         server.reply = lambda request: "FIRST_ERROR: 2"
         assert statuses(judge.judge(ITEMS)) == {"error"}
 
@@ -445,7 +450,7 @@ class TestServers:
         problems = [{request.number for request in server.requests} for server in servers]
         assert not problems[0] & problems[1]  # a problem moves only where its server is full
 
-    @pytest.mark.parametrize("fault", [None, 500, 401, Answer(seconds=30)])
+    @pytest.mark.parametrize("fault", [None, 500, 401, SILENT])
     def test_one_of_two_servers_is_down(self, serve, fault):
         good = serve(lambda request: f"FIRST_ERROR: {request.number % 3 + 1}")
         bad = serve(lambda request: fault) if fault else None
@@ -455,9 +460,7 @@ class TestServers:
         judge = OpenAIJudge(
             "m", [url, good.url], max_retries=0, breaker_failures=3, max_concurrency=4, timeout=timeout
         )
-        verdicts, seconds = judged(judge, items)
-        assert [verdict.first_error for verdict in verdicts] == [i % 3 for i in range(60)]
-        assert seconds < 6
+        assert [verdict.first_error for verdict in judged(judge, items)] == [i % 3 for i in range(60)]
         if bad:
             assert len(bad.requests) <= 8
             before = len(bad.requests)
@@ -465,47 +468,54 @@ class TestServers:
         if bad:
             assert len(bad.requests) == before
 
-    def test_breaker_opens_and_closes(self, serve, caplog):
+    def test_breaker_opens_and_closes(self, serve, caplog, clock):
         server = serve(lambda request: 500)
         items = [JudgeItem(f"Problem {i}", ("Add.",)) for i in range(30)]
-        judge = OpenAIJudge("m", server.url, max_retries=0, max_concurrency=2, breaker_failures=4, breaker_seconds=0.4)
+        judge = OpenAIJudge("m", server.url, max_retries=0, max_concurrency=2, breaker_failures=4, breaker_seconds=40)
         verdicts = judge.judge(items)
         assert statuses(verdicts) == {"abstain"}
         assert 4 <= len(server.requests) <= 5
         assert "times in a row and is not asked for" in verdicts[-1].reason
         assert "HTTP 500" in verdicts[-1].reason
         before = len(server.requests)
-        assert judged(judge, items)[1] < 0.3  # at once
+        judge.judge(items)  # nobody is asked
         assert len(server.requests) == before
-        time.sleep(0.45)
+        clock.skip(39)
+        judge.judge(items)
+        assert len(server.requests) == before
+        clock.skip(2)
         judge.judge(items)  # one trial, in vain
         assert len(server.requests) == before + 1
-        time.sleep(0.45)
+        clock.skip(79)
         judge.judge(items)  # the pause has doubled
         assert len(server.requests) == before + 1
         assert caplog.text.count("IS DOWN") == 1
         server.reply = lambda request: "FIRST_ERROR: 1"
-        time.sleep(0.45)
+        clock.skip(2)
         assert statuses(judge.judge(items)) == {"error"}  # those that waited for the trial too
         assert len(server.requests) == before + 1 + 30
         assert "answers again" in caplog.text
 
     def test_a_hanging_server_is_left_alone_after_a_batch(self, serve):
-        server = serve(lambda request: Answer(seconds=30))
+        server = serve(lambda request: SILENT)
         judge = OpenAIJudge("m", server.url, batch_deadline=0.5, breaker_failures=3)
         judge.judge(ITEMS)
-        assert judged(judge)[1] < 0.3
+        assert "is not asked for" in judged(judge)[0].reason  # and not that the deadline passed
         assert len(server.requests) == 6
 
     def test_a_slow_server_is_not_down(self, serve):
         """Requests time out at the end of a queue, on a server that answers others all the time."""
-        server = serve()
-        turn = iter(range(1000))
-        server.reply = lambda request: Answer("FIRST_ERROR: 1", seconds=0.1 * next(turn))
+        everyone = threading.Event()  # is there before anyone is answered
+
+        def reply(request):
+            if len(server.requests) == 30:
+                everyone.set()
+            return Answer("FIRST_ERROR: 1", after=everyone) if request.number < 8 else SILENT
+
+        server = serve(reply)
         items = [JudgeItem(f"Problem {i}", ("Add.",)) for i in range(30)]
-        judge = OpenAIJudge("m", server.url, timeout=1.0, breaker_failures=3)
-        verdicts = judge.judge(items)
-        assert 5 <= sum(verdict.status == "error" for verdict in verdicts) <= 11
+        judge = OpenAIJudge("m", server.url, timeout=2.0, breaker_failures=3)
+        assert [verdict.status for verdict in judge.judge(items)] == ["error"] * 8 + ["abstain"] * 22
         server.reply = lambda request: "FIRST_ERROR: 1"
         assert statuses(judge.judge(items)) == {"error"}
 
@@ -597,10 +607,7 @@ class TestWhereItRuns:
         judge = OpenAIJudge("m", server.url)
         judge.judge(ITEMS)
         del judge
-        deadline = time.monotonic() + 2
-        while server._writers and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not server._writers
+        assert wait_for(lambda: not server._writers)
         assert "Unclosed" not in caplog.text
 
     def test_behind_a_proxy_of_the_environment(self, serve, monkeypatch):
@@ -608,6 +615,10 @@ class TestWhereItRuns:
         assert statuses(OpenAIJudge("m", serve().url).judge(ITEMS)) == {"error"}  # this machine needs none
         judge = OpenAIJudge("m", "http://judge.invalid/v1", max_retries=0)
         assert "ClientProxyConnectionError" in judge.judge(ITEMS[:1])[0].reason
+        for host in ("localhost:8000", "127.5.0.1", "[::1]:8000", "0.0.0.0:8000"):
+            assert servers._proxy(f"http://{host}/v1") is None
+        for host in ("10.0.0.1", "127.judge.invalid", "[fd00::1]:8000"):
+            assert servers._proxy(f"http://{host}/v1") == os.environ["http_proxy"]
 
 
 class TestTheKey:
@@ -677,7 +688,7 @@ class TestTheKey:
 
 
 class TestLog:
-    def test_one_line_per_kind_of_trouble(self, serve, caplog):
+    def test_one_line_per_kind_of_failure(self, serve, caplog):
         server = serve(lambda request: 500 if request.number % 2 else "hm")
         judge = OpenAIJudge("m", server.url, max_retries=0, breaker_failures=1000)
         for _ in range(3):
@@ -726,9 +737,9 @@ class TestArguments:
 
     def test_the_address_of_the_environment(self, monkeypatch):
         monkeypatch.setenv("OPENAI_BASE_URL", "http://host:1/v1/")
-        assert OpenAIJudge("m").base_urls == ("http://host:1/v1",)
+        assert OpenAIJudge("m").servers.base_urls == ("http://host:1/v1",)
         monkeypatch.delenv("OPENAI_BASE_URL")
-        assert OpenAIJudge("m").base_urls == ("https://api.openai.com/v1",)
+        assert OpenAIJudge("m").servers.base_urls == ("https://api.openai.com/v1",)
 
     def test_cache_key(self):
         base = OpenAIJudge("m", "http://a/v1", timeout=1)
@@ -752,7 +763,7 @@ class TestArguments:
             OpenAIJudge("m")
 
 
-def test_training_goes_on_whatever_the_server_does(serve, make_trainer, caplog):
+def test_training_goes_on_whatever_the_server_does(serve, make_trainer, caplog, clock):
     """Six updates: a mix of faults, then the server goes down and comes back, and the run ends as it should."""
     faults = [
         "FIRST_ERROR: 1",
@@ -761,8 +772,8 @@ def test_training_goes_on_whatever_the_server_does(serve, make_trainer, caplog):
         "what?",
         500,
         Answer(status=429, headers={"Retry-After": "3600"}),
-        Answer(seconds=5),
-        Answer(trickle=0.1),
+        SILENT,
+        DRIPPING,
         Answer(cut=True),
         Answer(body=b"{}"),
         Answer(finish_reason="length"),
@@ -773,31 +784,29 @@ def test_training_goes_on_whatever_the_server_does(serve, make_trainer, caplog):
     judge = OpenAIJudge(
         "m", server.url, timeout=0.5, batch_deadline=1.5, max_retries=0, breaker_failures=4, breaker_seconds=0.2
     )
-    seconds = []
+    rounds = 0
     inner = judge.judge
 
-    def timed(items):
-        if len(seconds) == 2:
+    def counted(items):
+        nonlocal rounds
+        if rounds == 2:
             server.stop()
-        if len(seconds) == 4:
+        if rounds == 4:
             server.start()
             server.reply = lambda request: f"FIRST_ERROR: {len(request.question) % 2 + 1}"
-            time.sleep(0.5)
-        start = time.perf_counter()
-        verdicts = inner(items)
-        seconds.append(time.perf_counter() - start)
-        return verdicts
+            clock.skip(5)
+        rounds += 1
+        return inner(items)
 
-    judge.judge = timed
+    judge.judge = counted
     trainer = make_trainer(
         [lambda completions, **kwargs: [0.0] * len(completions), StepwiseJudge(judge, segmenter=words_as_steps)],
         max_steps=6,
     )
     trainer.train()
     rates = logged(trainer, "sgpo/abstain_rate")
-    assert trainer.state.global_step == len(seconds) == len(rates) == 6
+    assert trainer.state.global_step == rounds == len(rates) == 6
     assert all(math.isfinite(loss) for loss in logged(trainer, "loss"))
-    assert max(seconds) < 1.5 * 1.2
     assert rates[2] == rates[3] == 1.0
     assert rates[5] == 0.0
     assert 0 < rates[0] < 1

@@ -15,6 +15,7 @@ from trl_sgpo import JudgeItem
 from trl_sgpo.judges import endpoint
 from trl_sgpo.judges.openai import OpenAIJudge
 from trl_sgpo.judges.prompt import JudgePrompt
+from trl_sgpo.judges.server_settings import RequestFormat
 
 
 for package in ("fastapi", "uvicorn", "openai"):
@@ -105,13 +106,13 @@ def served(tmp_path, make_chat_model, chat_tokenizer):
 
 def test_a_real_server(served, monkeypatch, caplog):
     url, folders = served
-    monkeypatch.setattr(endpoint, "_shown", set())
+    monkeypatch.setattr(endpoint.log_once, "_logged", set())
     judge = OpenAIJudge(folders["taught"], url, prompt=PROMPT, max_tokens=32, extra_body={"top_k": 5})
     verdicts = judge.judge(ITEMS)
     assert [(verdict.status, verdict.first_error) for verdict in verdicts] == [("error", 1)] * 4, verdicts
     # It took the JSON schema and ignored it; the key that it does not know is not sent any more
-    (server,) = judge._connections.endpoints
-    assert server.dialect == endpoint.Dialect(output="json_schema")
+    (server,) = judge.servers.endpoints
+    assert server.request_format == RequestFormat(output="json_schema")
     assert "extra_body['top_k'] is not sent" in caplog.text
     assert judge.usage["completion_tokens"] == 4 * 15
     before = judge.usage["requests"]

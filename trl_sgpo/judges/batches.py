@@ -6,6 +6,8 @@ from typing import TypeVar
 
 import torch
 
+from trl_sgpo.judges.log_once import LogOnce
+
 
 T = TypeVar("T")
 
@@ -44,7 +46,7 @@ class BatchRunner:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._traceback_shown = False
+        self._log_once = LogOnce(logger)
 
     def run(
         self,
@@ -90,11 +92,8 @@ class BatchRunner:
 
     def show_traceback(self, name: str) -> None:
         """Logs the exception that is being handled; the first one only."""
-        if not self._traceback_shown:
-            self._traceback_shown = True
-            logger.warning(
-                "%s failed on a batch. Its completions count as abstentions; further failures are counted in the metric "
-                "`sgpo/abstain_rate` and not shown.",
-                name,
-                exc_info=True,
-            )
+        self._log_once.traceback(
+            "%s failed on a batch. Its completions count as abstentions; further failures are counted in the metric "
+            "`sgpo/abstain_rate` and not shown.",
+            name,
+        )

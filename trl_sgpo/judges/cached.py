@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from trl_sgpo.judges.base import JudgeItem, StepJudge, Verdict, ask, checked_verdict, identity
 from trl_sgpo.judges.callable import CallableJudge
 from trl_sgpo.judges.combinators import Combinator, as_judge
+from trl_sgpo.judges.log_once import LogOnce
 
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class CachedJudge(StepJudge):
         self._connection: sqlite3.Connection | None = None
         self._pid = os.getpid()
         self._damaged = False
-        self._shown: set[str] = set()
+        self._log_once = LogOnce(logger)
         _open_judges.add(self)
         self._use("opened", lambda connection: None)  # so that a wrong path is reported before any training
 
@@ -184,10 +185,12 @@ class CachedJudge(StepJudge):
                 parts["row"] = _seen(item.row, self._columns)
             text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=_plain)
         except Exception as error:
-            self._show_once(
+            self._log_once(
                 "key",
-                f"A completion cannot be cached, for it or its row cannot be written as JSON ({type(error).__name__}: "
-                f"{error}). The judge is asked directly about such completions.",
+                "A completion cannot be cached, because it or its row cannot be written as JSON (%s: %s). The judge is "
+                "asked directly about such completions.",
+                type(error).__name__,
+                error,
             )
             return None
         return hashlib.sha256(text.encode()).digest()
@@ -218,35 +221,34 @@ class CachedJudge(StepJudge):
     def _report(self, verb: str, error: Exception) -> None:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             self._damaged = True
-            self._show_once(
+            self._log_once(
                 "damaged",
-                f"The cache {self.path} is damaged or no cache ({error}). It is left alone, and the judge is asked "
-                f"directly. To cache again, delete it together with {self.path}-wal and {self.path}-shm, or give "
-                "`CachedJudge` another path, and start again.",
+                "The cache %s is damaged or no cache (%s). It is left alone, and the judge is asked directly. To cache "
+                "again, delete it together with %s-wal and %s-shm, or give `CachedJudge` another path, and start again.",
+                self.path,
+                error,
+                self.path,
+                self.path,
             )
             return
-        self._show_once(
+        self._log_once(
             "failed",
-            f"The cache {self.path} cannot be {verb} ({type(error).__name__}: {error}). The judge is asked directly, "
-            "and the cache is tried again with every batch; further failures are not shown. Check that the path is a "
-            "file in an existing folder, that both can be written, that the disk has room, and that no other process "
-            f"holds the file for more than {BUSY_SECONDS:g} s.",
+            "The cache %s cannot be %s (%s: %s). The judge is asked directly, and the cache is tried again with every "
+            "batch; further failures are not shown. Check that the path is a file in an existing folder, that both can be "
+            "written, that the disk has room, and that no other process holds the file for more than %g s.",
+            self.path,
+            verb,
+            type(error).__name__,
+            error,
+            BUSY_SECONDS,
         )
 
-    def _show_once(self, what: str, message: str) -> None:
-        if what not in self._shown:
-            self._shown.add(what)
-            logger.warning("%s", message)
-
     def _show_traceback(self, judge: StepJudge) -> None:
-        if "traceback" not in self._shown:
-            self._shown.add("traceback")
-            logger.warning(
-                "The judge %s raised an exception. What it was asked about counts as an abstention, which is not "
-                "cached; further exceptions stand in the verdicts' reasons and are not shown.",
-                judge.name,
-                exc_info=True,
-            )
+        self._log_once.traceback(
+            "The judge %s raised an exception. What it was asked about counts as an abstention, which is not cached; "
+            "further exceptions stand in the verdicts' reasons and are not shown.",
+            judge.name,
+        )
 
 
 def _opened(path: str) -> sqlite3.Connection:

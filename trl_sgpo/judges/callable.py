@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from trl_sgpo.judges.base import JudgeItem, StepJudge, Verdict
+from trl_sgpo.judges.log_once import LogOnce
 
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,7 @@ class CallableJudge(StepJudge):
         self.function = function
         self.batch_deadline = batch_deadline
         self.column_names = _column_names(function)
-        self._traceback_shown = False
-        self._thread_hint_shown = False
+        self._log_once = LogOnce(logger)
 
     @property
     def name(self) -> str:
@@ -104,17 +104,14 @@ class CallableJudge(StepJudge):
         try:
             answer = self.function(item.problem, list(item.steps), **columns)
         except (Exception, SystemExit) as error:
-            if not self._traceback_shown:
-                self._traceback_shown = True
-                logger.warning(
-                    "The judge %s raised an exception. This completion counts as an abstention; further exceptions are "
-                    "counted in the metric `sgpo/abstain_rate` and not shown.",
-                    self.name,
-                    exc_info=True,
-                )
-            if "main thread" in str(error) and not self._thread_hint_shown:
-                self._thread_hint_shown = True
-                logger.warning(
+            self._log_once.traceback(
+                "The judge %s raised an exception. This completion counts as an abstention; further exceptions are "
+                "counted in the metric `sgpo/abstain_rate` and not shown.",
+                self.name,
+            )
+            if "main thread" in str(error):
+                self._log_once(
+                    "main thread",
                     "The judge %s wants the main thread, as code that sets signals does. Give it "
                     "`CallableJudge(function, batch_deadline=None)`, which runs it there, without a time limit.",
                     self.name,

@@ -15,6 +15,7 @@ from typing import Any
 
 from trl_sgpo.judges.base import JudgeItem, StepJudge, Verdict, ask, identity
 from trl_sgpo.judges.callable import CallableJudge
+from trl_sgpo.judges.log_once import LogOnce
 from trl_sgpo.judges.stepwise import StepwiseJudge
 
 
@@ -105,7 +106,7 @@ class Combinator(StepJudge):
         if not judges:
             raise ValueError(f"judges={judges!r} is empty. `{type(self).__name__}` needs at least one judge to ask.")
         self.judges = [as_judge(judge, f"judges[{i}]") for i, judge in enumerate(judges)]
-        self._traceback_shown = False
+        self._log_once = LogOnce(logger)
 
     @property
     def name(self) -> str:
@@ -124,15 +125,12 @@ class Combinator(StepJudge):
         return list(zip(*(self._ask(judge, items) for judge in self.judges), strict=True))
 
     def _show_traceback(self, judge: StepJudge) -> None:
-        if not self._traceback_shown:
-            self._traceback_shown = True
-            logger.warning(
-                "The judge %s, a member of %s, raised an exception. It counts as abstaining on what it was asked "
-                "about; further exceptions of the members stand in the verdicts' reasons and are not shown.",
-                judge.name,
-                self.name,
-                exc_info=True,
-            )
+        self._log_once.traceback(
+            "The judge %s, a member of %s, raised an exception. It counts as abstaining on what it was asked about; "
+            "further exceptions of the members stand in the verdicts' reasons and are not shown.",
+            judge.name,
+            self.name,
+        )
 
 
 class MajorityVote(Combinator):

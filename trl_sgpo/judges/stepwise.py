@@ -20,6 +20,7 @@ import torch
 from trl_sgpo.groups import TRANSFORMS, rts_to_reward
 from trl_sgpo.judges.base import JudgeItem, StepJudge, Verdict, ask
 from trl_sgpo.judges.callable import CallableJudge
+from trl_sgpo.judges.log_once import LogOnce
 from trl_sgpo.steps import (
     CutCompletion,
     Segmenter,
@@ -193,7 +194,7 @@ class StepwiseJudge:
         self.no_error = no_error
         self.reference_column = reference_column
         self.include_thinking = include_thinking
-        self._traceback_shown = False
+        self._log_once = LogOnce(logger)
 
     def __repr__(self) -> str:
         rule = f"beta={self.beta:g}, gamma={self.gamma:g}, " if self.transform == "logistic" else ""
@@ -315,14 +316,11 @@ class StepwiseJudge:
         self._show_traceback(f"The judge {judge.name} raised an exception")
 
     def _show_traceback(self, what: str) -> None:
-        if not self._traceback_shown:
-            self._traceback_shown = True
-            logger.warning(
-                "%s. What it was asked about counts as an abstention; further failures are counted in the metric "
-                "`sgpo/abstain_rate` and not shown.",
-                what,
-                exc_info=True,
-            )
+        self._log_once.traceback(
+            "%s. What it was asked about counts as an abstention; further failures are counted in the metric "
+            "`sgpo/abstain_rate` and not shown.",
+            what,
+        )
 
 
 def problem_text(prompt: Any) -> str:

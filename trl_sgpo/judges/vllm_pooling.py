@@ -1,45 +1,43 @@
 """
-A process reward model behind a vLLM server: `POST /pooling` with the task `token_classify`.
+A process reward model behind vLLM servers: `POST /pooling` with the task `token_classify`.
 
-The completions are tokenised here, as for [`PRMJudge`], and sent as token ids: so the server cannot take for a separator
-what the policy wrote, and the positions of the scores are known. Needs no package beyond the standard library.
-
-Left out: several servers and a circuit breaker.
+The completions are tokenised here, as for [`PRMJudge`], and sent as token ids. So the server cannot take the policy's text for
+a separator, and the positions of the scores are known. Servers, retries and the breaker are in `servers.py` and `endpoint.py`.
+Needs `pip install trl-sgpo[api]`.
 """
 
 import json
 import math
 import os
-import threading
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
-from http.client import HTTPException
-from time import monotonic, sleep
+from collections.abc import Sequence
 from typing import Any
 
 from trl_sgpo.judges.base import JudgeItem
+from trl_sgpo.judges.endpoint import RequestFailed
 from trl_sgpo.judges.prm_spec import KNOWN_WRONG_RULES, EncodedSteps, PRMEncoder, PRMSpec, StepScorer
+from trl_sgpo.judges.server_settings import RequestFormat, ServerSettings
+from trl_sgpo.judges.servers import Request, Servers, checked_urls
 
 
-_RETRIES = 2
-_PASSING_STATUS = {429, 502, 503, 504}  # what may be better a moment later
-_LARGEST_ANSWER = 1 << 28  # bytes
+# Nothing that a server could refuse and that could be left out
+_FORMAT = RequestFormat(output="text", temperature=False, length_key="")
 
 
 class VLLMPoolingJudge(StepScorer):
     """
-    Judge that has every step scored by a process reward model on a vLLM server; the first step whose score is under the
-    threshold is the error. See [`PRMJudge`] for what a verdict says.
+    Judge that has every step scored by a process reward model on one or several vLLM servers. The first step whose score is
+    under the threshold is the error. See [`PRMJudge`] for what a verdict says, and [`OpenAIJudge`] for what happens when a
+    server fails.
 
-    Start the server with `vllm serve Qwen/Qwen2.5-Math-PRM-7B --runner pooling`. It may answer with one row per token, or
-    with one row per step tag (pooling type `STEP`).
+    Start a server with `vllm serve Qwen/Qwen2.5-Math-PRM-7B --runner pooling`. It may answer with one row per token, or with
+    one row per step tag (pooling type `STEP`).
 
     Args:
         model (`str`):
             Name of the model, as the server knows it.
-        base_url (`str`, *optional*, defaults to `"http://localhost:8000"`):
-            Address of the server, with or without `/v1`.
+        base_url (`str` or `Sequence[str]`, *optional*, defaults to `"http://localhost:8000"`):
+            Address of the server, with or without `/v1`, or those of several servers with the same model, which share the
+            work and stand in for each other.
         spec ([`PRMSpec`], *optional*):
             The model's layout. By default what its config says; see [`PRMJudge`].
         tokenizer (`str` or `PreTrainedTokenizerBase`, *optional*):
@@ -59,15 +57,23 @@ class VLLMPoolingJudge(StepScorer):
             Name of the environment variable that holds the key, if the server wants one. The key itself is never an
             argument, so that it appears in no config, log or model card.
         max_concurrency (`int`, *optional*, defaults to `32`):
-            Requests under way at the same time, per process.
+            Requests under way at the same time, per server and process.
         timeout (`float`, *optional*, defaults to `120.0`):
             Seconds that one request may take.
         batch_deadline (`float`, *optional*, defaults to `300.0`):
             Seconds that one batch may take; the rest is abstained on. Keep it below the process group's timeout.
         revision (`str`, *optional*):
             Branch, tag or commit of the tokenizer and the config on the Hub.
+        max_retries (`int`, *optional*, defaults to `2`):
+            See [`OpenAIJudge`].
+        breaker_failures (`int`, *optional*, defaults to `8`):
+            See [`OpenAIJudge`].
+        breaker_seconds (`float`, *optional*, defaults to `30.0`):
+            See [`OpenAIJudge`].
 
     Raises:
+        ImportError: If the package `aiohttp` is not installed.
+        TypeError: If `base_url` is neither an address nor a list of addresses.
         ValueError: If the tokenizer or the config cannot be loaded or do not go with the spec, or another argument is
             out of its range.
     """
@@ -75,7 +81,7 @@ class VLLMPoolingJudge(StepScorer):
     def __init__(
         self,
         model: str,
-        base_url: str = "http://localhost:8000",
+        base_url: str | Sequence[str] = "http://localhost:8000",
         spec: PRMSpec | None = None,
         tokenizer: Any = None,
         threshold: float | None = None,
@@ -87,27 +93,37 @@ class VLLMPoolingJudge(StepScorer):
         timeout: float = 120.0,
         batch_deadline: float = 300.0,
         revision: str | None = None,
+        max_retries: int = 2,
+        breaker_failures: int = 8,
+        breaker_seconds: float = 30.0,
     ) -> None:
-        limits = {"max_concurrency": max_concurrency, "timeout": timeout, "batch_deadline": batch_deadline}
-        for name, value in limits.items():
-            if not value > 0:
-                raise ValueError(f"{name}={value} must be positive: it limits what the judge may take.")
         if known_wrong_rule not in KNOWN_WRONG_RULES:
             raise ValueError(
                 f"known_wrong_rule={known_wrong_rule!r} is unknown: it must be one of {list(KNOWN_WRONG_RULES)}."
             )
-        if not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"base_url={base_url!r} is no address. Give one like 'http://localhost:8000'.")
         self.model = model
-        self.base_url = base_url.rstrip("/").removesuffix("/v1")
         self.known_wrong_rule = known_wrong_rule
         self.use_activation = use_activation
-        self.api_key_env = api_key_env
-        self.max_concurrency = max_concurrency
-        self.timeout = timeout
-        self.batch_deadline = batch_deadline
         self.revision = revision
-        self._key()  # so that one that cannot be sent is found before any training
+        self.servers = Servers(
+            self.name,
+            [url.removesuffix("/v1") for url in checked_urls(base_url)],
+            ServerSettings(
+                path="/pooling",
+                field="data",
+                longest_answer=1 << 28,
+                if_too_long="The completion is too long for the server: start it with a larger --max-model-len.",
+                if_not_found=f"Check base_url, model={model!r}, and that the server runs with --runner pooling.",
+                request_format=_FORMAT,
+                api_key_env=api_key_env,
+                max_concurrency=max_concurrency,
+                timeout=timeout,
+                batch_deadline=batch_deadline,
+                max_retries=max_retries,
+                breaker_failures=breaker_failures,
+                breaker_seconds=breaker_seconds,
+            ),
+        )
         config = None
         source = model if tokenizer is None else tokenizer
         if isinstance(source, str | os.PathLike):
@@ -140,39 +156,19 @@ class VLLMPoolingJudge(StepScorer):
         return f"VLLMPoolingJudge({self.model}, {self.revision}, {options}) {spec}"
 
     def score_steps(self, items: Sequence[JudgeItem]) -> list[list[float] | str]:
-        end = monotonic() + self.batch_deadline
-        late = f"not judged within batch_deadline={self.batch_deadline:g} s"
-        results: list[list[float] | str] = [late] * len(items)
-        encoded: list[tuple[int, EncodedSteps]] = []
-        for i, one in enumerate(self.encoder.encode(items)):
+        results: list[list[float] | str] = [[] for _ in items]
+        requests: dict[int, Request[list[float] | str]] = {}
+        for i, (item, one) in enumerate(zip(items, self.encoder.encode(items), strict=True)):
             if isinstance(one, Exception):
                 results[i] = f"the completion could not be encoded: {type(one).__name__}: {one}"
-            elif not one.positions:
-                results[i] = []
-            else:
-                encoded.append((i, one))
-        queue: Iterator[tuple[int, EncodedSteps]] = iter(encoded)
-        lock = threading.Lock()
-        open_requests = threading.Semaphore(0)
+            elif one.positions:
+                requests[i] = self._request(item, one)
+        answers = self.servers.ask(list(requests.values()))
+        for i, answer in zip(requests, answers, strict=True):
+            results[i] = answer.text if isinstance(answer, RequestFailed) else answer
+        return results
 
-        def work() -> None:
-            while monotonic() < end:
-                with lock:
-                    i, one = next(queue, (-1, None))
-                if one is None:
-                    return
-                results[i] = self._score_one(one, end)
-                open_requests.release()
-
-        # Daemon threads: a server that drips its answer for ever must not keep the program from ending
-        for _ in range(min(self.max_concurrency, len(encoded))):
-            threading.Thread(target=work, name="VLLMPoolingJudge", daemon=True).start()
-        for _ in encoded:
-            if not open_requests.acquire(timeout=max(0.0, end - monotonic())):
-                break
-        return list(results)
-
-    def _score_one(self, encoded: EncodedSteps, end: float) -> list[float] | str:
+    def _request(self, item: JudgeItem, encoded: EncodedSteps) -> Request[list[float] | str]:
         body = {
             "model": self.model,
             "task": "token_classify",
@@ -180,14 +176,14 @@ class VLLMPoolingJudge(StepScorer):
             "encoding_format": "float",
             "use_activation": self.use_activation,
         }
-        try:
-            answer = self._post("/pooling", body, end)
-            return self._scores(answer["data"][0]["data"], encoded)
-        except (KeyError, IndexError, TypeError) as error:
-            return f"the server's answer has another form ({type(error).__name__}: {error})"
-        except Exception as error:
-            # Whatever a server or the network does, it costs one verdict
-            return self._without_key(f"{type(error).__name__}: {error}")[:300]
+
+        def read(_: None, answer: dict[str, Any]) -> list[float] | str:
+            try:
+                return self._scores(answer["data"][0]["data"], encoded)
+            except (KeyError, IndexError, TypeError) as error:
+                return f"the server's answer has another form ({type(error).__name__}: {error})"
+
+        return Request(item.problem, lambda request_format: (None, body), read)
 
     def _scores(self, rows: Any, encoded: EncodedSteps) -> list[float] | str:
         """The score of each step out of rows for every token, or for every step tag."""
@@ -226,68 +222,6 @@ class VLLMPoolingJudge(StepScorer):
             )
         return value
 
-    def _post(self, path: str, body: dict[str, Any], end: float) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if key := self._key():
-            headers["Authorization"] = f"Bearer {key}"
-        data = json.dumps(body).encode()
-        # A redirect would take the key along to another server
-        opener = urllib.request.build_opener(_NoRedirect)
-        for attempt in range(_RETRIES + 1):
-            request = urllib.request.Request(self.base_url + path, data=data, headers=headers, method="POST")
-            stop = min(end, monotonic() + self.timeout)
-            try:
-                with opener.open(request, timeout=max(0.001, stop - monotonic())) as response:
-                    return json.loads(_read(response, stop))
-            except urllib.error.HTTPError as error:
-                passing = error.code in _PASSING_STATUS
-                text = error.read(200).decode("utf-8", "replace")
-                failure: Exception = ConnectionError(f"the server answered {error.code}: {text}")
-            except TimeoutError as error:
-                raise TimeoutError(f"no answer within timeout={self.timeout:g} s") from error
-            except (OSError, HTTPException) as error:
-                if isinstance(getattr(error, "reason", None), TimeoutError):
-                    raise TimeoutError(f"no answer within timeout={self.timeout:g} s") from error
-                passing, failure = True, error
-            pause = 0.5 * 2**attempt
-            if not passing or attempt == _RETRIES or monotonic() + pause >= end:
-                break
-            sleep(pause)
-        raise failure
-
-    def _key(self) -> str:
-        key = os.environ.get(self.api_key_env, "").strip()
-        if not (key.isascii() and (key.isprintable())):
-            # Else the HTTP library would say so, and show the key
-            raise ValueError(
-                f"the environment variable {self.api_key_env} (api_key_env) holds characters that no HTTP header may "
-                "have. Set it anew."
-            )
-        return key
-
-    def _without_key(self, text: str) -> str:
-        key = os.environ.get(self.api_key_env, "").strip()
-        return text.replace(key, "***") if key else text
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
-def _read(response: Any, stop: float) -> bytes:
-    """The body of an answer; the time limit of a socket is for one read, and there may be many."""
-    parts: list[bytes] = []
-    size = 0
-    while chunk := response.read1(1 << 16):
-        parts.append(chunk)
-        size += len(chunk)
-        if monotonic() > stop:
-            raise TimeoutError
-        if size > _LARGEST_ANSWER:
-            raise ConnectionError(f"the server's answer is longer than {_LARGEST_ANSWER} bytes")
-    return b"".join(parts)
-
 
 def _load_tokenizer(path: str, revision: str | None) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
@@ -298,6 +232,6 @@ def _load_tokenizer(path: str, revision: str | None) -> tuple[Any, Any]:
         )
     except Exception as error:
         raise ValueError(
-            f"the tokenizer and config of {path!r} could not be loaded: {error} They are needed here, since the server "
-            "is sent token ids. Give `tokenizer`: the Hub id or folder that has them."
+            f"the tokenizer and config of {path!r} could not be loaded: {error} They are needed here, because the "
+            "server is sent token ids. Give `tokenizer`: the Hub id or folder that has them."
         ) from error

@@ -1,0 +1,158 @@
+"""
+What a judge asks its servers, and how: the optional keys of a request ([`RequestFormat`]), all other settings
+([`ServerSettings`]), and the key, which is read from the environment and kept nowhere.
+"""
+
+import os
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+OUTPUTS = ("json_schema", "json_object", "text")
+
+_KEY_FORMS = re.compile(r"\b(?:sk|pk|hf|gsk|xai|nvapi)[-_][\w*.-]{4,}|(?<=Bearer )[^\s\"',]+", re.IGNORECASE)
+_KEY_PROVIDED = re.compile(r"(api[ _-]?key[^:\n]{0,30}:\s*)[^\s,]+", re.IGNORECASE)
+
+
+def api_key(name: str) -> str:
+    """The key in an environment variable, empty if there is none. Read where it is needed, and kept nowhere."""
+    return (os.environ.get(name) or "").strip()
+
+
+def check_whole(name: str, number: Any, least: int) -> None:
+    """Raises a `ValueError` if an argument is no whole number of at least `least`."""
+    if isinstance(number, bool) or not isinstance(number, int) or number < least:
+        raise ValueError(f"{name}={number!r} must be a whole number of at least {least}.")
+
+
+def check_key_name(api_key_env: Any) -> None:
+    """
+    Raises a `ValueError` if an argument is no name of an environment variable, or what that holds cannot be sent. A key that
+    was given instead of a name is not printed.
+    """
+    if not isinstance(api_key_env, str) or not (
+        api_key_env in os.environ or re.fullmatch(r"[A-Z][A-Z0-9_]*", api_key_env)
+    ):
+        raise ValueError(
+            "api_key_env (not shown here, because it may be a key) is not the name of an environment variable. Put the key "
+            "into a variable, `export JUDGE_API_KEY=...`, and give its name: api_key_env='JUDGE_API_KEY'."
+        )
+    key = api_key(api_key_env)
+    if not (key.isascii() and key.isprintable()):
+        # Otherwise the HTTP library would say so, and might show the key
+        raise ValueError(
+            f"the environment variable {api_key_env} (api_key_env) holds characters that no HTTP header may have. Set it "
+            "anew."
+        )
+
+
+def redact(text: str, key: str) -> str:
+    """A text without the key, and without what looks like one: servers quote it in their error messages."""
+    if len(key) > 3:
+        text = text.replace(key, "[key]")
+    return _KEY_PROVIDED.sub(r"\1[key]", _KEY_FORMS.sub("[key]", text))
+
+
+@dataclass(frozen=True)
+class RequestFormat:
+    """
+    Which optional keys a request has. If a server refuses a request, it is asked again with one of them less: the one that
+    its message names, else the output constraint, the temperature, the extra keys and the name of the length limit, in this
+    order.
+
+    Args:
+        output (`str`):
+            `"json_schema"`, `"json_object"` or `"text"`.
+        output_is_fixed (`bool`):
+            Whether the output constraint stays as it is.
+        temperature (`bool`):
+            Whether a temperature is sent.
+        extra (`tuple[str, ...]`):
+            Keys of `extra_body` that are sent.
+        length_key (`str`):
+            Name of the length limit. Most servers know `"max_tokens"`; OpenAI's newer models want
+            `"max_completion_tokens"`.
+    """
+
+    output: str = "json_schema"
+    output_is_fixed: bool = False
+    temperature: bool = True
+    extra: tuple[str, ...] = ()
+    length_key: str = "max_tokens"
+
+    def without_one(self, message: str) -> tuple["RequestFormat | None", bool]:
+        """The next format to try after a refusal, `None` if there is none, and whether the message named the key."""
+        options: list[tuple[str, RequestFormat]] = []
+        if self.output != "text" and not self.output_is_fixed:
+            lower = replace(self, output=OUTPUTS[OUTPUTS.index(self.output) + 1])
+            options.append(("response_format|json_schema|json_object|schema|grammar|guided|structured", lower))
+        if self.temperature:
+            options.append(("temperature", replace(self, temperature=False)))
+        for name in self.extra:
+            options.append((re.escape(name), replace(self, extra=tuple(x for x in self.extra if x != name))))
+        if self.length_key == "max_tokens":
+            options.append(("max_tokens|max_completion_tokens", replace(self, length_key="max_completion_tokens")))
+        for pattern, request_format in options:
+            if re.search(pattern, message):
+                return request_format, True
+        return (options[0][1] if options else None), False
+
+    def difference(self, other: "RequestFormat") -> str:
+        """What the other format does not send, in words."""
+        parts = []
+        if self.output != other.output:
+            parts.append(f"output is {other.output!r}, not {self.output!r}")
+        if self.temperature and not other.temperature:
+            parts.append("no temperature is sent")
+        parts += [f"extra_body[{name!r}] is not sent" for name in self.extra if name not in other.extra]
+        if self.length_key != other.length_key:
+            parts.append(f"the length limit is sent as {other.length_key!r}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """
+    What a judge asks its servers, and how. The arguments that are not described here are those of [`OpenAIJudge`].
+
+    Args:
+        path (`str`):
+            What follows the base URL.
+        field (`str`):
+            Name of the list that every answer holds.
+        longest_answer (`int`):
+            Bytes of an answer that are read at most.
+        if_too_long, if_not_found (`str`):
+            What to do if the server refuses a request because of its length, or does not know the path or the model.
+        request_format ([`RequestFormat`]):
+            What a request holds, unless a server refuses it.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    path: str
+    field: str
+    longest_answer: int
+    if_too_long: str
+    if_not_found: str
+    request_format: RequestFormat
+    api_key_env: str
+    max_concurrency: int
+    timeout: float
+    batch_deadline: float
+    max_retries: int
+    breaker_failures: int
+    breaker_seconds: float
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_concurrency", 1), ("max_retries", 0), ("breaker_failures", 1)):
+            check_whole(name, getattr(self, name), least)
+        for name in ("timeout", "batch_deadline", "breaker_seconds"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e7:
+                raise ValueError(
+                    f"{name}={value!r} must be positive: it is the number of seconds that is waited at most."
+                )
+        check_key_name(self.api_key_env)
