@@ -14,6 +14,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
 
+from trl_sgpo.judges.arithmetic import MAX_CHARS
 from trl_sgpo.judges.arithmetic.tokens import MAX_DIGITS, Number, read_number
 from trl_sgpo.judges.base import JudgeItem, StepJudge, Verdict
 
@@ -92,7 +93,13 @@ def _judge_one(item: JudgeItem) -> Verdict:
         return Verdict.abstain("the reference has no result")
     written: Counter[Fraction] = Counter()
     checked = 0
+    budget = MAX_CHARS
     for index, step in enumerate(item.steps):
+        if "=" not in step and ANSWER_MARK not in step:
+            continue
+        if len(step) > budget:
+            return Verdict.abstain(f"more than {MAX_CHARS} characters of arithmetic")
+        budget -= len(step)
         for equation in equations(step):
             if not equation.computed:
                 continue

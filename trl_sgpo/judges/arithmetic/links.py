@@ -38,12 +38,15 @@ def check_step(text: str, memory: Memory) -> str:
 
 
 def _check_tokens(text: str, tokens: list[Token], memory: Memory) -> str:
-    for left_of, token, right_of in zip([END, *tokens], tokens, [*tokens[1:], END], strict=False):
-        if token.kind == "v" and token.text in "xX":
-            product = left_of.kind in ("n", ")") and (right_of.kind in ("n", "(") or right_of.text == "-")
+    cuts = [-1]  # the places where one side ends and the next begins
+    for i, token in enumerate(tokens):
+        if token.kind in "=~bs":
+            cuts.append(i)
+        elif token.kind == "v" and token.text in "xX":
+            follow = tokens[i + 1] if i + 1 < len(tokens) else END
+            product = i and tokens[i - 1].kind in "n)" and (follow.kind in ("n", "(") or follow.text == "-")
             memory.x_is_unknown |= not product
-    # The places where one side ends and the next begins
-    cuts = [-1, *(i for i, token in enumerate(tokens) if token.kind in "=~bs"), len(tokens)]
+    cuts.append(len(tokens))
     listed = False
     right: Reader | None = None
     name = ""

@@ -60,6 +60,7 @@ _SCAN = re.compile(
     |(?P<w>[^\W\d_]++(?:['’-][^\W\d_]++)*+)
     |(?P<silent>\^(?:\\circ(?![A-Za-z])|\{\\circ\})|\\(?:[,;:! $()]|(?:left|right|big|Big|bigg|Bigg|
         boxed|fbox|mathbf|textbf|displaystyle)(?![A-Za-z])))
+    |(?P<plain>[(){}\[\]+/^%-](?!=)|=(?![=><~])|\*(?![*=]))
     |(?P<s>\n|\$\$|&|\\[\\\[\]])
     |(?P<environment>\\(?:begin|end)[ ]?\{(?P<name>[^{}\n]{0,40}+)\})
     |(?P<text>\\(?:text|textrm|mathrm|mbox)[ ]?\{(?P<inner>[^{}]{0,200}+)\})
@@ -128,7 +129,7 @@ def tokenize(text: str) -> tuple[list[Token], list[str]]:
                 kind = "u"
         elif kind == "silent":
             continue
-        elif kind == "other":
+        elif kind in ("plain", "other"):
             kind, word = _OTHER.get(word, ("u", word))
             if word in ("-", "*") and text[end : end + 1] == " " and last.kind in ("", "s"):
                 kind = "b"  # an item of a list
