@@ -57,6 +57,7 @@ END = Token("", "", 0, 0)
 _SCAN = re.compile(
     r"""
     (?P<n>[0-9]++(?:[.,][0-9]++)*+|\.[0-9]++)
+    |(?P<prose>(?:[A-Za-z]{2,}+[ ])++)
     |(?P<w>[^\W\d_]++(?:['’-][^\W\d_]++)*+)
     |(?P<silent>\^(?:\\circ(?![A-Za-z])|\{\\circ\})|\\(?:[,;:! $()]|(?:left|right|big|Big|bigg|Bigg|
         boxed|fbox|mathbf|textbf|displaystyle)(?![A-Za-z])))
@@ -121,6 +122,16 @@ def tokenize(text: str) -> tuple[list[Token], list[str]]:
         kind = match.lastgroup
         word = match.group()
         start, end = match.span()
+        if kind == "prose":
+            for part in word[:-1].split(" "):  # the most frequent case by far
+                end = start + len(part)
+                kind = "w"
+                if unknown or (last.end == start and last.kind):
+                    kind = "u" if unknown else _word_kind(text, part, end, last)
+                last = Token(kind, part, start, end)
+                tokens.append(last)
+                start = end + 1
+            continue
         if kind == "w":
             if len(word) == 1 or last.end == start or text[end : end + 1] != " " or "-" in word:
                 kind = _word_kind(text, word, end, last if last.end == start else END)
