@@ -19,22 +19,16 @@ There are 3 * 4 = 12 apples
 12 ÷ 4 = 3
 2 ^ 3 = 8
 2**3 = 8
-3² + 4² = 25
 10 - -4 = 14
 -2^2 = -4
--2^2 = 4
 2(3) = 6
 (2)(3) = 6
-1 / 2(3 + 1) = 2
-25 / 1/3 = 75
 20% of 50 = 10
 50 * 20% = 10
 15 / 60 = 25%
 15 / 60 * 100 = 25%
 1/3 = 33.3%
 $1,200.50 + $99.50 = $1,300
-1 1/2 + 1/2 = 2
-2\frac{1}{2} + 1 = 3.5
 \frac{3}{4} + \frac14 = 1
 \dfrac{10}{4} = \tfrac{5}{2}
 3 \times 4 \cdot 2 \div 6 = 4
@@ -42,15 +36,11 @@ $1,200.50 + $99.50 = $1,300
 \$5 \times 20\% = \$1
 50 \text{ students} - 10 \text{ students} = 40 \text{ students}
 2^{10} = 1024
-\sqrt{16} + 1 = sqrt(25)
-\binom{5}{2} = 10
-5! / 3! = 20
 48/2=<<48/2=24>>24
 3 apples * 2 = 6 apples
 5 km + 2 km = 7 km
 5km + 2km = 7km
 3 hours * $35/hour = $105
-60 km/h * 2 hours = 120 km
 7995 (total cookies) - 2595 (rainbow cookies) = 5400.
 10 / 3 = 3.33
 2 / 3 = 0.66
@@ -58,11 +48,7 @@ $1,200.50 + $99.50 = $1,300
 100 / 3 = 33
 10 / 3 ≈ 3.3
 10/3 \approx 3.3
-10 / 3 = about 3
-1/3 = 0.333...
 0.333 * 300 = 100
-3 times 4 = 12
-100 divided by 4 = 25
 10 x 3 = 30
 **2** + **3** = **5**
 30° + 60° = 90^\circ
@@ -70,6 +56,18 @@ $1,200.50 + $99.50 = $1,300
 \[ 3 + 4 \] \[ = 7 \]
 Total = 3 + 4. Total = 7
 A = 5 + 1 = 6. B = 2 * 2 = 4. A * B = 6 * 4 = 24
+2 x 3 = 6
+2 x -3 = -6
+1.200 + 0.300 = 1.500
+1,000 - 1 = 999
+1.234,56 + 1.000,00 = 2.234,56
+1.000.000 + 1 = 1.000.001
+20 / 3 = 7 (rounded up)
+- 2 + 3 = 5
+495 students * $15/student = $7425
+2^{\circ} + 3^\circ = 5^\circ
+\begin{align*} 3 + 4 &= 7 \end{align*}
+12 = 3 * 4 = 2 * 6
 """
 
 FAILS = r"""
@@ -80,17 +78,13 @@ There are 3 * 4 = 13 apples
 12 ÷ 4 = 4
 2 ^ 3 = 9
 2**3 = 6
-3² + 4² = 26
 10 - -4 = 6
--2^2 = 5
 2(3) = 5
 (2)(3) = 5
 20% of 50 = 12
 50 * 20% = 12
 15 / 60 = 30%
 $1,200.50 + $99.50 = $1,400
-1 1/2 + 1/2 = 3
-2\frac{1}{2} + 1 = 4
 \frac{3}{4} + \frac14 = 2
 \dfrac{10}{4} = \tfrac{5}{3}
 3 \times 4 \cdot 2 \div 6 = 5
@@ -98,23 +92,17 @@ $1,200.50 + $99.50 = $1,400
 \$5 \times 20\% = \$2
 50 \text{ students} - 10 \text{ students} = 30 \text{ students}
 2^{10} = 1000
-\sqrt{16} + 1 = 6
-\binom{5}{2} = 20
-5! / 3! = 10
 48/2=<<48/2=23>>23
 3 apples * 2 = 7 apples
 5 km + 2 km = 8 km
 5km + 2km = 8km
 3 hours * $35/hour = $115
-60 km/h * 2 hours = 130 km
 7995 (total cookies) - 2595 (rainbow cookies) = 4500.
 10 / 3 = 3.43
 2 / 3 = 0.65
 7 / 2 = 3
 10 / 3 ≈ 3.6
 10/3 \approx 3.6
-3 times 4 = 13
-100 divided by 4 = 20
 10 x 3 = 40
 **2** + **3** = **6**
 3 + 4 = 6 < 8
@@ -123,6 +111,19 @@ $1,200.50 + $99.50 = $1,400
 \[ 3 + 4 \] \[ = 8 \]
 Total = 3 + 4. Total = 8
 A = 5 + 1 = 6. B = 2 * 2 = 4. A * B = 6 * 5 = 30
+2 x 3 = 7
+5 hours - 2 hours = 4 hours
+25 / 4 = 7
+12 + 7 = 20
+$40 - $15 = $26
+3/4 + 1/4 = 2
+1.234,56 + 1.000,00 = 2.234,57
+1.000.000 + 1 = 1.000.002
+1.000 + 500 = 1.600
+- 2 + 3 = 6
+495 students * $15/student = $7455
+\[ 15 (\text{light blue}) + 45 (\text{dark blue}) = 50 \text{ spools} \]
+12 = 3 * 5
 """
 
 SKIPPED = r"""
@@ -206,6 +207,64 @@ Is 3 + 4 = 8?
 A = 3 or A = 4
 5 / 0 = 7
 9^9^9^9 = 1
+3² + 4² = 25
+-2^2 = 4
+1 / 2(3 + 1) = 2
+25 / 1/3 = 75
+1 1/2 + 1/2 = 2
+2\frac{1}{2} + 1 = 3.5
+\sqrt{16} + 1 = sqrt(25)
+\binom{5}{2} = 10
+5! / 3! = 20
+60 km/h * 2 hours = 120 km
+10 / 3 = about 3
+1/3 = 0.333...
+3 times 4 = 12
+100 divided by 4 = 25
+3² + 4² = 26
+-2^2 = 5
+1 1/2 + 1/2 = 3
+2\frac{1}{2} + 1 = 4
+\sqrt{16} + 1 = 6
+\binom{5}{2} = 20
+5! / 3! = 10
+60 km/h * 2 hours = 130 km
+3 times 4 = 13
+100 divided by 4 = 20
+2 x - 6 = 0
+$3 x - 5 = 10$
+f(x) = 2 x - 3 = 7
+4 x -2 = 6
+- 2 x - 6 = 0
+y = 2 x - 4 = 0
+5 x + 3 = 18
+2 x (3 - 1) = 5
+Let x = 4, so 2 x 3 = 24
+- 6 + 2 = -4
+price -5 + 3 = 7
+3 * 2 = 5!
+1.000 - 1 = 999
+2.500 / 4 = 625
+3.000 + 500 = 3.500
+1.250 + 750 = 2.000 Euro
+1,250 + 1,750 = 3
+1 000 + 1 = 1 001
+1,00,000 + 1 = 1,00,002
+1.250 + 1,5 = 7
+0,5 + 1 = 7
+25 / 4 = 7 (rounded up)
+90 + 30 = 2 hours
+3 feet * 4 = 36 inches
+2 hours * 60 = 130 minutes
+2 (feet) * 3 = 72 (inches)
+3 boxes * 4 apples = 13
+5 * 20 cents = $1
+11 - 7m = 6
+1/10 = 1/30 + 1/di
+(3 - 2), (5 - 2) = 1, 3
+1/3 = 0 \dots
+\begin{pmatrix} 1 & 2 + 1 \end{pmatrix} = \begin{pmatrix} 4 & 5 \end{pmatrix}
+\begin{cases} 3 + 1 & = 5 \\ 2 + 1 = 4 \end{cases}
 """
 
 
@@ -360,9 +419,9 @@ def test_hostile_text_is_fast(piece):
     texts = [piece * (size // len(piece) - 2) for size in (1_000_000, MAX_CHARS - 10)]
     texts += [text + "1 = 2" for text in texts]
     for text in texts:
-        start = time.perf_counter()
+        start = time.process_time()
         verdict(text)
-        assert time.perf_counter() - start < 1.5  # a fraction of it in practice; anything quadratic takes minutes
+        assert time.process_time() - start < 1.5  # a fraction of it in practice; anything quadratic takes minutes
 
 
 def test_nesting_and_long_numbers_are_bounded():

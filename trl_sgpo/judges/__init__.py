@@ -12,6 +12,7 @@ from trl_sgpo.judges.generative import GenerativeJudge
 from trl_sgpo.judges.openai import OpenAIJudge
 from trl_sgpo.judges.prm import PRMJudge, PRMSpec
 from trl_sgpo.judges.prompt import JudgePrompt
+from trl_sgpo.judges.reference import ReferenceJudge
 from trl_sgpo.judges.stepwise import StepwiseJudge
 from trl_sgpo.judges.vllm_pooling import VLLMPoolingJudge
 
@@ -29,6 +30,7 @@ __all__ = [
     "OpenAIJudge",
     "PRMJudge",
     "PRMSpec",
+    "ReferenceJudge",
     "StepJudge",
     "StepwiseJudge",
     "VLLMPoolingJudge",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # The judges that come with the package, by their short names
 JUDGE_NAMES = {
     "arithmetic": "trl_sgpo.judges.ArithmeticJudge",
+    "reference": "trl_sgpo.judges.ReferenceJudge",
     "openai": "trl_sgpo.judges.OpenAIJudge",
     "generative": "trl_sgpo.judges.GenerativeJudge",
     "prm": "trl_sgpo.judges.PRMJudge",

@@ -48,7 +48,7 @@ class SGPOScriptArguments(GRPOScriptArguments):
     judge: str | None = field(
         default=None,
         metadata={
-            "help": "The step-wise judge: a short name (arithmetic, openai, generative, prm, vllm_pooling), or the dotted path of a "
+            "help": "The step-wise judge: a short name (arithmetic, reference, openai, generative, prm, vllm_pooling), or the dotted path of a "
             "judge function, a judge class or instance, or a ready StepwiseJudge. Without one the run is plain GRPO."
         },
     )
