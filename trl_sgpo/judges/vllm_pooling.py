@@ -19,7 +19,7 @@ from time import monotonic, sleep
 from typing import Any
 
 from trl_sgpo.judges.base import JudgeItem
-from trl_sgpo.judges.prm_spec import KNOWN_WRONG_RULES, EncodedSteps, PRMEncoder, PRMSpec, StepScorer
+from trl_sgpo.judges.prm import KNOWN_WRONG_RULES, EncodedSteps, PRMEncoder, PRMSpec, StepScorer
 
 
 _RETRIES = 2

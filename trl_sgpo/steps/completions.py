@@ -1,7 +1,8 @@
 """
 From a completion to its text and its steps.
 
-A completion may hold thinking, tool calls and tool results. Here it is decided what the policy wrote and what is judged.
+A completion may hold thinking, tool calls and tool results. Here it is decided what the policy wrote and what is
+judged.
 """
 
 import json
@@ -30,8 +31,8 @@ class Turn:
             Spans of `text` that are word for word what the policy wrote: its thinking and its content. The tags around
             thinking do not belong to them, because they may come from the prompt.
         calls (`tuple[tuple[tuple[int, int], str], ...]`):
-            Spans of the tool calls in `text`, each with the name of its function. The policy wrote the calls in another
-            form.
+            Spans of the tool calls in `text`, each with the name of its function. The policy wrote the calls in
+            another form.
     """
 
     text: str
@@ -44,9 +45,10 @@ def completion_turns(completion: str | list[dict]) -> list[Turn]:
     r"""
     The turns of a completion as TRL hands it to reward functions.
 
-    The text of a turn holds all that the policy wrote and that can be wrong. Chat parsers move thinking to a field of its
-    own (`reasoning_content`, `reasoning` or `thinking`): it is put back before the content, between `<think>` tags. Tool
-    calls follow the content, each on a line of its own. A message without a role counts as the policy's.
+    The text of a turn holds all that the policy wrote and that can be wrong. Chat parsers move thinking to a field of
+    its
+    own (`reasoning_content`, `reasoning` or `thinking`): it is put back before the content, between `<think>` tags.
+    Tool calls follow the content, each on a line of its own. A message without a role counts as the policy's.
 
     Args:
         completion (`str` or `list[dict]`):
@@ -163,8 +165,8 @@ def judged_region(text: str, *, include_thinking: bool = False) -> Span:
     """
     The part of a turn that is cut into steps.
 
-    By default it is the text after the last `</think>`. If there is none, for example because the completion ran out of
-    tokens, it is the thinking itself. The opening `<think>` may be missing, because chat templates put it into the
+    By default it is the text after the last `</think>`. If there is none, for example because the completion ran out
+    of tokens, it is the thinking itself. The opening `<think>` may be missing, because chat templates put it into the
     prompt. `<thinking>` is read the same way.
 
     Args:

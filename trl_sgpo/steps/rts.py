@@ -1,7 +1,8 @@
 """
 The reasoning trajectory score (RTS): the share of a completion before its first wrong step.
 
-Stepwise Guided Policy Optimization (https://huggingface.co/papers/2505.11595) counts steps. Characters may be counted too.
+Stepwise Guided Policy Optimization (https://huggingface.co/papers/2505.11595) counts steps. Characters may be counted
+too.
 """
 
 from collections.abc import Sequence
@@ -11,8 +12,8 @@ from trl_sgpo.steps.segmenter import Span
 
 def rts_by_steps(first_error: int, n_steps: int) -> float:
     """
-    The RTS of [SGPO](https://huggingface.co/papers/2505.11595): number of steps before the first wrong one / number of all
-    steps. A policy can raise it if it splits its right steps. [`rts_by_characters`] has no such weakness.
+    The RTS of [SGPO](https://huggingface.co/papers/2505.11595): number of steps before the first wrong one / number of
+    all steps. A policy can raise it if it splits its right steps. [`rts_by_characters`] has no such weakness.
 
     Args:
         first_error (`int`):

@@ -2,8 +2,8 @@
 From a text to its steps: the default segmenter, and the check of any other one.
 
 The segmenter knows the forms in which models write solutions. It does not know what they say: there is no model, no
-tokenizer and no language detection. `Step`, `Answer` and the abbreviations are the English ones. A text of another kind
-needs a segmenter of its own: any function from a text to ordered, disjoint `(start, end)` spans.
+tokenizer and no language detection. `Step`, `Answer` and the abbreviations are the English ones. A text of another
+kind needs a segmenter of its own: any function from a text to ordered, disjoint `(start, end)` spans.
 
 A *cut* is a position where a new step may begin. All patterns are anchored or bounded, or use possessive quantifiers
 (`++`). So no pattern can backtrack over more than a few characters.
@@ -48,8 +48,8 @@ _HEAD = re.compile(
 )
 # If the number jumps by more than this, it is not the next head. It is a year or a result at the start of a line.
 _LARGEST_JUMP = 10
-# Most candidates of each kind (heads, lines, sentences, marks of blocks). The text after the last of them is cut by size
-# alone. No solution has so many, but a text that is made to be slow has a million.
+# Most candidates of each kind (heads, lines, sentences, marks of blocks). The text after the last of them is cut by
+# size alone. No solution has so many, but a text that is made to be slow has a million.
 _MOST_CANDIDATES = 20_000
 
 _BARE_NUMBER = re.compile(
@@ -83,15 +83,15 @@ def segment(text: str, *, max_steps: int = 64, max_step_chars: int = 4000) -> li
     r"""
     Cut a text into steps. The default [`Segmenter`].
 
-    Four kinds of cuts are tried in this order, and the first kind that gives at least two steps is used: explicit heads
-    (`Step 1:`, `1.`, `1)`, `## Title`), blank lines, lines, sentences. Heads count if at least two rise in order. The
-    text before the first head is a step too. A numbered list of few items among many paragraphs is not a set of heads:
-    it belongs to the step that holds it. Then these rules apply:
+    Four kinds of cuts are tried in this order, and the first kind that gives at least two steps is used: explicit
+    heads (`Step 1:`, `1.`, `1)`, `## Title`), blank lines, lines, sentences. Heads count if at least two rise in
+    order. The text before the first head is a step too. A numbered list of few items among many paragraphs is not a
+    set of heads: it belongs to the step that holds it. Then these rules apply:
 
     - Code fences, display maths (`$$..$$`, `\[..\]`), environments (`\begin{x}..\end{x}`) and pipe tables are never
-      cut. The environments of prose (`proof`, `solution`, `document`) may be cut. An unclosed fence reaches to the end of
-      the text, as in CommonMark. Unclosed maths protects nothing. `$$..$$` holds no blank line, as in TeX, so that a
-      single `$$` does not turn the rest of the text into maths.
+      cut. The environments of prose (`proof`, `solution`, `document`) may be cut. An unclosed fence reaches to the end
+      of the text, as in CommonMark. Unclosed maths protects nothing. `$$..$$` holds no blank line, as in TeX, so that
+      a single `$$` does not turn the rest of the text into maths.
     - A piece without a letter or digit (`---`) joins the step before it. A bare final answer at the end does the same
       (`#### 42`, `\boxed{42}`, `The answer is 42.`).
     - A heading alone, or a piece that ends in a colon or comma ("so we have:"), joins what it announces. A piece that
@@ -296,8 +296,9 @@ def _is_inner_dot(before: str, follower: str) -> bool:
 def _join(text: str, cuts: list[int]) -> list[int]:
     """Starts of the pieces after crumbs, headings, lead-ins and final answers have joined a neighbour."""
     starts = [0]
-    # When the open piece takes the next one. "heading" (also: no content yet): always. "lead-in": if the next piece has no
-    # number of its own ("Step by step:" before "1."). "word" (it ends in a word): if the next piece is display maths.
+    # When the open piece takes the next one. "heading" (also: no content yet): always. "lead-in": if the next piece
+    # has no number of its own ("Step by step:" before "1."). "word" (it ends in a word): if the next piece is display
+    # maths.
     state = "heading"
     for start, end in pairwise([0, *cuts, len(text)]):
         piece = text[start:end].strip()
