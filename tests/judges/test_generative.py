@@ -136,6 +136,7 @@ class TestVerdicts:
         judge = judge_of((model, tokenizer))
         assert judge.judge([ITEM])[0].first_error == 1
         assert model.training
+        assert judge_of((model, tokenizer), tokenizer=taught).tokenizer is not tokenizer  # loaded from the folder
         assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
     def test_without_a_chat_template(self, tmp_path):

@@ -111,9 +111,11 @@ def test_a_loaded_model_and_its_tokenizer(families, name):
     from trl_sgpo.judges.prm.models import Qwen2ForProcessRewardModel
 
     auto = {"trl": AutoModelForTokenClassification, "qwen2.5-math-prm": Qwen2ForProcessRewardModel}
-    model = auto.get(name, AutoModelForCausalLM).from_pretrained(family.folder)
+    model = auto.get(name, AutoModelForCausalLM).from_pretrained(family.folder).train()
     judge = PRMJudge((model, family.tokenizer), spec=loaded.spec)
     assert judge.scores(items_of(STEPS)) == loaded.scores(items_of(STEPS))
+    assert judge._body.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_the_body_in_bfloat16_keeps_a_head_in_float32(families):

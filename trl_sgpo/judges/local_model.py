@@ -1,8 +1,8 @@
 """
-What the judges share that run a model in this process: [`LocalModelJudge`] loads the model or takes a loaded one, and
-moves it to its device and back. The training around the judge is not changed by it.
+The base of the judges that run a model in this process: [`LocalModelJudge`] loads the model or takes a loaded one, and
+moves it to its device and back. The training around the judge stays as it is.
 
-transformers is imported when a model is loaded, and not before.
+transformers is imported when a model is loaded, not before.
 """
 
 import os
@@ -27,23 +27,7 @@ class LocalModelJudge(StepJudge):
     Base class of the judges with a model in this process. It keeps the model, its tokenizer, its device and its name.
 
     A subclass writes `_load_model` and `_take_model`, which set its modules, and `_parts`, which lists them. It runs
-    the model inside `_ready`.
-
-    Args:
-        model (`str`, `Path` or `tuple`):
-            Hub id or folder of the model, or a loaded model and its tokenizer, `(model, tokenizer)`.
-        tokenizer (`str`, `Path` or `PreTrainedTokenizerBase`, *optional*):
-            Tokenizer to use instead of the model's own.
-        device (`str` or `torch.device`, *optional*):
-            Where the model runs. See [`default_device`]. A loaded model stays where it is by default.
-        dtype (`str` or `torch.dtype`, *optional*):
-            Type of the weights. Defaults to bfloat16 on a GPU and float32 elsewhere. A loaded model keeps its own.
-        offload (`bool`, *optional*, defaults to `False`):
-            Whether the model waits in the CPU's memory between two calls.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether code from the model's repository may be run.
-        revision (`str`, *optional*):
-            Branch, tag or commit of the model on the Hub.
+    the model inside `_ready`. The arguments are those of [`~trl_sgpo.judges.GenerativeJudge`].
 
     Raises:
         TypeError: If `model` is neither a string nor a pair.
