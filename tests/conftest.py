@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from annotated_solutions import JUDGES, made_up_rows, write
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trl_sgpo import SGPOConfig, SGPOTrainer
 from trl_sgpo.tasks.rewrite_chain import PretrainConfig, build_model, build_tokenizer, make_dataset
@@ -191,45 +189,18 @@ def words_as_steps(text):
 @pytest.fixture
 def chat_tokenizer():
     """A byte-level tokenizer that can write any text, with Qwen3's chat template, which TRL can read tool calls from."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(
-        [AddedToken(token, special=True) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
-    )
-    core.add_tokens(["<tool_call>", "</tool_call>", "<think>", "</think>"])
+    from toys import byte_tokenizer  # toys imports this file
+
     template = resources.files("trl").joinpath("chat_templates/qwen3.jinja").read_text()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        padding_side="left",
-        chat_template=template,
-    )
+    added = ("<tool_call>", "</tool_call>", "<think>", "</think>")
+    return byte_tokenizer(template, added=added, padding_side="left")
 
 
 @pytest.fixture
 def make_chat_model(chat_tokenizer):
-    def make(seed=0):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(chat_tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=2,
-                max_position_embeddings=4096,
-                tie_word_embeddings=True,
-                pad_token_id=chat_tokenizer.pad_token_id,
-                eos_token_id=chat_tokenizer.eos_token_id,
-                bos_token_id=None,
-            )
-        )
+    from toys import tiny_llama
 
-    return make
+    return lambda seed=0: tiny_llama(chat_tokenizer, seed, tie_word_embeddings=True)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Judges, reward functions and tables that tests share."""
+"""Judges, reward functions, tables, tokenizers and models that tests share."""
 
 import json
 import math
@@ -6,6 +6,8 @@ import math
 import torch
 from conftest import first_long_word, words_as_steps
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trl_sgpo import StepJudge, StepwiseJudge, Verdict
 
@@ -81,3 +83,44 @@ def write_rows(path, rows):
     """A file with one JSON object per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer(
+    chat_template=CHATML, special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"), added=(), words=(), **kwargs
+):
+    """
+    A tokenizer that can write any text: one token per byte, and one per word of `words`. `special` and `added` are control
+    tokens, those that the tokenizer calls special and others. `kwargs` are arguments of `PreTrainedTokenizerFast`.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [(word[:n], word[n]) for word in words for n in range(1, len(word))]
+    symbols = [*alphabet, *(a + b for a, b in merges)]
+    core = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, special=True) for token in special])
+    core.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
+    names = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>", **kwargs}
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=chat_template, **names)
+
+
+def tiny_llama(tokenizer, seed=0, **sizes):
+    """A random Llama for a tokenizer, the same one for the same seed."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, **sizes}
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=4096,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+            **sizes,
+        )
+    )

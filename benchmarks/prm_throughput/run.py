@@ -27,9 +27,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.provenance import commit
 from trl_sgpo import JudgeItem
-from trl_sgpo.judges.batches import token_batches
-from trl_sgpo.judges.prm import PRMJudge, pad_right
-from trl_sgpo.judges.prm_models import Qwen2ForProcessRewardModel
+from trl_sgpo.judges.batches import pad, token_batches
+from trl_sgpo.judges.prm import PRMJudge
+from trl_sgpo.judges.prm.models import Qwen2ForProcessRewardModel
 
 
 PROBLEMS, COMPLETIONS, ROUNDS, PREFIX_ROUNDS, THREADS, BUDGET = 4, 4, 15, 3, 1, 4096
@@ -139,7 +139,7 @@ def batches_of(sequences):
     made = []
     for batch in token_batches({i: len(ids) for i, (ids, _) in enumerate(sequences)}, BUDGET):
         chosen = [sequences[i] for i in batch]
-        input_ids, mask = pad_right([ids for ids, _ in chosen], 0)
+        input_ids, mask = pad([ids for ids, _ in chosen], 0, "right")
         rows = torch.tensor([row for row, (_, positions) in enumerate(chosen) for _ in positions])
         columns = torch.tensor([position for _, positions in chosen for position in positions])
         made.append((input_ids, None if mask.all() else mask, rows, columns))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from toys import CHATML, byte_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
@@ -21,13 +22,9 @@ from transformers import (
     Qwen2ForTokenClassification,
 )
 
-from trl_sgpo.judges.prm_models import Qwen2ForProcessRewardModel
+from trl_sgpo.judges.prm.models import Qwen2ForProcessRewardModel
 
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 # Trims every message, as Llama 3's does
 LLAMA3 = "<|bos|>{% for m in messages %}<|header|>{{ m['role'] }}<|/header|>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
 
@@ -42,18 +39,11 @@ SIZES = {
 }
 
 
-def byte_tokenizer(template=CHATML, special=("<extra_0>",), added=("<tool_call>",)) -> PreTrainedTokenizerFast:
+def prm_tokenizer(template=CHATML, special=("<extra_0>",), added=("<tool_call>",)) -> PreTrainedTokenizerFast:
     """One token per byte, so that pieces and the whole text have the same ids; BOS, chat tokens, a step tag."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
     chat = ("<|end|>", "<|bos|>", "<|im_start|>", "<|im_end|>", "<|header|>", "<|/header|>", "<|eot|>")
-    core.add_special_tokens([AddedToken(token, special=True) for token in (*chat, *special)])
-    core.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<|bos|>", eos_token="<|end|>", pad_token="<|end|>", chat_template=template
-    )
+    names = {"bos_token": "<|bos|>", "eos_token": "<|end|>", "pad_token": "<|end|>"}
+    return byte_tokenizer(template, (*chat, *special), added, **names)
 
 
 def prefix_space_tokenizer() -> PreTrainedTokenizerFast:
@@ -137,7 +127,7 @@ def make_family(name: str, root: Path, **sizes) -> Family:
 
 
 def _qwen(root, sizes):
-    tokenizer = byte_tokenizer()
+    tokenizer = prm_tokenizer()
     model = Qwen2ForProcessRewardModel(Qwen2Config(vocab_size=len(tokenizer), **sizes)).eval()
     folder = save(
         model,
@@ -165,7 +155,7 @@ def _qwen(root, sizes):
 
 
 def _trl(root, sizes):
-    tokenizer = byte_tokenizer()
+    tokenizer = prm_tokenizer()
     folder = root / "my-model"
     model = Qwen2ForTokenClassification(Qwen2Config(vocab_size=len(tokenizer), num_labels=2, **sizes))
     save(model, tokenizer, folder)
@@ -199,7 +189,7 @@ def _math_shepherd(root, sizes):
 
 
 def _rlhflow(root, sizes):
-    tokenizer = byte_tokenizer(template=LLAMA3)
+    tokenizer = prm_tokenizer(template=LLAMA3)
     folder = root / "RLHFlow" / "Llama3.1-8B-PRM-Deepseek-Data"
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes))
     save(model, tokenizer, folder)
@@ -224,7 +214,7 @@ def _rlhflow(root, sizes):
 
 
 def _skywork(root, sizes, prefix="", shards=False, binary=False):
-    tokenizer = byte_tokenizer()
+    tokenizer = prm_tokenizer()
     folder = root / "Skywork-o1-Open-PRM-Qwen-2.5-1.5B"
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), **sizes)).eval()
     head = torch.nn.Linear(sizes["hidden_size"], 1)

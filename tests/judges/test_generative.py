@@ -6,27 +6,22 @@ import os
 import random
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from toys import byte_tokenizer, tiny_llama
 
 from trl_sgpo.judges import JudgeItem, StepwiseJudge, Verdict
 from trl_sgpo.judges.generative import GenerativeJudge, QuestionLayout, _longest_heads, choice_shares
 from trl_sgpo.judges.prompt import JudgePrompt
 
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SHORT = JudgePrompt(
     version="test", rules="Find it.", known_wrong="Where?", unknown="Any?", text_answer="{choices}. FIRST_ERROR: k"
 )
@@ -40,38 +35,15 @@ ITEMS = [
 ]
 
 
-def byte_tokenizer():
+def judge_tokenizer():
     """Nearly one token per byte, and the control tokens of a chat family, special ones and others."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    word = "FIRST_ERROR:"  # one token, so that a tiny model learns to write it in seconds
-    merges = [(word[:n], word[n]) for n in range(1, len(word))]
-    symbols = [*alphabet, *(a + b for a, b in merges)]
-    core = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=merges))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
-    core.add_tokens(["<tool_call>", "</tool_call>", "<think>", "</think>", "@@END@@", "@@ END@@"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<|endoftext|>", eos_token="<|im_end|>", chat_template=CHATML
-    )
+    added = ("<tool_call>", "</tool_call>", "<think>", "</think>", "@@END@@", "@@ END@@")
+    # The word is one token, so that a tiny model learns to write it in seconds
+    return byte_tokenizer(added=added, words=("FIRST_ERROR:",))
 
 
 def tiny_model(tokenizer):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=4096,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
-    )
+    return tiny_llama(tokenizer, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 
 
 def overfit(model, tokenizer, answer, steps=90, learning_rate=5e-3):
@@ -106,7 +78,7 @@ def save(model, tokenizer, path):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return byte_tokenizer()
+    return judge_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +136,11 @@ class TestVerdicts:
         judge = judge_of((model, tokenizer))
         assert judge.judge([ITEM])[0].first_error == 1
         assert model.training
+        assert judge_of((model, tokenizer), tokenizer=taught).tokenizer is not tokenizer  # loaded from the folder
         assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
     def test_without_a_chat_template(self, tmp_path):
-        plain = byte_tokenizer()
+        plain = judge_tokenizer()
         plain.chat_template = None
         model = tiny_model(plain)
         overfit(model, plain, "FIRST_ERROR: 1")
@@ -178,7 +151,7 @@ class TestVerdicts:
         assert asked.endswith("FIRST_ERROR: k\n\nAnswer:\n")
 
     def test_a_template_without_system_messages(self):
-        strict = byte_tokenizer()
+        strict = judge_tokenizer()
         strict.chat_template = (
             "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
             "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
@@ -379,12 +352,19 @@ class TestDeadline:
     def test_generation_stops_in_the_middle(self, folder, monkeypatch):
         judge = judge_of(folder, max_new_tokens=3000, batch_deadline=1.0, max_tokens_per_batch=4096)
         monkeypatch.setattr(type(judge), "_eos_ids", property(lambda self: set()))  # it would go on for ever
-        judge.judge([ITEM])  # whatever is loaded at the first call
-        start = time.monotonic()
+        now = [0.0]
+        monkeypatch.setattr("trl_sgpo.judges.generative.monotonic", lambda: now[0])
+        monkeypatch.setattr("transformers.generation.stopping_criteria.time", SimpleNamespace(time=lambda: now[0]))
+
+        def one_eighth_later(*args):
+            now[0] += 1 / 8
+
+        judge._model.register_forward_hook(one_eighth_later)
         verdicts = judge.judge(ITEMS * 2)
-        seconds = time.monotonic() - start
-        assert 0.9 < seconds < 1.2
         assert {v.reason for v in verdicts} == {"not judged within batch_deadline=1 s"}
+        # The first question stops at the first token after the deadline. The others do not begin
+        assert now[0] == 1 + 1 / 8
+        assert (judge.usage.calls, judge.usage.completion_tokens) == (1, 9)
 
     def test_what_is_done_in_time_counts(self, taught, monkeypatch):
         judge = judge_of(taught, batch_deadline=60.0, max_tokens_per_batch=700)

@@ -11,16 +11,16 @@ from itertools import pairwise
 
 import pytest
 import torch
-from prm_families import FAMILIES, SIZES, _skywork, byte_tokenizer, make_family, prefix_space_tokenizer, save
+from prm_families import FAMILIES, SIZES, _skywork, make_family, prefix_space_tokenizer, prm_tokenizer, save
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations import is_fsdp_enabled
 
 from trl_sgpo import JudgeItem, StepwiseJudge
-from trl_sgpo.judges.loading import outside_deepspeed
+from trl_sgpo.judges.local_model import outside_deepspeed
 from trl_sgpo.judges.prm import PRMEncoder, PRMJudge, PRMSpec, best_threshold, verdict_from_scores
-from trl_sgpo.judges.prm_spec import PRESETS
+from trl_sgpo.judges.prm.spec import PRESETS
 
 
 PROBLEM = "What is 2 + 3, doubled?"
@@ -108,12 +108,14 @@ def test_a_loaded_model_and_its_tokenizer(families, name):
         return  # what it is loaded with has no class of its own
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-    from trl_sgpo.judges.prm_models import Qwen2ForProcessRewardModel
+    from trl_sgpo.judges.prm.models import Qwen2ForProcessRewardModel
 
     auto = {"trl": AutoModelForTokenClassification, "qwen2.5-math-prm": Qwen2ForProcessRewardModel}
-    model = auto.get(name, AutoModelForCausalLM).from_pretrained(family.folder)
+    model = auto.get(name, AutoModelForCausalLM).from_pretrained(family.folder).train()
     judge = PRMJudge((model, family.tokenizer), spec=loaded.spec)
     assert judge.scores(items_of(STEPS)) == loaded.scores(items_of(STEPS))
+    assert judge._body.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_the_body_in_bfloat16_keeps_a_head_in_float32(families):
@@ -153,7 +155,7 @@ def test_text_full_of_separators_and_chat_tokens_is_text(families, name):
 
 
 def test_a_step_tag_that_is_no_special_token_is_cut(families):
-    tokenizer = byte_tokenizer(special=(), added=("<extra_0>", "<tool_call>"))
+    tokenizer = prm_tokenizer(special=(), added=("<extra_0>", "<tool_call>"))
     assert len(tokenizer("<extra_0>", split_special_tokens=True)["input_ids"]) == 1  # why it has to be cut
     encoder = PRMEncoder(tokenizer, PRMSpec.preset("qwen2.5-math-prm"))
     steps = ("<extra_0>" * 3000, "<extra_<extra_0>0>", "a<tool_call>")
@@ -166,7 +168,7 @@ def test_a_step_tag_that_is_no_special_token_is_cut(families):
 
 
 def test_a_spec_of_ones_own(families):
-    tokenizer = byte_tokenizer()
+    tokenizer = prm_tokenizer()
     spec = PRMSpec(separator="##", read_at="step", add_bos=False, before_first_step=" ", step_label="{number}. ")
     encoded = PRMEncoder(tokenizer, spec).encode([JudgeItem("Q?", ("one", "two"))])[0]
     text = tokenizer.decode(encoded.ids)
@@ -181,7 +183,7 @@ def test_a_spec_of_ones_own(families):
 
 def test_a_label_that_the_policy_wrote_is_not_written_twice():
     spec = PRMSpec.preset("math-shepherd", add_bos=False)
-    tokenizer = byte_tokenizer()
+    tokenizer = prm_tokenizer()
     encoded = PRMEncoder(tokenizer, spec).encode([JudgeItem("Q?", ("Step 1: add", "then"))])[0]
     assert tokenizer.decode(encoded.ids) == "Q? Step 1: add ки\nStep 2: then ки"
 
@@ -488,7 +490,7 @@ def test_models_load_outside_of_a_real_zero_3_config(families):
 
 
 def test_nothing_heavy_is_imported_before_a_model_is_loaded():
-    code = "import sys, trl_sgpo.judges.prm, trl_sgpo.judges.vllm_pooling; print('transformers' in sys.modules)"
+    code = "import sys, trl_sgpo.judges; print('transformers' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "False"
 
@@ -560,7 +562,7 @@ def test_errors_of_the_judge(families, tmp_path):
 
 
 def test_errors_of_the_tokenizer():
-    tokenizer = byte_tokenizer()
+    tokenizer = prm_tokenizer()
     model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **SIZES))
     with pytest.raises(ValueError, match="outside the vocabulary"):
         PRMJudge((model, tokenizer), PRMSpec.preset("math-shepherd", positive="A", negative="B"))
@@ -579,7 +581,7 @@ def test_a_model_that_changes_its_logits_is_refused():
     model = LlamaForCausalLM(LlamaConfig(vocab_size=300, **SIZES))
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match=r"final_logit_softcapping=30.0"):
-        PRMJudge((model, byte_tokenizer()), PRMSpec.preset("math-shepherd"))
+        PRMJudge((model, prm_tokenizer()), PRMSpec.preset("math-shepherd"))
 
 
 # In training

@@ -1,8 +1,8 @@
-"""Batches of a model that judges in this process: how they are cut, and what becomes of one that fails."""
+"""Batches for a model that judges in this process: how they are made, and what happens if one fails."""
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -16,8 +16,10 @@ logger = logging.getLogger(__name__)
 
 def token_batches(lengths: dict[int, int], max_tokens: int) -> list[list[int]]:
     """
-    Keys in batches whose padded size is at most `max_tokens`, sorted by length so that little of it is padding, the
-    longest first so that what runs out of memory does so at once. A key that is longer by itself is a batch of one.
+    Keys in batches whose padded size is at most `max_tokens`. A key that is longer than that is a batch of its own.
+
+    The keys are sorted by length, so that there is little padding. The longest ones come first, so that a lack of
+    memory shows at once.
 
     Example:
 
@@ -33,6 +35,22 @@ def token_batches(lengths: dict[int, int], max_tokens: int) -> list[list[int]]:
         else:
             batches.append([key])
     return batches
+
+
+def pad(
+    rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of shape `(n_rows, longest)`, padded on one side."""
+    longest = max(map(len, rows))
+    gaps = [[pad_id] * (longest - len(row)) for row in rows]
+    pairs = list(zip(gaps, rows, strict=True))
+    if side == "left":
+        ids = [[*gap, *row] for gap, row in pairs]
+        mask = [[0] * len(gap) + [1] * len(row) for gap, row in pairs]
+    else:
+        ids = [[*row, *gap] for gap, row in pairs]
+        mask = [[1] * len(row) + [0] * len(gap) for gap, row in pairs]
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 class BatchRunner:
@@ -57,7 +75,7 @@ class BatchRunner:
         name: str,
     ) -> list[T]:
         """
-        `work` on a batch, or on two halves of it if it does not fit into the memory.
+        The results of `work` on a batch. If the batch does not fit into the memory, it is halved.
 
         Args:
             work (`Callable`):
@@ -67,9 +85,9 @@ class BatchRunner:
             failed (`Callable`):
                 A reason -> the result of a key whose batch failed.
             what (`Callable`):
-                A key -> what it stands for, for the reason.
+                A key -> its description, for the reason.
             name (`str`):
-                The judge's, for the log.
+                The judge's name, for the log.
         """
         from accelerate.utils.memory import should_reduce_batch_size
 
@@ -80,7 +98,7 @@ class BatchRunner:
             reason = f"{type(error).__name__}: {error}"
             if not out_of_memory:
                 self.show_traceback(name)
-        # Outside the handler: the exception would keep the tensors of the failed pass alive
+        # Not inside the handler: there the exception would keep the tensors of the failed pass alive
         if not out_of_memory:
             return [failed(reason)] * len(keys)
         if self.device.type == "cuda":

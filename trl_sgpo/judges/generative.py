@@ -1,10 +1,12 @@
 """
 A generative judge in this process: a causal language model that is asked, in words, for the first wrong step.
 
-The question and the way its answer is read are the server judge's ([`JudgePrompt`]); here transformers runs the model. Text
-of the policy reaches it as text only: the tokenizer's own control tokens are broken up in it, and a question in which one
-is left all the same is not asked. Left out on purpose: prefix caching, continuous batching and models spread over several
-devices. A server has these; this judge is for small models beside the training, and for those that were trained to judge.
+The question, and how its answer is read, are the same as for a judge on a server ([`JudgePrompt`]). Here transformers
+runs the model. The policy's text reaches the model as text only: control tokens of the tokenizer are broken up in it,
+and a question that still holds one is not asked.
+
+Left out on purpose: prefix caching, continuous batching, and models on several devices. A server has these. This judge
+is for small models beside the training, and for models that were trained to judge.
 """
 
 import json
@@ -20,10 +22,10 @@ from typing import Any
 
 import torch
 
-from trl_sgpo.judges.base import JudgeItem, StepJudge, Verdict
-from trl_sgpo.judges.batches import BatchRunner, token_batches
+from trl_sgpo.judges.base import JudgeItem, Verdict
+from trl_sgpo.judges.batches import pad, token_batches
 from trl_sgpo.judges.combinators import plurality
-from trl_sgpo.judges.loading import default_device, newest_weights, outside_deepspeed
+from trl_sgpo.judges.local_model import LocalModelJudge, context_length
 from trl_sgpo.judges.prompt import JudgePrompt, Question
 
 
@@ -32,21 +34,21 @@ logger = logging.getLogger(__name__)
 ANSWERS = ("generate", "score")
 ANSWER_PREFIX = "FIRST_ERROR:"
 
-_TRIES = 8  # how often a question that is too long is asked again with fewer steps
+_TRIES = 8  # how often a question that is too long is made again with fewer steps
 
 
 @dataclass
 class Usage:
     """
-    What a judge has done so far.
+    The work of a judge so far.
 
     Args:
         calls (`int`):
-            Questions that the model has read, every vote counted.
+            Questions that the model has read. Every vote counts.
         prompt_tokens (`int`):
             Tokens of those questions.
         completion_tokens (`int`):
-            Tokens that the model has written; none if it only scores the choices.
+            Tokens that the model has written. 0 if it only scores the choices.
     """
 
     calls: int = 0
@@ -54,54 +56,56 @@ class Usage:
     completion_tokens: int = 0
 
 
-class GenerativeJudge(StepJudge):
+class GenerativeJudge(LocalModelJudge):
     """
-    Judge that asks a causal language model, run here by transformers, for the first wrong step.
+    Judge that asks a causal language model for the first wrong step. transformers runs the model in this process.
 
-    The model gets the tokenizer's chat template if there is one. Without one it gets the rules, the question and
-    `Answer:`, with empty lines between them. What it writes has to end within `max_new_tokens`; an answer that is cut off is
-    an abstention. A completion that is too long is shown up to the last step that fits, and what the judge says of that
-    part counts.
+    The model gets the tokenizer's chat template if there is one. Otherwise it gets the rules, the question and
+    `Answer:`, with empty lines between them. Its answer must end within `max_new_tokens`: an answer that is cut off is
+    an abstention. A completion that is too long is shown up to the last step that fits, and the verdict on that part
+    counts.
 
-    The random state of torch is left as it was found, so that a judge that samples changes nothing in the training
-    around it. The model may be loaded while the policy trains under DeepSpeed ZeRO-3.
+    The judge restores torch's random state, so a judge that samples changes nothing in the training around it. The
+    model may be loaded while the policy trains under DeepSpeed ZeRO-3.
 
     Args:
         model (`str`, `Path` or `tuple`):
-            Hub id or folder of the model (a PEFT adapter too, if `peft` is installed), or a loaded model and its tokenizer,
-            `(model, tokenizer)`.
+            Hub id or folder of the model, or a loaded model and its tokenizer, `(model, tokenizer)`. It may be a PEFT
+            adapter if `peft` is installed.
         tokenizer (`str`, `Path` or `PreTrainedTokenizerBase`, *optional*):
-            Another tokenizer than the one that `model` comes with.
+            Tokenizer to use instead of the model's own.
         prompt ([`JudgePrompt`], *optional*):
             The texts of the question.
         answer (`str`, *optional*, defaults to `"generate"`):
-            `"generate"`: the model writes a brief check and the verdict. `"score"`: it writes nothing; the most likely
-            continuation of `FIRST_ERROR:` among the allowed choices is the verdict, and its share of their probability the
-            confidence. One forward pass per completion, which is what a small model that was trained to judge can do.
+            `"generate"`: the model writes a brief check and the verdict. `"score"`: it writes nothing. The verdict is
+            the most likely continuation of `FIRST_ERROR:` among the allowed choices, and the confidence is its share
+            of their probability. This takes one forward pass per completion. It suits a small model that was trained
+            to judge.
         max_new_tokens (`int`, *optional*, defaults to `1024`):
             Tokens that the model may write per answer.
         max_tokens_per_batch (`int`, *optional*, defaults to `16384`):
-            Most tokens that are held at a time, answers and padding included; a single question with its answer never
-            takes more either. A batch that runs out of memory is halved.
+            Most tokens of one batch, with answers and padding. A single question with its answer is never longer
+            either. If a batch does not fit into the memory, it is halved.
         votes (`int`, *optional*, defaults to `1`):
-            Answers per completion. Of several, the plurality is the verdict: see
+            Answers per completion. If there are several, the verdict is their plurality, see
             [`~trl_sgpo.judges.combinators.plurality`].
         min_agreement (`float`, *optional*, defaults to `0.5`):
             Share of the votes that the winner needs.
         temperature (`float`, *optional*):
-            Sampling temperature. Defaults to 0, which is greedy decoding, for one vote and to 0.7 for several.
+            Sampling temperature. Defaults to 0 (greedy decoding) for one vote and to 0.7 for several.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the sampling. Every call draws anew.
+            Seed of the sampling. Every call draws new samples.
         batch_deadline (`float`, *optional*, defaults to `600.0`):
-            Seconds that one call of the judge may take. What is not judged by then is an abstention; keep it below the
-            process group's timeout. `None` for no limit.
+            Seconds that one call of the judge may take. A completion that is not judged by then is an abstention. Keep
+            it below the process group's timeout. `None`: no limit.
         device (`str` or `torch.device`, *optional*):
-            Where the model runs. Defaults to this process's GPU if there is one, else to the CPU; a loaded model stays
+            Where the model runs. Defaults to this process's GPU if there is one, else to the CPU. A loaded model stays
             where it is.
         dtype (`str` or `torch.dtype`, *optional*):
-            Type of the weights. Defaults to bfloat16 on a GPU and float32 elsewhere; a loaded model keeps its own.
+            Type of the weights. Defaults to bfloat16 on a GPU and float32 elsewhere. A loaded model keeps its own.
         offload (`bool`, *optional*, defaults to `False`):
-            Keep the model in the CPU's memory and move it to the device for every call, to leave the memory to training.
+            Whether the model waits in the CPU's memory and is moved to the device for every call. This leaves the
+            GPU's memory to the training.
         chat_template_kwargs (`dict`, *optional*):
             Arguments for the chat template, for instance `{"enable_thinking": False}`.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
@@ -110,7 +114,7 @@ class GenerativeJudge(StepJudge):
             Branch, tag or commit of the model on the Hub.
 
     Raises:
-        TypeError: If `model` is neither a string nor a pair, or `prompt` no [`JudgePrompt`].
+        TypeError: If `model` is neither a string nor a pair, or if `prompt` is no [`JudgePrompt`].
         ValueError: If the model cannot be loaded, or another argument is out of its range.
 
     Example:
@@ -120,6 +124,8 @@ class GenerativeJudge(StepJudge):
     >>> trainer = SGPOTrainer(..., reward_funcs=[accuracy_reward, StepwiseJudge(judge)])
     ```
     """
+
+    _files = "config.json, the weights and the tokenizer's files (`tokenizer=...` if these are elsewhere)"
 
     def __init__(
         self,
@@ -141,12 +147,6 @@ class GenerativeJudge(StepJudge):
         trust_remote_code: bool = False,
         revision: str | None = None,
     ) -> None:
-        loaded = isinstance(model, tuple | list) and len(model) == 2
-        if not loaded and not isinstance(model, str | Path):
-            raise TypeError(
-                f"model is a {type(model).__name__}: give a Hub id, a folder, or a loaded model together with its "
-                "tokenizer, `GenerativeJudge((model, tokenizer))`."
-            )
         if prompt is not None and not isinstance(prompt, JudgePrompt):
             raise TypeError(f"prompt={prompt!r} is no `JudgePrompt`. Give `JudgePrompt(rules=...)`.")
         if answer not in ANSWERS:
@@ -159,7 +159,7 @@ class GenerativeJudge(StepJudge):
         }
         for name, value in limits.items():
             if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be positive: it limits what the judge may take.")
+                raise ValueError(f"{name}={value} must be positive, because it is a limit of the judge.")
         if not 0 <= min_agreement <= 1:
             raise ValueError(f"min_agreement={min_agreement} must lie in [0, 1]: it is the share of the votes.")
         if temperature is None:
@@ -168,8 +168,8 @@ class GenerativeJudge(StepJudge):
             raise ValueError(f"temperature={temperature} must be a number of at least 0. 0 is greedy decoding.")
         if votes > 1 and (temperature == 0 or answer == "score"):
             raise ValueError(
-                f"votes={votes} does not go with temperature={temperature} and answer={answer!r}: all votes would be the "
-                "same. Use answer='generate' with a temperature such as 0.7, or votes=1."
+                f"votes={votes} does not go with temperature={temperature} and answer={answer!r}: all votes would be "
+                "the same. Use answer='generate' and a temperature such as 0.7, or votes=1."
             )
         self.prompt = prompt or JudgePrompt()
         self.answer = answer
@@ -180,82 +180,50 @@ class GenerativeJudge(StepJudge):
         self.temperature = temperature
         self.seed = seed
         self.batch_deadline = batch_deadline
-        self.offload = offload
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        self.revision = revision
         self.usage = Usage()
         self._model: Any
-        if loaded:
-            self._take(model, tokenizer, dtype, device)
-        else:
-            self._load(str(model), tokenizer, dtype, device, trust_remote_code)
+        super().__init__(model, tokenizer, device, dtype, offload, trust_remote_code, revision)
         self.layout = QuestionLayout(self.tokenizer, self.chat_template_kwargs)
         self._limit = self._longest()
-        self._model.to("cpu" if offload else self.device)
-        self._calls = 0  # of `judge`: each samples anew
-        self._runner = BatchRunner(self.device)
+        self._calls = 0  # of `judge`: each draws new samples
 
-    def _load(self, path: str, tokenizer: Any, dtype: Any, device: Any, trust_remote_code: bool) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    @property
+    def _parts(self) -> tuple[Any, ...]:
+        return (self._model,)
 
-        self.device = torch.device(default_device() if device is None else device)
-        if dtype is None:
-            dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        # Straight to where it stays: several ranks of one machine would else fill its memory all at once
-        device_map = None if self.offload or self.device.type == "cpu" else {"": self.device}
-        found = {"revision": self.revision, "trust_remote_code": trust_remote_code}
-        with outside_deepspeed():
-            try:
-                if tokenizer is None or isinstance(tokenizer, str | Path):
-                    tokenizer = AutoTokenizer.from_pretrained(*([path] if tokenizer is None else [tokenizer]), **found)
-                self._model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map, **found)
-            except Exception as error:
-                raise ValueError(
-                    f"model={path!r} could not be loaded: {error} Give a Hub id, or a folder with config.json, the "
-                    "weights and the tokenizer's files (`tokenizer=...` if these are elsewhere)."
-                ) from error
-        self._model.requires_grad_(False).eval()
-        self.tokenizer = tokenizer
-        self.model_name = path
-        self._version = getattr(self._model.config, "_commit_hash", None) or newest_weights(path)
+    def _load_model(self, path: str, **kwargs: Any) -> None:
+        from transformers import AutoModelForCausalLM
 
-    def _take(self, pair: Any, tokenizer: Any, dtype: Any, device: Any) -> None:
-        model, own_tokenizer = pair
+        with self._loading():
+            self._model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+
+    def _take_model(self, model: Any) -> None:
         self._model = model
-        self.tokenizer = own_tokenizer if tokenizer is None else tokenizer
-        if dtype is not None:
-            self._model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        self.device = torch.device(model.device if device is None else device)
-        self.model_name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-        self._version = None
 
     def _longest(self) -> int:
-        """Most tokens of a question, such that its answer has room as well."""
-        own = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        """Most tokens of a question that leaves room for its answer."""
+        own = context_length(self._model.config)
         longest = min(self.max_tokens_per_batch, own or self.max_tokens_per_batch)
         if self.answer == "score":
-            self.layout.choice("1")  # whether this tokenizer can
-        # A number has hardly more tokens than digits, "none" and "later" no more than letters and a space
+            self.layout.choice("1")  # raises if this tokenizer cannot
+        # A number has hardly more tokens than digits. "none" and "later" have at most one per letter, and one for the
+        # space
         answer = (
             self.max_new_tokens if self.answer == "generate" else len(self.layout.encode_answer(ANSWER_PREFIX)) + 8
         )
         if longest <= answer:
             raise ValueError(
-                f"max_new_tokens={answer} leaves no room for a question: {self.model_name!r} has room for {own} tokens, "
-                f"and max_tokens_per_batch={self.max_tokens_per_batch}. Give a smaller max_new_tokens, or a larger "
-                "max_tokens_per_batch."
+                f"max_new_tokens={answer} leaves no room for a question: {self.model_name!r} has room for {own} "
+                f"tokens, and max_tokens_per_batch={self.max_tokens_per_batch}. Give a smaller max_new_tokens, or a "
+                "larger max_tokens_per_batch."
             )
         self._answer_tokens = answer
         return longest - answer
 
     @property
-    def name(self) -> str:
-        path = Path(self.model_name)
-        return f"GenerativeJudge({path.name if path.exists() else self.model_name})"
-
-    @property
     def cache_key(self) -> str:
-        """What a cache knows this judge by: all that its verdicts depend on."""
+        """Identifies this judge in a cache: it holds all that the verdicts depend on."""
         settings = {
             "revision": self.revision,
             "version": self._version,
@@ -294,8 +262,8 @@ class GenerativeJudge(StepJudge):
 
     def sample(self, items: Sequence[JudgeItem]) -> list[list[tuple[str, Verdict]]]:
         """
-        What the model writes, `votes` answers per item, each with the verdict that is read from it: critiques to train
-        on. An item that cannot be asked about has none.
+        Critiques to train on: `votes` answers of the model per item, each with the verdict that is read from it. An
+        item whose question cannot be asked has none.
         """
         asked = {}
         for i, item in enumerate(items):
@@ -353,13 +321,13 @@ class GenerativeJudge(StepJudge):
         """The ids that the model writes after each prompt, up to the first EOS."""
         from transformers import GenerationConfig
 
-        input_ids, mask = self._pad_left(prompts)
+        input_ids, mask = self._padded(prompts)
         sampling = self.temperature > 0
         settings = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=sampling,
             **({"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if sampling else {"num_beams": 1}),
-            # generate() looks at the clock after every token
+            # generate() checks the time after every token
             max_time=None if end == math.inf else max(end - monotonic(), 0.0),
             eos_token_id=sorted(self._eos_ids) or None,
             pad_token_id=self._pad_id,
@@ -368,7 +336,7 @@ class GenerativeJudge(StepJudge):
             input_ids=input_ids,
             attention_mask=mask,
             generation_config=settings,
-            synced_gpus=False,  # under ZeRO-3 the ranks would wait for each other, and this model is not partitioned
+            synced_gpus=False,  # True lets the ranks wait for each other under ZeRO-3. This model is not partitioned
         )[:, input_ids.shape[1] :].tolist()
         answers = []
         for row in written:
@@ -384,7 +352,7 @@ class GenerativeJudge(StepJudge):
     # -----------------------------------------------------------------------------------------------------------------
 
     def _score(self, asked: dict[int, tuple[Question, list[int]]], end: float) -> dict[int, Verdict]:
-        rows: list[tuple[int, tuple[int, ...]]] = []  # an item, and the tokens after which choices are looked up
+        rows: list[tuple[int, tuple[int, ...]]] = []  # an item, and a head: tokens after which choices are looked up
         for i, (question, _) in asked.items():
             rows += [(i, head) for head in _longest_heads([self.layout.choice(c) for c in question.choices])]
         ids = [asked[i][1] + self.layout.answer_prefix + list(head) for i, head in rows]
@@ -421,8 +389,8 @@ class GenerativeJudge(StepJudge):
         return verdict if verdict.status == "abstain" else replace(verdict, confidence=confidence, reason=reason)
 
     def _log_probabilities(self, prompts: list[list[int]], end: float, head_lengths: list[int]) -> list[torch.Tensor]:
-        """Per prompt, the log-probabilities of the tokens after all but its head, and after each token of the head."""
-        input_ids, mask = self._pad_left(prompts)
+        """Per prompt, the log-probabilities of the next token: before its head, and after each token of its head."""
+        input_ids, mask = self._padded(prompts)
         logits = self._model(
             input_ids=input_ids,
             attention_mask=mask,
@@ -439,14 +407,12 @@ class GenerativeJudge(StepJudge):
     # -----------------------------------------------------------------------------------------------------------------
 
     def _in_memory(self, run: Any, prompts: list[list[int]], end: float, *columns: list[Any]) -> list[Any]:
-        """`run` on a batch, or on two halves of it if it does not fit into the memory; a `Verdict` where it failed."""
+        """The results of `run` on a batch, in parts if the memory is too small. A `Verdict` for each that failed."""
 
         def part(rows: Sequence[int]) -> list[Any]:
             if monotonic() >= end:
                 return [self._late()] * len(rows)
-            # Training may call from inside its autocast, which is not meant for this model
-            with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-                return run([prompts[i] for i in rows], end, *([column[i] for i in rows] for column in columns))
+            return run([prompts[i] for i in rows], end, *([column[i] for i in rows] for column in columns))
 
         return self._runner.run(
             part,
@@ -456,44 +422,20 @@ class GenerativeJudge(StepJudge):
             name=self.name,
         )
 
-    def _pad_left(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and attention mask of shape `(n_rows, longest)`: what is written goes on behind the last token."""
-        longest = max(map(len, rows))
-        ids = [[self._pad_id] * (longest - len(row)) + row for row in rows]
-        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
-
-    @property
-    def _pad_id(self) -> int:
-        own = self.tokenizer.pad_token_id
-        return own if own is not None else min(self._eos_ids, default=0)
-
-    @contextmanager
-    def _ready(self) -> Iterator[None]:
-        """The model on its device and in eval mode; afterwards as it was."""
-        was_training = self._model.training
-        self._model.eval()
-        try:
-            if self.offload:
-                self._model.to(self.device)
-            yield
-        finally:
-            self._model.train(was_training)
-            if self.offload:
-                self._model.to("cpu")
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, mask = pad(rows, self._pad_id, "left")  # the model writes on after the last token
+        return ids.to(self.device), mask.to(self.device)
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        """Sampling by this judge's seed; the random state of torch, on which the training goes on, stays what it was."""
+        """Sampling with this judge's seed. Afterwards torch's random state is as before, for the training."""
         if self.temperature == 0:
             yield
             return
         seed = self.seed * 1_000_003 + self._calls
         cuda = [self.device.index or 0] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
-            # Not torch.manual_seed: it reseeds every device, of which only one is put back
+            # Not torch.manual_seed: it seeds every device, and only one of them is restored
             torch.default_generator.manual_seed(seed)
             for index in cuda:
                 torch.cuda.default_generators[index].manual_seed(seed)
@@ -505,10 +447,10 @@ class GenerativeJudge(StepJudge):
 
 class QuestionLayout:
     """
-    How a question becomes token ids: with the tokenizer's chat template, or in a plain layout if it has none.
+    The token ids of a question: with the tokenizer's chat template, or in a plain layout if it has none.
 
-    A model that is to judge is trained on the same ids: those of [`~QuestionLayout.ask`] and behind it
-    [`~QuestionLayout.encode_answer`] with an EOS token.
+    Train a judge on the same ids: those of [`~QuestionLayout.ask`], then those of [`~QuestionLayout.encode_answer`]
+    and an EOS token.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
@@ -522,12 +464,13 @@ class QuestionLayout:
         self.chat_template_kwargs = chat_template_kwargs or {}
         special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
         added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
-        # The unknown token is what becomes of text that the vocabulary lacks, unless it has a second meaning
+        # Text that the vocabulary lacks becomes the unknown token, which is no control token unless it also begins or
+        # ends a text
         ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         self._control = {
             id: text
             for id, text in {**added, **special}.items()
-            # Single letters and whitespace are text wherever they stand, also where a vocabulary lists them as added
+            # Single letters and white space are always text, also if a vocabulary lists them as added tokens
             if len(text) > 1 and not text.isspace() and (id != tokenizer.unk_token_id or id in ends)
         }
         self.answer_prefix = self.encode_answer(ANSWER_PREFIX)
@@ -535,8 +478,8 @@ class QuestionLayout:
 
     def ask(self, prompt: JudgePrompt, item: JudgeItem, max_tokens: int | None = None) -> tuple[Question, list[int]]:
         """
-        The question about a completion and its token ids, up to where the answer begins, with as many steps as fit into
-        `max_tokens` and no control token in what the policy wrote.
+        The question about a completion and its token ids, up to where the answer begins. It holds as many steps as fit
+        into `max_tokens`, and no control token in the policy's text.
 
         Raises:
             ValueError: If not even the first step fits, or a control token is left.
@@ -547,7 +490,7 @@ class QuestionLayout:
             question = prompt.ask(item, max_characters=room, control_tokens=broken_up)
             found = self.control_tokens_in(question)
             if found:
-                # Only those that occur: some vocabularies have thousands, and looking for each takes its time
+                # Only those that occur: some vocabularies have thousands, and a search for each takes time
                 broken_up += tuple(sorted(found, key=len, reverse=True))
                 continue
             ids = self.encode(question)
@@ -556,15 +499,15 @@ class QuestionLayout:
                 return question, ids
             texts = [item.problem, item.reference or "", *item.steps, *item.context.values()]
             room = sum(map(len, texts)) if room is None else room
-            # Characters per token of this very text. Whole steps are left out, so the aim need not be exact
+            # By this text's own characters per token. Whole steps are left out, so the number need not be exact
             characters = sum(len(message["content"]) for message in question.messages)
             room -= math.ceil(excess * characters / len(ids)) + 1
         if found:
             raise ValueError(f"the text holds control tokens that cannot be broken up: {sorted(found)}")
-        raise ValueError(f"the completion does not fit into {max_tokens} tokens, however many steps are left out")
+        raise ValueError(f"the completion does not fit into {max_tokens} tokens, even if steps are left out")
 
     def control_tokens_in(self, question: Question) -> set[str]:
-        """The control tokens that the tokenizer finds in the texts of a question. None may be there when it is asked."""
+        """The control tokens that the tokenizer finds in the texts of a question. Without any it may be asked."""
         contents = [message["content"] for message in question.messages]
         found = {id for ids in self.tokenizer(contents, add_special_tokens=False)["input_ids"] for id in ids}
         return {self._control[id] for id in found if id in self._control}
@@ -583,22 +526,22 @@ class QuestionLayout:
         try:
             return self.tokenizer.apply_chat_template(messages, **settings)
         except Exception:
-            # Some families know no system message
+            # Some families have no system message
             joined = "\n\n".join(message["content"] for message in messages)
             return self.tokenizer.apply_chat_template([{"role": "user", "content": joined}], **settings)
 
     def encode_answer(self, text: str) -> list[int]:
-        """Token ids of (the beginning of) an answer, as it is put behind a question."""
+        """Token ids of an answer, or of its beginning, as it follows a question."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _choice(self, choice: str) -> tuple[int, ...]:
-        """The tokens of a choice behind `ANSWER_PREFIX`."""
+        """The tokens of a choice after `ANSWER_PREFIX`."""
         ids = self.encode_answer(f"{ANSWER_PREFIX} {choice}")
         n = len(self.answer_prefix)
         if ids[:n] != self.answer_prefix or len(ids) == n:
             raise ValueError(
-                f"answer='score' does not go with this tokenizer, which does not go on from {ANSWER_PREFIX!r} to "
-                f"{ANSWER_PREFIX + ' ' + choice!r} by adding tokens. Use answer='generate'."
+                f"answer='score' does not go with this tokenizer: its tokens of {ANSWER_PREFIX + ' ' + choice!r} do "
+                f"not begin with those of {ANSWER_PREFIX!r}. Use answer='generate'."
             )
         return tuple(ids[n:])
 
@@ -607,8 +550,8 @@ def choice_shares(choices: Sequence[tuple[int, ...]], log_probabilities: Sequenc
     """
     The share of each choice in the probability of all choices together.
 
-    The probability that a text begins with the tokens of `1` holds those that it begins with the tokens of `10` and `12`,
-    where a tokenizer cuts numbers into digits; so they are taken off.
+    If a tokenizer cuts numbers into digits, the probability that a text begins with `1` includes `10` and `12`. These
+    are subtracted.
 
     Args:
         choices (`Sequence[tuple[int, ...]]`):
@@ -633,13 +576,14 @@ def choice_shares(choices: Sequence[tuple[int, ...]], log_probabilities: Sequenc
         prefixes = [k for k, other in enumerate(choices) if len(other) < len(choice) and choice[: len(other)] == other]
         if prefixes:
             masses[max(prefixes, key=lambda k: len(choices[k]))] -= own[i]
-    masses = [max(mass, 0.0) for mass in masses]  # a difference of nearly equal floats may be a little below
+    masses = [max(mass, 0.0) for mass in masses]  # a difference of nearly equal floats may be slightly negative
     return [mass / sum(masses) for mass in masses]
 
 
 def _longest_heads(choices: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """
-    The fewest token rows behind which every choice's tokens can be looked up: all but its last one have to be read.
+    The fewest token rows after which every choice's tokens can be looked up. The model must read all of a choice but
+    its last token.
 
     ```python
     >>> _longest_heads([(1,), (2,), (1, 0), (1, 2)])

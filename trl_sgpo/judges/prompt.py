@@ -258,7 +258,8 @@ def as_data(text: str, control_tokens: Sequence[str] = ()) -> str:
     A space is put into everything that could act: `<` before a letter, a slash or a bar, and `|>` (the bar may be the
     full-width one), bracketed control words such as `[INST]`, the words by which a verdict is read, and `control_tokens`.
     A space inside cannot make a new one, as taking something out could. Lone surrogates, which no server can be sent,
-    become question marks.
+    become question marks. A process reward model has its own way, because it reads the text without additional spaces:
+    see [`~trl_sgpo.judges.prm.PRMEncoder`].
 
     Example:
 

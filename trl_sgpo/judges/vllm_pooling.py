@@ -14,7 +14,7 @@ from typing import Any
 
 from trl_sgpo.judges.base import JudgeItem
 from trl_sgpo.judges.endpoint import RequestFailed
-from trl_sgpo.judges.prm_spec import KNOWN_WRONG_RULES, EncodedSteps, PRMEncoder, PRMSpec, StepScorer
+from trl_sgpo.judges.prm import KNOWN_WRONG_RULES, EncodedSteps, PRMEncoder, PRMSpec, StepScorer
 from trl_sgpo.judges.server_settings import RequestFormat, ServerSettings
 from trl_sgpo.judges.servers import Request, Servers, checked_urls
 

@@ -1,9 +1,9 @@
 """
-Process reward models as a body and a head: whatever the family, a score is what the head makes of the hidden state at one
-position. So the body runs once per completion, and the head only where a score stands: a causal LM's logits over the
-whole vocabulary are never made.
+Process reward models as a body and a head. In every family a score is the head's output for the hidden state at one
+position. So the body runs once per completion, and the head only at the positions of the scores. A causal LM's logits
+over the whole vocabulary are never computed.
 
-Imports transformers, so nothing imports this file before a model is loaded.
+This file imports transformers, so nothing imports it before a model is loaded.
 """
 
 import copy
@@ -25,10 +25,11 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from trl_sgpo.judges.prm_spec import PRMSpec, single_token
+from trl_sgpo.judges.prm.encoder import single_token
+from trl_sgpo.judges.prm.spec import PRMSpec
 
 
-# What some architectures do to the logits after the output embeddings, and the value with which they do nothing
+# Some architectures change the logits after the output embeddings. By setting: the value that changes nothing
 _LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
 
 
@@ -36,8 +37,8 @@ class Qwen2ForProcessRewardModel(Qwen2PreTrainedModel):
     """
     Qwen2.5-Math-PRM and Qwen2.5-Math-7B-PRM800K: Qwen2 with a two-layer head of two labels.
 
-    The checkpoints come with code of their own, which fails on recent versions of transformers. This is the same model,
-    with the same names of weights, so nothing from the Hub is run.
+    The checkpoints come with code of their own, which fails on recent versions of transformers. This is the same model
+    with the same names of weights, so no code from the Hub is run.
     """
 
     def __init__(self, config: Qwen2Config) -> None:
@@ -63,7 +64,7 @@ def load_body_and_head(
         spec ([`PRMSpec`]):
             Which head it has.
         tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer, for the verdict tokens.
+            Its tokenizer. It gives the ids of the verdict tokens.
         kwargs:
             Arguments of `from_pretrained`.
 
@@ -71,9 +72,9 @@ def load_body_and_head(
         ValueError: If the checkpoint has no such head.
     """
     if spec.head == "value_head":
-        # Saved by TRL's `AutoModelForCausalLMWithValueHead` and its like, with a prefix before the names or without
+        # TRL's `AutoModelForCausalLMWithValueHead` and similar classes save it, with a prefix of the names or without
         verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()  # else it reports the head as weights that nobody expected
+        transformers_logging.set_verbosity_error()  # else it reports the head as unexpected weights
         try:
             body, info = AutoModel.from_pretrained(
                 path, config=config, key_mapping={r"^pretrained_model\.": ""}, output_loading_info=True, **kwargs
@@ -101,7 +102,7 @@ def body_and_head(model: Any, spec: PRMSpec, tokenizer: Any) -> tuple[PreTrained
     Raises:
         ValueError: If the model has no head of the kind that the spec names.
     """
-    if hasattr(model, "get_base_model"):  # PEFT puts a wrapper around the model that its layers are in
+    if hasattr(model, "get_base_model"):  # PEFT puts its layers into the model, and a wrapper around it
         model = model.get_base_model()
     inner = getattr(model, "pretrained_model", model)  # TRL's models with a value head
     body = inner.base_model
@@ -113,16 +114,17 @@ def body_and_head(model: Any, spec: PRMSpec, tokenizer: Any) -> tuple[PreTrained
         head = _verdict_rows(inner, spec, tokenizer)
     if head is None:
         raise ValueError(
-            f"model is a {type(model).__name__}, which has no head for head={spec.head!r}: that is a module `score` or "
-            "`classifier` (token_classification), `v_head` (value_head), or output embeddings (causal_lm). Give the "
-            "spec that the model was trained with."
+            f"model is a {type(model).__name__}, which has no head for head={spec.head!r}. Such a head is a module "
+            "`score` or `classifier` (token_classification), `v_head` (value_head), or output embeddings "
+            "(causal_lm). Give the spec that the model was trained with."
         )
-    # A score is a probability compared with a threshold: bfloat16 has eight bits for it. The head is small
+    # A score is compared with a threshold, and bfloat16 has only eight bits for it. The head is small, so float32 is
+    # cheap
     return body, copy.deepcopy(head).float().eval().requires_grad_(False)
 
 
 def _verdict_rows(model: Any, spec: PRMSpec, tokenizer: Any) -> nn.Linear | None:
-    """The two rows of a causal LM's output embeddings that matter, as a head: a wrong step, a right step."""
+    """Two rows of a causal LM's output embeddings as a head: those of the tokens for a wrong and for a right step."""
     embeddings = model.get_output_embeddings()
     if embeddings is None:
         return None
@@ -132,7 +134,7 @@ def _verdict_rows(model: Any, spec: PRMSpec, tokenizer: Any) -> nn.Linear | None
         if value not in (neutral, None):
             raise ValueError(
                 f"model is a {type(model).__name__} that changes its logits after the output embeddings "
-                f"({name}={value}), which is not supported. Use a model without, or another judge."
+                f"({name}={value}). This is not supported. Use a model without it, or another judge."
             )
     ids = [single_token(tokenizer, getattr(spec, name), name) for name in ("negative", "positive")]
     bias = getattr(embeddings, "bias", None)
@@ -148,7 +150,7 @@ def _load_value_head(path: str, revision: str | None) -> nn.Linear:
     tensors = _read_tensors(path, revision, "v_head.summary.")
     if "weight" not in tensors:
         raise ValueError(
-            f"model={path!r} has no weights `v_head.summary.weight`, the value head that head='value_head' reads. Give "
+            f"model={path!r} has no weights `v_head.summary.weight`, which are the head for head='value_head'. Give "
             "the spec that the model was trained with."
         )
     weight, bias = tensors["weight"].float(), tensors.get("bias")
@@ -158,7 +160,7 @@ def _load_value_head(path: str, revision: str | None) -> nn.Linear:
 
 
 def _read_tensors(path: str, revision: str | None, mark: str) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint that have `mark` in their names, by what follows the mark; no others are read."""
+    """The tensors of a checkpoint with `mark` in their names, by the rest of the name. No other tensors are read."""
 
     def find(name: str) -> str | None:
         return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
@@ -189,11 +191,11 @@ def _read_tensors(path: str, revision: str | None, mark: str) -> dict[str, torch
 
 
 def _check_nothing_is_missing(path: str, spec: PRMSpec, info: dict[str, Any]) -> None:
-    # transformers would go on with random weights, and a random head gives scores like any other
+    # transformers would continue with random weights, and the scores of a random head look like any others
     wrong = sorted({*map(str, info["missing_keys"]), *(str(key[0]) for key in info["mismatched_keys"])})
     if wrong:
         raise ValueError(
             f"model={path!r} lacks weights that head={spec.head!r} needs, or has them in another shape: "
-            f"{', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}. It is no process reward model of that kind: "
-            "give the spec that it was trained with."
+            f"{', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}. It is no process reward model of that kind. "
+            "Give the spec that it was trained with."
         )

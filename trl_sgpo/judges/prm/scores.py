@@ -1,0 +1,275 @@
+"""
+From the scores of the steps to a verdict ([`verdict_from_scores`]), the best threshold on labelled rows
+([`best_threshold`]), and the base class of the judges that score steps ([`StepScorer`]).
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from trl_sgpo.judges.base import JudgeItem, StepJudge, Verdict
+from trl_sgpo.judges.prm.spec import PRMSpec
+
+
+KNOWN_WRONG_RULES = ("threshold", "argmin")
+
+logger = logging.getLogger(__name__)
+
+
+def verdict_from_scores(
+    scores: Sequence[float],
+    n_steps: int,
+    threshold: float,
+    known_wrong: bool = True,
+    known_wrong_rule: str = "threshold",
+) -> Verdict:
+    """
+    The verdict on a completion, from the scores of its steps.
+
+    The first step whose score is below the threshold is the error. If no score is below it, there is no error. But if
+    some steps have no score, the verdict is then an abstention, because the error may be one of them.
+
+    Args:
+        scores (`Sequence[float]`):
+            Probability that a step is right, for the first steps of the completion, as many as could be scored.
+        n_steps (`int`):
+            Number of its steps.
+        threshold (`float`):
+            A step is wrong if its score is below this.
+        known_wrong (`bool`, *optional*, defaults to `True`):
+            Whether the final answer is known to be wrong.
+        known_wrong_rule (`str`, *optional*, defaults to `"threshold"`):
+            `"argmin"`: if no score is below the threshold and the answer is known to be wrong, the step with the
+            lowest score (the first of several) is the error.
+
+    Returns:
+        `Verdict`: Its confidence is the probability that the model gives it. For an error that is one minus the score
+        of the step, for no error the lowest score of all. An abstention if a score is NaN, or if there are more scores
+        than steps.
+
+    Example:
+
+    ```python
+    >>> verdict_from_scores([0.9, 0.25, 0.1], n_steps=3, threshold=0.5).first_error
+    1
+    >>> verdict_from_scores([0.9, 0.8], n_steps=3, threshold=0.5).reason
+    'only the first 2 of 3 steps fit into the model, and it finds no error in them'
+    ```
+    """
+    if len(scores) > n_steps:
+        return Verdict.abstain(f"the model gave {len(scores)} scores for {n_steps} steps")
+    if any(math.isnan(score) for score in scores):
+        return Verdict.abstain("the model gave scores that are no numbers (NaN)")
+    if not scores:
+        return Verdict.abstain(f"the problem is too long for the model: none of {n_steps} steps fits into it")
+    for i, score in enumerate(scores):
+        if score < threshold:
+            return Verdict.error(i, n_steps, 1 - score, f"score {score:.3g} of step {i + 1} < {threshold:.3g}")
+    if len(scores) < n_steps:
+        return Verdict.abstain(
+            f"only the first {len(scores)} of {n_steps} steps fit into the model, and it finds no error in them"
+        )
+    lowest = min(scores)
+    if known_wrong and known_wrong_rule == "argmin":
+        i = scores.index(lowest)
+        return Verdict.error(i, n_steps, 1 - lowest, f"score {lowest:.3g} of step {i + 1} is the lowest")
+    return Verdict.no_error(n_steps, lowest, f"lowest score {lowest:.3g} >= {threshold:.3g}")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """
+    A threshold and its accuracy on labelled rows.
+
+    Args:
+        threshold (`float`):
+            The threshold.
+        f1 (`float`):
+            Harmonic mean of the two accuracies. If all rows are of one kind, it is the accuracy on that kind.
+        accuracy_error (`float` or `None`):
+            Share of the rows with an error whose first error is found exactly.
+        accuracy_correct (`float` or `None`):
+            Share of the rows without an error in which no error is found.
+    """
+
+    threshold: float
+    f1: float
+    accuracy_error: float | None
+    accuracy_correct: float | None
+
+
+def best_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> Calibration:
+    """
+    The threshold with the best ProcessBench F1 (arXiv 2412.06559): the harmonic mean of the exact accuracy on rows
+    with an error and the accuracy on rows without one.
+
+    The thresholds that judge a row correctly form one interval. For a row with an error it goes from the score of the
+    first wrong step to the lowest score before that step. For a row without an error it goes up to the lowest score of
+    all. A sweep over the ends of these intervals finds the best threshold exactly, in the time of one sort. If several
+    ranges are equally good, the result is the middle of the widest one.
+
+    Args:
+        scores (`Sequence[Sequence[float]]`):
+            Per row, the score of each step.
+        labels (`Sequence[int]`):
+            Per row, the 0-based first wrong step, or -1 for no error.
+
+    Returns:
+        `Calibration`: The threshold in [0, 1], and its accuracies.
+
+    Raises:
+        ValueError: If there are no rows, if rows and labels differ in number, or if a score is outside [0, 1].
+
+    Example:
+
+    ```python
+    >>> best_threshold([[0.9, 0.8], [0.9, 0.3, 0.1]], [-1, 1])
+    Calibration(threshold=0.55, f1=1.0, accuracy_error=1.0, accuracy_correct=1.0)
+    ```
+    """
+    if not scores or len(scores) != len(labels):
+        raise ValueError(
+            f"scores has {len(scores)} rows and labels has {len(labels)}: give one label per row, and at least one "
+            "row."
+        )
+    changes: dict[float, list[int]] = {}  # per score: change of the hits of both kinds if the threshold passes it
+    hits, totals = [0, 0], [0, 0]  # of rows with an error and without one; the sweep begins below every score
+    for row, label in zip(scores, labels, strict=True):
+        if not len(row) or not all(0 <= score <= 1 for score in row):
+            raise ValueError(
+                f"scores has a row without scores, or with scores that are no probabilities: {list(row)!r}. Leave it "
+                "out."
+            )
+        kind = int(label < 0)
+        totals[kind] += 1
+        for score in row:
+            changes.setdefault(float(score), [0, 0])
+        if label < 0:
+            hits[kind] += 1
+            changes[float(min(row))][kind] -= 1
+        elif label < len(row):
+            before = min(row[:label], default=math.inf)
+            if row[label] < before:
+                changes[float(row[label])][kind] += 1
+                if label:
+                    changes[float(before)][kind] -= 1
+
+    best = (-1.0, 0.0)
+    result = Calibration(0.5, 0.0, None, None)
+    ends = sorted(changes)
+    for i, (low, high) in enumerate(zip([0.0, *ends], [*ends, 1.0], strict=True)):
+        if i:
+            hits = [hit + change for hit, change in zip(hits, changes[low], strict=True)]
+            if low >= high:  # no threshold is above a score of 1
+                continue
+        accuracies = [hit / total if total else None for hit, total in zip(hits, totals, strict=True)]
+        f1 = _harmonic_mean([accuracy for accuracy in accuracies if accuracy is not None])
+        if (f1, high - low) > best:
+            best = (f1, high - low)
+            middle = (low + high) / 2
+            # Neighbouring floats have no middle, and a threshold equal to `low` belongs to the range before
+            result = Calibration(middle if middle > low else high, f1, *accuracies)
+    return result
+
+
+def _harmonic_mean(values: Sequence[float]) -> float:
+    return 0.0 if not all(values) else len(values) / sum(1 / value for value in values)
+
+
+class StepScorer(StepJudge):
+    """
+    Base class of the judges with a process reward model: from scores to verdicts, and the threshold.
+
+    A subclass sets `spec` and `known_wrong_rule`, and writes [`~StepScorer.score_steps`].
+    """
+
+    spec: PRMSpec
+    known_wrong_rule: str = "threshold"
+
+    def score_steps(self, items: Sequence[JudgeItem]) -> list[list[float] | str]:
+        """Per item the scores of its first steps, as many as fit into the model, or the reason why there are none."""
+        raise NotImplementedError
+
+    @property
+    def threshold(self) -> float:
+        """A step is wrong if its score is below this. In [0, 1]."""
+        return self.spec.threshold
+
+    @threshold.setter
+    def threshold(self, threshold: float) -> None:
+        self.spec = replace(self.spec, threshold=threshold)
+
+    def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:
+        verdicts = []
+        for item, scores in zip(items, self.score_steps(items), strict=True):
+            if isinstance(scores, str):
+                verdicts.append(Verdict.abstain(scores))
+            else:
+                verdicts.append(
+                    verdict_from_scores(
+                        scores, len(item.steps), self.threshold, item.known_wrong, self.known_wrong_rule
+                    )
+                )
+        return verdicts
+
+    def scores(self, items: Sequence[JudgeItem]) -> list[list[float]]:
+        """
+        The score of every step, the probability that it is right.
+
+        Args:
+            items (`Sequence[JudgeItem]`):
+                The completions.
+
+        Returns:
+            `list[list[float]]`: Per item one score per step, in order. NaN for steps that could not be scored, for
+            instance because the completion is too long.
+        """
+        return [
+            [math.nan] * len(item.steps) if isinstance(scores, str) else _padded(scores, len(item.steps))
+            for item, scores in zip(items, self.score_steps(items), strict=True)
+        ]
+
+    def calibrate(self, items: Sequence[JudgeItem], labels: Sequence[int]) -> Calibration:
+        """
+        Sets the threshold with the best ProcessBench F1 on labelled completions. See [`best_threshold`].
+
+        Each completion is scored once. A completion is left out if not all of its steps can be scored. Calibrate on
+        completions like those that will be judged, but not on those that test the judge.
+
+        Args:
+            items (`Sequence[JudgeItem]`):
+                The completions.
+            labels (`Sequence[int]`):
+                Per completion, its 0-based first wrong step, or -1 for no error.
+
+        Returns:
+            `Calibration`: The threshold and its accuracies. `judge.spec.to_config()` holds the new threshold, for the
+            model's config.
+
+        Raises:
+            ValueError: If labels and items differ in number, or if no completion could be scored in full.
+        """
+        if len(items) != len(labels):
+            raise ValueError(f"labels has {len(labels)} entries for {len(items)} items: give one label per item.")
+        rows = [
+            (scores, label)
+            for scores, label in zip(self.scores(items), labels, strict=True)
+            if scores and not any(map(math.isnan, scores))
+        ]
+        if not rows:
+            raise ValueError(
+                f"none of the {len(items)} items could be scored in full, so no threshold can be found. The reasons "
+                "are in `judge.judge(items)`."
+            )
+        if len(rows) < len(items):
+            logger.info(
+                "%d of %d items could not be scored in full and are left out.", len(items) - len(rows), len(items)
+            )
+        calibration = best_threshold(*zip(*rows, strict=True))
+        self.threshold = calibration.threshold
+        return calibration
+
+
+def _padded(scores: list[float], length: int) -> list[float]:
+    return scores + [math.nan] * (length - len(scores))
