@@ -192,8 +192,8 @@ def show(summary: dict[str, Any]) -> None:
             console.print(grid)
     print(LOSS_IS_ZERO)
     for run in summary["runs"]:
-        print(f"{run['name']}: {run['verdict']}")
-        for caveat in run["verdict"].caveats:
+        print(f"{run['name']}: {run['finding']}")
+        for caveat in run["finding"].caveats:
             print(f"  {caveat}")
         print(f"  {run['diagnosis']['answer']}")
         for text in run["diagnosis"]["advice"]:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from report_folders import write_run
 
-from trl_sgpo.analysis.report.groups import KINDS
+from trl_sgpo.analysis.report.logged_groups import KINDS
 from trl_sgpo.analysis.report.runs import NoRunError, label_of, read_log, read_run, run_folder
 
 

@@ -43,30 +43,30 @@ def render(summary: Mapping[str, Any], figures: Mapping[str, Sequence[Figure]], 
         runs=summary["runs"],
         labels=summary["labels"],
         version=summary["version"],
-        verdicts=_verdicts(summary),
+        findings=_findings(summary),
         sections=_sections(summary, figures),
         glossary=GLOSSARY,
     )
 
 
-def _verdicts(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _findings(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One card per run; runs of which nothing can be said for the same reason share one."""
     cards: list[dict[str, Any]] = []
     for run in summary["runs"]:
-        verdict = run["verdict"]
-        same = [card for card in cards if card["kind"] == "unknown" and card["headline"] == verdict.headline]
-        if verdict.kind == "unknown" and not verdict.evidence and same:
+        finding = run["finding"]
+        same = [card for card in cards if card["kind"] == "unknown" and card["headline"] == finding.headline]
+        if finding.kind == "unknown" and not finding.evidence and same:
             same[0]["runs"].append(run["name"])
             same[0]["batches"] += _batches(run)
             continue
         cards.append(
             {
-                "kind": verdict.kind.replace(" ", "-"),
-                "word": _WORDS[verdict.kind],
+                "kind": finding.kind.replace(" ", "-"),
+                "word": _WORDS[finding.kind],
                 "runs": [run["name"]],
-                "headline": verdict.headline,
-                "evidence": verdict.evidence,
-                "caveats": verdict.caveats,
+                "headline": finding.headline,
+                "evidence": finding.evidence,
+                "caveats": finding.caveats,
                 "batches": _batches(run) if not run["sharpening"] else [],
             }
         )
@@ -74,7 +74,7 @@ def _verdicts(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _batches(run: Mapping[str, Any]) -> list[str]:
-    """What training batches say in place of a verdict."""
+    """What training batches say in place of a finding."""
     numbers, size = run["numbers"], run["group_size"]
     if "accuracy" not in numbers:
         return []

@@ -1,11 +1,11 @@
-"""The verdict in words: every rule, on numbers."""
+"""The finding in words: every rule, on numbers."""
 
 import math
 
 import pytest
 
 from trl_sgpo.analysis.metrics import Estimate, SupportTable
-from trl_sgpo.analysis.report.verdict import KINDS, Evidence, decide
+from trl_sgpo.analysis.report.finding import KINDS, Evidence, decide
 
 
 NAN = Estimate(math.nan, math.nan, math.nan)
@@ -93,10 +93,10 @@ WON = {"support": table(expanded=20, p_expanded=1e-6), "gain_1": UP, "gain_k": U
     ],
 )
 def test_rules(given, kind, words):
-    verdict = decide(evidence(**given))
-    assert verdict.kind == kind
-    assert verdict.kind in KINDS
-    assert words in " ".join([str(verdict), *verdict.caveats])
+    finding = decide(evidence(**given))
+    assert finding.kind == kind
+    assert finding.kind in KINDS
+    assert words in " ".join([str(finding), *finding.caveats])
 
 
 def test_the_sentence_carries_its_evidence():
@@ -110,9 +110,9 @@ def test_the_sentence_carries_its_evidence():
 
 @pytest.mark.parametrize("more", [{}, {"base_rates": (1e-12,)}, {"slope": Estimate(0.5, 0.4, 0.6)}])
 def test_expanded_says_what_unsolved_can_mean(more):
-    verdict = decide(evidence(**WON, **more))
-    assert verdict.kind == "expanded"
-    assert '"not solved by the base in 64 samples" may still mean a pass rate of up to .046' in verdict.caveats[0]
+    finding = decide(evidence(**WON, **more))
+    assert finding.kind == "expanded"
+    assert '"not solved by the base in 64 samples" may still mean a pass rate of up to .046' in finding.caveats[0]
 
 
 def test_caveats():
