@@ -29,14 +29,14 @@ def test_answer(facts, words):
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
-        ({"unjudged": 0.9}, "nobody judged them: a step-wise judge"),
+        ({"unjudged": 0.9}, "failed and were not judged: a step-wise judge"),
         ({"unjudged": 0.2, "has_judge": True}, "judge_until"),
         ({"tied": 0.5}, "unit='characters'"),
         ({"tied": 0.5, "rts": 0.1}, "unit='characters'"),
         ({"tied": 0.5, "rts": 0.0}, "no completion of the run has a right step"),
         ({"abstained": 0.2}, "judge_reason"),
         ({"solved": 0.6}, "harder data"),
-        ({"other_rewards": 0.3}, "learning format"),
+        ({"other_rewards": 0.3}, "learns format"),
         ({"clipped": 0.5}, "max_completion_length"),
         ({"distinct": 1.1, "teaching": 0.2}, "temperature"),
         ({"rts_gap_start": 0.0, "rts_gap_end": 0.3}, "pads with small right steps"),

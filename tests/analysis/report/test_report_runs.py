@@ -155,7 +155,7 @@ def test_a_batch_that_is_logged_again_counts_once(tmp_path):
     again.to_parquet(path / "completions" / "completions_00003.parquet")
     run = read(path)
     assert len(run.groups.step) == 8
-    assert "1 completions files repeat the one before" in said(run)
+    assert "1 completions files repeat the file before" in said(run)
 
 
 def test_a_group_size_of_one(tmp_path):

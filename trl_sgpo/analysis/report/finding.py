@@ -252,8 +252,8 @@ def _numbers(e: Evidence) -> tuple[str, ...]:
         f"(change {_interval(e.gain_1, signed=True)})",
         f"pass@{e.k} {_share(e.base_pass_k.value)} → {_share(e.policy_pass_k.value)} "
         f"(change {_interval(e.gain_k, signed=True)})",
-        f"{s.expanded} of {e.n_prompts} prompts won where chance gives {s.expanded_null:.1f}, {s.shrunk} lost where chance "
-        f"gives {s.shrunk_null:.1f}",
+        f"{s.expanded} of {e.n_prompts} prompts won (by chance {s.expanded_null:.1f}), {s.shrunk} lost (by chance "
+        f"{s.shrunk_null:.1f})",
     ]
     if not math.isnan(e.slope.value):
         said.append(f"tilt slope {e.slope.value:.2f} [{e.slope.low:.2f}, {e.slope.high:.2f}]")
@@ -266,12 +266,12 @@ def _interval(x: Estimate, signed: bool = False) -> str:
 
 
 def _share(value: float) -> str:
-    """`.52`, `.016`, `.00021`: two digits at least, and as many as it takes not to say 0."""
+    """`0.52`, `0.016`, `0.00021`: at least two digits, and as many as it takes not to say 0."""
     if math.isnan(value):
         return "?"
     size = abs(value)
     digits = 2 if value == 0 or size >= 0.0995 else 3 if size >= 0.0005 else min(9, 1 - math.floor(math.log10(size)))
-    return f"{value:.{digits}f}".replace("0.", ".", 1) if size < 0.995 else f"{value:.2f}"
+    return f"{value:.{digits}f}"
 
 
 def _signed(value: float) -> str:
