@@ -89,7 +89,7 @@ def test_other_prompts_are_left_out(both):
         name: [v for v, i in zip(values, policy["prompt_id"], strict=True) if i in few]
         for name, values in policy.items()
     }
-    assert compare(base, policy, few).of_policy == compare(base, some, few).of_policy
+    assert compare(base, policy, few, N).of_policy == compare(base, some, few, N).of_policy
 
 
 def test_without_log_probabilities(both):

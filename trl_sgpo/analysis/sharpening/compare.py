@@ -39,19 +39,11 @@ NUMBERS = ("prompt_id", "correct", "process_correct", "logp_policy", "logp_base"
 
 @dataclass(frozen=True)
 class ProbeCounts:
-    """
-    The samples of base or policy as counts per prompt: arrays of shape (P,), in the order of the prompts.
+    """The samples of base or policy as counts per prompt: arrays of shape (P,), in the order of the prompts."""
 
-    Args:
-        n, c (`np.ndarray`):
-            Samples, and correct samples.
-        verified (`np.ndarray`, *optional*):
-            Correct samples whose every step is right.
-    """
-
-    n: np.ndarray
-    c: np.ndarray
-    verified: np.ndarray | None
+    n: np.ndarray  # samples
+    c: np.ndarray  # correct samples
+    verified: np.ndarray | None  # correct samples with every step right; None if no steps were checked
 
     @property
     def rate(self) -> np.ndarray:
@@ -71,61 +63,31 @@ class ProbeCounts:
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """
-    What log-probabilities say about one set of samples. NaN, or `None`, if the files do not hold them.
+    """What log-probabilities say about one set of samples. NaN, or `None`, if there are none."""
 
-    Args:
-        perplexity, base_perplexity (`float`):
-            Of the samples, under the policy and under the base.
-        kl (`float`):
-            KL(policy, base) in nats per sample.
-        rank_by_policy, rank_by_base ([`Estimate`]):
-            Rank of the correct samples by log-probability.
-        tilt ([`TiltFit`], *optional*):
-            Strength of the tilt between base and policy.
-    """
-
-    perplexity: float
-    base_perplexity: float
-    kl: float
-    rank_by_policy: Estimate
+    perplexity: float  # of the samples under the policy
+    base_perplexity: float  # of the samples under the base
+    kl: float  # KL(policy, base) in nats per sample
+    rank_by_policy: Estimate  # of the correct samples
     rank_by_base: Estimate
     tilt: TiltFit | None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """
-    Base and policy on the same prompts.
-
-    Args:
-        base, policy ([`ProbeCounts`]):
-            Counts per prompt.
-        of_base, of_policy ([`Likelihoods`]):
-            Log-probabilities of the base's samples, and of the policy's.
-        support ([`SupportTable`]):
-            Which prompts each of them solves.
-        line ([`TiltLine`]):
-            The line between the logits of pass@1.
-        gap ([`Estimate`]):
-            pass@k of the base minus pass@1 of the policy.
-        buckets (`tuple[SaturationBucket, ...]`):
-            Gain by the base's pass@1; empty if some prompt has one sample of the base.
-    """
+    """Base and policy on the same prompts."""
 
     base: ProbeCounts
     policy: ProbeCounts
-    of_base: Likelihoods
-    of_policy: Likelihoods
+    of_base: Likelihoods  # of the base's samples
+    of_policy: Likelihoods  # of the policy's samples
     support: SupportTable
     line: TiltLine
-    gap: Estimate
-    buckets: tuple[SaturationBucket, ...]
+    gap: Estimate  # pass@k of the base minus pass@1 of the policy
+    buckets: tuple[SaturationBucket, ...]  # gain by the base's pass@1; empty if some prompt has one sample of the base
 
 
-def compare(
-    base_samples: Columns, policy_samples: Columns, prompt_ids: Sequence[Any], k: int | None = None
-) -> Comparison:
+def compare(base_samples: Columns, policy_samples: Columns, prompt_ids: Sequence[Any], k: int) -> Comparison:
     """
     Compares base and policy.
 
@@ -134,12 +96,11 @@ def compare(
             The samples.
         prompt_ids (`Sequence`):
             The prompts to be compared, sorted; each has samples of both. Other samples are left out.
-        k (`int`, *optional*):
-            For the sampling-efficiency gap. Defaults to the smallest number of samples of a prompt.
+        k (`int`):
+            For the sampling-efficiency gap, at most the smallest number of samples of a prompt.
     """
     base_samples, policy_samples = (of_prompts(samples, prompt_ids) for samples in (base_samples, policy_samples))
     base, policy = count(base_samples, prompt_ids), count(policy_samples, prompt_ids)
-    k = int(min(base.n.min(), policy.n.min())) if k is None else k
     return Comparison(
         base,
         policy,

@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trl_sgpo.analysis.metrics import answer_entropy, maj_at_k
-from trl_sgpo.analysis.sharpening.compare import Comparison, Likelihoods, ProbeCounts, compare, count, likelihoods
+from trl_sgpo.analysis.metrics import Estimate, SupportTable, TiltFit, answer_entropy, maj_at_k
+from trl_sgpo.analysis.sharpening.compare import (
+    NUMBERS,
+    Comparison,
+    Likelihoods,
+    ProbeCounts,
+    compare,
+    count,
+    likelihoods,
+)
 
 
 if TYPE_CHECKING:
@@ -15,32 +23,12 @@ if TYPE_CHECKING:
 
 
 # The columns of a probe's parquet files, each an attribute of a sample
-FILE_COLUMNS = (
-    "prompt_id",
-    "sample",
-    "text",
-    "correct",
-    "process_correct",
-    "logp_policy",
-    "logp_base",
-    "n_tokens",
-)
-_SUPPORT = (
-    "preserved",
-    "expanded",
-    "shrunk",
-    "out_of_reach",
-    "expanded_null",
-    "shrunk_null",
-    "p_expanded",
-    "p_shrunk",
-    "unseen_rate",
-)
+FILE_COLUMNS = ("prompt_id", "sample", "text", *NUMBERS[1:])
 
 
 def as_columns(samples: Sequence["Sample"]) -> dict[str, list[Any]]:
-    """The samples as columns. A column is left out if no sample has a value in it."""
-    columns = {name: [getattr(sample, name) for sample in samples] for name in FILE_COLUMNS}
+    """The samples as columns of numbers. A column is left out if no sample has a value in it."""
+    columns = {name: [getattr(sample, name) for sample in samples] for name in NUMBERS}
     return {name: values for name, values in columns.items() if any(value is not None for value in values)}
 
 
@@ -127,18 +115,11 @@ def _of_likelihoods(of_policy: Likelihoods) -> dict[str, float]:
         "rank_by_base": of_policy.rank_by_base.value,
         "kl_k1": of_policy.kl,
     }
-    if of_policy.tilt is not None:
-        fit = of_policy.tilt
-        found |= _interval("tilt/beta", fit.beta)
-        found |= {"tilt/sd_correct": fit.sd_correct, "tilt/sd_incorrect": fit.sd_incorrect}
-        found["tilt/n_prompts"] = fit.n_prompts
-    return found
+    return found | (_fields("tilt", of_policy.tilt) if of_policy.tilt else {})
 
 
 def _of_comparison(compared: Comparison, domains: Sequence[str] | None) -> dict[str, float]:
-    found: dict[str, float] = {f"support/{name}": getattr(compared.support, name) for name in _SUPPORT}
-    for name in ("srr", "ndr", "nscr"):
-        found |= _interval(f"support/{name}", getattr(compared.support, name))
+    found = _fields("support", compared.support)
     found["efficiency_gap"] = compared.gap.value
     found |= _interval("tilt/slope", compared.line.slope) | _interval("tilt/intercept", compared.line.intercept)
     for bucket in compared.buckets:
@@ -153,5 +134,13 @@ def _of_comparison(compared: Comparison, domains: Sequence[str] | None) -> dict[
     return found
 
 
-def _interval(name: str, estimate: Any) -> dict[str, float]:
+def _fields(prefix: str, numbers: SupportTable | TiltFit) -> dict[str, float]:
+    """Every field of a dataclass, with the ends of its interval if it has one."""
+    found: dict[str, float] = {}
+    for name, value in vars(numbers).items():
+        found |= _interval(f"{prefix}/{name}", value) if isinstance(value, Estimate) else {f"{prefix}/{name}": value}
+    return found
+
+
+def _interval(name: str, estimate: Estimate) -> dict[str, float]:
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
