@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.provenance import commit
 from trl_sgpo.analysis.metrics import mean_estimate, pass_at_k, support_table
-from trl_sgpo.analysis.report.verdict import LEVEL, Evidence, decide
+from trl_sgpo.analysis.report.finding import LEVEL, Evidence, decide
 
 
 HERE = Path(__file__).parent

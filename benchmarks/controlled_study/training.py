@@ -317,8 +317,8 @@ def _verdict(run: Run, folder: Path) -> dict[str, Any]:
     said = summarise([read_run(path, path.name, run.arm)], domain="trained")["runs"][0]
     numbers, diagnosis = said["sharpening"], said["diagnosis"]
     return {
-        "headline": said["verdict"].headline,
-        "evidence": list(said["verdict"].evidence),
+        "headline": said["finding"].headline,
+        "evidence": list(said["finding"].evidence),
         "groups": [diagnosis["answer"], *diagnosis["advice"]],
         "base_perplexity": _perplexities(numbers),
     }

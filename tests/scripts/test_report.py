@@ -75,7 +75,7 @@ def test_a_plain_grpo_run_gives_a_full_report(make_trainer, tmp_path, capsys):
     assert "grad_norm" in run["numbers"]
     assert "Nothing is learnt: none of the 12 logged groups teaches" in out
     assert "a step-wise judge can make them teach" in page
-    assert run["verdict"]["kind"] == "unknown"
+    assert run["finding"]["kind"] == "unknown"
     assert any("SharpeningCallback" in text for text in summary["missing"])
 
 
@@ -95,7 +95,7 @@ def test_sgpo_and_probes_side_by_side(tmp_path, capsys):
         "low": min(ends),
         "high": max(ends),
     }
-    assert [run["verdict"]["kind"] for run in summary["runs"]][2:] == ["sharpened", "sharpened"]
+    assert [run["finding"]["kind"] for run in summary["runs"]][2:] == ["sharpened", "sharpened"]
     judge = summary["runs"][2]["judge"]
     assert judge == {
         "calls": 200.0,

@@ -3,13 +3,12 @@ Makes a report of one or more runs, finished or not: one HTML page, pictures, an
 
     python -m trl_sgpo.scripts.report outputs/grpo-seed0 outputs/sgpo-seed0 --output outputs/report
 
-Reads what is in a run's folder and starts nothing: `trainer_state.json`, the parquet files of `log_completions=True` (of
-any TRL run, plain GRPO too) and, if they are there, the probes that `SharpeningCallback` wrote. What is missing is said in the
-report. The page, its pictures and the tables need the extra `plots`; without it there are the page's words and tables.
+Reads a run's folder and starts nothing. It uses `trainer_state.json`, the parquet files of `log_completions=True` (of any TRL
+run, plain GRPO too) and, if they are there, the probes of `SharpeningCallback`. The report says what is missing. The pictures
+need the extra `plots`; without it the page has its words and tables.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -29,30 +28,30 @@ def make_parser() -> argparse.ArgumentParser:
         "--label",
         action="append",
         metavar="NAME",
-        help="which arm a run belongs to, once per RUN and in their order; the same label: seeds of one arm, shown as mean and "
-        "range (default: the folder's name without its seed)",
+        help="the method of a run, once per RUN and in the same order; runs with the same label are seeds of one method, shown "
+        "as mean and range (default: the folder's name without its seed)",
     )
     parser.add_argument("--outcome", metavar="NAME", help="the reward that says right or wrong, if a run has several")
     parser.add_argument(
         "--success-threshold",
         type=float,
         metavar="X",
-        help="a completion is correct when its outcome reaches this (0.5)",
+        help="a completion is correct if its outcome reaches this (0.5)",
     )
     parser.add_argument(
-        "--group-size", type=int, metavar="G", help="completions per prompt (default: as the prompts tell)"
+        "--group-size", type=int, metavar="G", help="completions per prompt (default: found from the prompts)"
     )
     parser.add_argument(
         "--answer",
         metavar="PATH",
-        help="dotted path of a function from a completion to its answer (default: \\boxed, what follows ####, the last number, "
-        "the last line)",
+        help="dotted path of a function from a completion to its answer (default: \\boxed, the text after ####, the last "
+        "number, the last line)",
     )
     parser.add_argument("--tokenizer", metavar="NAME", help="count tokens with it; without it lengths are characters")
     parser.add_argument(
         "--guess", type=float, metavar="P", help="probability that one guess is right: draws the chance level"
     )
-    parser.add_argument("--domain", metavar="NAME", help="of the probes, look at the prompts of this domain only")
+    parser.add_argument("--domain", metavar="NAME", help="use only the probe prompts of this domain")
     parser.add_argument("--title", default="Training report", help="title of the page")
     return parser
 
@@ -66,11 +65,12 @@ def make_report(args: argparse.Namespace, say: Callable[[str], None] = print) ->
         ValueError: If the arguments do not fit together.
     """
     import trl_sgpo
+    from trl_sgpo.analysis.jsonable import write_json
     from trl_sgpo.analysis.report.answers import extract_answer
     from trl_sgpo.analysis.report.page import render
     from trl_sgpo.analysis.report.plots import figures
     from trl_sgpo.analysis.report.runs import NoRunError, Run, read_run
-    from trl_sgpo.analysis.report.summary import summarise, to_json
+    from trl_sgpo.analysis.report.summary import summarise
     from trl_sgpo.scripts.loading import load_object
 
     _check(args)
@@ -99,7 +99,7 @@ def make_report(args: argparse.Namespace, say: Callable[[str], None] = print) ->
     args.output.mkdir(parents=True, exist_ok=True)
     for figure in (figure for section in pictures.values() for figure in section):
         (args.output / f"{figure.key.replace('@', '_at_')}.png").write_bytes(figure.png)
-    (args.output / "summary.json").write_text(json.dumps(to_json(summary), indent=1, allow_nan=False) + "\n")
+    write_json(args.output / "summary.json", summary)
     (args.output / "index.html").write_text(render(summary, pictures, args.title), encoding="utf-8")
     return summary
 
@@ -132,7 +132,7 @@ def _named(args: argparse.Namespace, missing: list[str]) -> list[tuple[str, str,
     named: list[tuple[str, str, Path]] = []
     folders = [path.name for path in found]
     for resolved, (label, path) in found.items():
-        # sgpo/seed0 and grpo/seed0 are told apart by their parents
+        # The parents' names distinguish sgpo/seed0 and grpo/seed0
         name = resolved.name if folders.count(resolved.name) == 1 else f"{resolved.parent.name}/{resolved.name}"
         taken = [n for n, _, _ in named]
         named.append((name if name not in taken else f"{name} ({len(named) + 1})", label, path))
@@ -153,13 +153,13 @@ def _token_counter(name: str) -> Callable[[list[str]], Sequence[int]]:
 
 
 def show(summary: dict[str, Any]) -> None:
-    """Prints the verdicts and the comparison, with rich if it is installed."""
+    """Prints the findings and the comparison, with rich if it is installed."""
     from trl_sgpo.analysis.report import tables
     from trl_sgpo.analysis.report.diagnosis import LOSS_IS_ZERO
 
     shown = [
         table
-        for table in (tables.comparison(summary), tables.dead_groups(summary), tables.judge_cost(summary))
+        for table in (tables.comparison(summary), tables.group_shares(summary), tables.judge_cost(summary))
         if table
     ]
     try:
@@ -192,8 +192,8 @@ def show(summary: dict[str, Any]) -> None:
             console.print(grid)
     print(LOSS_IS_ZERO)
     for run in summary["runs"]:
-        print(f"{run['name']}: {run['verdict']}")
-        for caveat in run["verdict"].caveats:
+        print(f"{run['name']}: {run['finding']}")
+        for caveat in run["finding"].caveats:
             print(f"  {caveat}")
         print(f"  {run['diagnosis']['answer']}")
         for text in run["diagnosis"]["advice"]:

@@ -4,52 +4,54 @@ import math
 
 import pytest
 
-from trl_sgpo.analysis.report.diagnosis import Signs, advice, answer
+from trl_sgpo.analysis.report.diagnosis import RunFacts, advice, answer
 
 
 @pytest.mark.parametrize(
-    ("signs", "words"),
+    ("facts", "words"),
     [
-        (Signs(), "Cannot be told"),
-        (Signs(n_groups=9, group_size=1, teaching=0.0), "Cannot be told"),
-        (Signs(n_groups=9, group_size=8, teaching=0.0), "Nothing is learnt: none of the 9 logged groups"),
-        (Signs(n_groups=9, group_size=8, teaching=0.1), "Not broken, but starved: 10 %"),
-        (Signs(n_groups=9, group_size=8, teaching=0.9), "Not broken: 90 %"),
-        (Signs(teaching=0.9), "Not broken: 90 % of the groups, by the log, teach"),
+        (RunFacts(), "Unknown: there are no groups"),
+        (RunFacts(n_groups=9, group_size=1, teaching=0.0), "Unknown: there are no groups"),
+        (RunFacts(n_groups=9, group_size=8, teaching=0.0), "Nothing is learnt: none of the 9 logged groups"),
+        (RunFacts(n_groups=9, group_size=8, teaching=0.1), "Not broken, but starved: 10 %"),
+        (RunFacts(n_groups=9, group_size=8, teaching=0.9), "Not broken: 90 %"),
+        (RunFacts(teaching=0.9), "Not broken: 90 % of the groups, by the log, teach"),
         (
-            Signs(n_groups=9, group_size=8, teaching=0.9, loss=1e-8, grad_norm=0.4, still=0.25),
+            RunFacts(n_groups=9, group_size=8, teaching=0.9, loss=1e-8, grad_norm=0.4, still=0.25),
             "Mean |loss| 1.0e-08, mean grad_norm 0.400 (exactly 0 at 25 % of the log entries).",
         ),
     ],
 )
-def test_answer(signs, words):
-    assert words in answer(signs)
+def test_answer(facts, words):
+    assert words in answer(facts)
 
 
 @pytest.mark.parametrize(
-    ("signs", "words"),
+    ("facts", "words"),
     [
-        ({"unjudged": 0.9}, "nobody judged them: a step-wise judge"),
+        ({"unjudged": 0.9}, "failed and were not judged: a step-wise judge"),
         ({"unjudged": 0.2, "has_judge": True}, "judge_until"),
         ({"tied": 0.5}, "unit='characters'"),
         ({"tied": 0.5, "rts": 0.1}, "unit='characters'"),
         ({"tied": 0.5, "rts": 0.0}, "no completion of the run has a right step"),
         ({"abstained": 0.2}, "judge_reason"),
         ({"solved": 0.6}, "harder data"),
-        ({"other_rewards": 0.3}, "learning format"),
+        ({"other_rewards": 0.3}, "learns format"),
         ({"clipped": 0.5}, "max_completion_length"),
         ({"distinct": 1.1, "teaching": 0.2}, "temperature"),
         ({"rts_gap_start": 0.0, "rts_gap_end": 0.3}, "pads with small right steps"),
         ({"group_size": 1}, "num_generations must be 2"),
     ],
 )
-def test_advice(signs, words):
-    (said,) = advice(Signs(**{"n_groups": 10, "group_size": 8, **signs}))
+def test_advice(facts, words):
+    (said,) = advice(RunFacts(**{"n_groups": 10, "group_size": 8, **facts}))
     assert words in said
 
 
 def test_nothing_to_say():
     assert (
-        advice(Signs(n_groups=10, group_size=8, teaching=0.8, mixed=0.8, solved=0.1, unjudged=0.1, clipped=math.nan))
+        advice(
+            RunFacts(n_groups=10, group_size=8, teaching=0.8, mixed=0.8, solved=0.1, unjudged=0.1, clipped=math.nan)
+        )
         == []
     )

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from report_folders import write_run
 
-from trl_sgpo.analysis.report.groups import KINDS
+from trl_sgpo.analysis.report.logged_groups import KINDS
 from trl_sgpo.analysis.report.runs import NoRunError, label_of, read_log, read_run, run_folder
 
 
@@ -155,7 +155,7 @@ def test_a_batch_that_is_logged_again_counts_once(tmp_path):
     again.to_parquet(path / "completions" / "completions_00003.parquet")
     run = read(path)
     assert len(run.groups.step) == 8
-    assert "1 completions files repeat the one before" in said(run)
+    assert "1 completions files repeat the file before" in said(run)
 
 
 def test_a_group_size_of_one(tmp_path):

@@ -1,4 +1,4 @@
-"""From a completion to its answer, as plain text matching: enough to count distinct answers, not to grade them."""
+"""From a completion to its answer, by plain text matching: good enough to count distinct answers, not to grade them."""
 
 import re
 from collections.abc import Callable, Hashable
@@ -7,23 +7,23 @@ from collections.abc import Callable, Hashable
 Extractor = Callable[[str], Hashable | None]
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-# Numbers are sought in the tail first: a completion has thousands of characters, and its answer stands at the end
+# Numbers are searched in the tail first: a completion has thousands of characters, and its answer is at the end
 _TAIL = 256
 _LONGEST_ANSWER = 200
 
 
 def extract_answer(text: str) -> str | None:
     r"""
-    The default extractor. The first of these that is there: the content of the last `\boxed{..}`, what follows the last
-    `####`, the last number, the last line that is not empty (of which what follows the last `;`, so that a chain of
-    blocks has its last block as the answer).
+    The default extractor. It takes the first of these that exists: the content of the last `\boxed{..}`; the text after the
+    last `####`; the last number; the last line that is not empty. Of that line it takes the text after the last `;`, so the
+    answer of a chain of blocks is its last block.
 
     Args:
         text (`str`):
             A completion.
 
     Returns:
-        `str` or `None`: The answer, with white space and thousands separators normalised; `None` for an empty text.
+        `str` or `None`: The answer, with normalised white space and thousands separators; `None` for an empty text.
 
     Example:
 
@@ -40,7 +40,7 @@ def extract_answer(text: str) -> str | None:
         after = text[start + 4 :].strip()
         if after:
             return _normalised(after.splitlines()[0])
-    # Not by a search from the front: the text may be long. One character more shows whether the first number is cut
+    # A search from the front would be slow on long texts. A number at the start of the tail may be cut, so it does not count
     for tail in (text[-_TAIL:], text):
         numbers = list(_NUMBER.finditer(tail))
         if numbers and (numbers[-1].start() > 0 or tail is text or len(tail) == len(text)):
@@ -50,7 +50,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def _braced(text: str, start: int) -> str:
-    """What stands between the brace that opens before `start` and the one that closes it (or the end of the text)."""
+    """The text between the brace that opens before `start` and the brace that closes it (or the end of the text)."""
     depth = 1
     for i in range(start, min(len(text), start + _LONGEST_ANSWER)):
         depth += (text[i] == "{") - (text[i] == "}")

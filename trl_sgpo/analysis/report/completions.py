@@ -1,9 +1,9 @@
 """
-The parquet files that any TRL run with `log_completions=True` leaves in `<output_dir>/completions`, one per logging
-event, read into rows of numbers. The texts are dropped as soon as a file is read.
+Reads the parquet files that any TRL run with `log_completions=True` leaves in `<output_dir>/completions`, one per logging
+event, into rows of numbers. The texts are dropped as soon as a file is read.
 
-A file holds the last generation batch before the event. What cannot be known from it: the settings of the run, the
-tokens of a completion, and whether an evaluation at the same step has overwritten it.
+A file holds the last generation batch before the event. It does not tell the settings of the run, the tokens of a
+completion, or whether an evaluation at the same step has overwritten the file.
 """
 
 import json
@@ -17,7 +17,7 @@ import numpy as np
 from trl_sgpo.analysis.report.answers import Extractor, extract_answer
 
 
-# What the files hold beside rewards, with and without our trainer
+# Columns that are not rewards, with and without our trainer
 TEXT_COLUMNS = ("prompt", "completion")
 JUDGE_COLUMN = "stepwise_judge"
 OWN_COLUMNS = ("judge_first_error", "judge_n_steps", "judge_rts", "judge_status", "judge_reason")
@@ -38,15 +38,15 @@ class Rows:
         prompt (`np.ndarray`):
             Equal for equal prompts of a file.
         rewards (`dict[str, np.ndarray]`):
-            The reward functions' columns, the judge's not among them; NaN where there is no reward.
+            The reward functions' columns, without the judge's; NaN for no reward.
         advantage, judge, rts (`np.ndarray`):
-            NaN where a file has no such column.
+            NaN if a file has no such column.
         verdict (`np.ndarray`):
-            Index in `VERDICTS`; 0 where nobody was asked.
+            Index in `VERDICTS`; 0 if no judge was asked.
         answer (`np.ndarray`):
             Equal for equal answers of a file; -1 for none.
         length (`np.ndarray`):
-            Tokens, or characters where no tokenizer was given.
+            Tokens, or characters if there is no tokenizer.
         has_judge, has_advantage (`bool`):
             Whether any file has that column.
     """
@@ -67,7 +67,7 @@ class Rows:
 
 @dataclass
 class CompletionsRead:
-    """What was read from a folder: the rows (`None` if there are none), how many files, and what was wrong."""
+    """What was read from a folder: the rows (`None` if there are none), the number of files, and what was wrong."""
 
     rows: Rows | None
     n_files: int
@@ -83,15 +83,15 @@ def read_completions(
     """
     Reads all `completions_*.parquet` of a folder.
 
-    A file that cannot be read is left out and noted, as is one that holds the same completions as the file before it:
-    with several updates per generation batch (`num_iterations`, `steps_per_generation`) TRL writes a batch again.
+    A file that cannot be read is left out and noted. So is a file with the same completions as the file before it, because
+    TRL writes a batch again if there are several updates per generation batch (`num_iterations`, `steps_per_generation`).
 
     Args:
         folder (`Path`):
             The run's `completions` folder.
         reward_names (`Sequence[str]`, *optional*):
-            The reward functions, where the log names them. Without it every column of numbers that TRL or this package did
-            not make is taken for one.
+            The reward functions, if the log names them. Otherwise every column of numbers is a reward, except those that TRL
+            or this package makes.
         extract (`Extractor`, *optional*):
             From a completion to its answer.
         count_tokens (`Callable`, *optional*):
@@ -124,7 +124,7 @@ def read_completions(
         for text in completions:
             try:
                 answers.append(extract(text))
-            except Exception:  # a user's function on a text that it did not expect
+            except Exception:  # a user's function got a text that it did not expect
                 failures += 1
                 answers.append(None)
         columns.append(
@@ -144,10 +144,12 @@ def read_completions(
         )
     if repeated:
         notes.append(
-            f"{repeated} completions files repeat the one before (several updates per generation batch): counted once."
+            f"{repeated} completions files repeat the file before (several updates per generation batch): counted once."
         )
     if failures:
-        notes.append(f"The answer extractor raised on {failures} completions: they count as without an answer.")
+        notes.append(
+            f"The answer extractor raised on {failures} completions: they count as completions without an answer."
+        )
     return CompletionsRead(_join(columns) if columns else None, len(paths), notes)
 
 
@@ -163,7 +165,7 @@ def _steps(table: Any, path: Path) -> np.ndarray:
 
 
 def _texts(column: Any) -> list[str]:
-    """Texts as they are; of a conversation's completion what the assistant wrote; anything else as JSON."""
+    """Texts as they are; the assistant's words of a conversation; anything else as JSON."""
     return [value if isinstance(value, str) else _flat(value) for value in column.to_pylist()]
 
 
@@ -182,7 +184,7 @@ def _numbers(table: Any, reward_names: Sequence[str] | None) -> dict[str, Any]:
     for name in table.column_names:
         kind = table.schema.field(name).type
         numeric = pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
-        # A reward function that returned None throughout leaves a column of nulls
+        # A reward function that always returned None leaves a column of nulls
         if not numeric and not pa.types.is_null(kind):
             continue
         if name in ("advantage", JUDGE_COLUMN, "judge_rts"):

@@ -1,4 +1,4 @@
-"""The page: one HTML file with everything in it. No script, no request to anywhere."""
+"""The page: one HTML file with everything in it. It has no script and loads nothing."""
 
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -43,30 +43,30 @@ def render(summary: Mapping[str, Any], figures: Mapping[str, Sequence[Figure]], 
         runs=summary["runs"],
         labels=summary["labels"],
         version=summary["version"],
-        verdicts=_verdicts(summary),
+        findings=_findings(summary),
         sections=_sections(summary, figures),
         glossary=GLOSSARY,
     )
 
 
-def _verdicts(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One card per run; runs of which nothing can be said for the same reason share one."""
+def _findings(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One card per run. Runs with the same reason for *unknown* share a card."""
     cards: list[dict[str, Any]] = []
     for run in summary["runs"]:
-        verdict = run["verdict"]
-        same = [card for card in cards if card["kind"] == "unknown" and card["headline"] == verdict.headline]
-        if verdict.kind == "unknown" and not verdict.evidence and same:
+        finding = run["finding"]
+        same = [card for card in cards if card["kind"] == "unknown" and card["headline"] == finding.headline]
+        if finding.kind == "unknown" and not finding.evidence and same:
             same[0]["runs"].append(run["name"])
             same[0]["batches"] += _batches(run)
             continue
         cards.append(
             {
-                "kind": verdict.kind.replace(" ", "-"),
-                "word": _WORDS[verdict.kind],
+                "kind": finding.kind.replace(" ", "-"),
+                "word": _WORDS[finding.kind],
                 "runs": [run["name"]],
-                "headline": verdict.headline,
-                "evidence": verdict.evidence,
-                "caveats": verdict.caveats,
+                "headline": finding.headline,
+                "evidence": finding.evidence,
+                "caveats": finding.caveats,
                 "batches": _batches(run) if not run["sharpening"] else [],
             }
         )
@@ -74,7 +74,7 @@ def _verdicts(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _batches(run: Mapping[str, Any]) -> list[str]:
-    """What training batches say in place of a verdict."""
+    """What the training batches of a run without probes say."""
     numbers, size = run["numbers"], run["group_size"]
     if "accuracy" not in numbers:
         return []
@@ -85,7 +85,7 @@ def _batches(run: Mapping[str, Any]) -> list[str]:
         k = numbers[f"pass@{size}"]
         said.append(f"pass@{size} {tables.number(k['start'].value)} → {tables.with_interval(k['end'])}")
     return [
-        f"{run['name']}: in its training batches {', '.join(said)}. That alone tells nothing of the base's support."
+        f"{run['name']}: in its training batches {', '.join(said)}. This alone says nothing about the base's support."
     ]
 
 
@@ -120,7 +120,7 @@ def _sections(summary: Mapping[str, Any], figures: Mapping[str, Sequence[Figure]
             LOSS_IS_ZERO,
             lists=diagnoses,
             figures=figures.get("groups", []),
-            tables=[tables.dead_groups(summary)],
+            tables=[tables.group_shares(summary)],
         ),
         section("training", "Over the run", figures=figures.get("training", [])),
         section("judge", "The judge", figures=figures.get("judge", []), tables=[tables.judge_cost(summary)]),
@@ -130,7 +130,7 @@ def _sections(summary: Mapping[str, Any], figures: Mapping[str, Sequence[Figure]
         parts = [
             {
                 "title": run["name"],
-                "open": run["label"] not in [other["label"] for other in probed[:i]],  # one of each arm
+                "open": run["label"] not in [other["label"] for other in probed[:i]],  # one run of each label
                 "tables": tables.probe_numbers(run),
                 "figures": figures.get(f"probe:{run['name']}", []),
             }

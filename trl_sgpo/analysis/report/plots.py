@@ -1,8 +1,8 @@
 """
-Pictures of a summary. Each is one panel, small enough for a phone; the page lays them out. Needs matplotlib.
+Pictures of a summary. Each is one panel, small enough for a phone; the page arranges them. Needs matplotlib.
 
-A picture is drawn once. The SVG in the page has its colours replaced by the page's own variables, so that it follows
-light and dark; the PNG beside the page has them as they are here.
+A picture is drawn once. In the SVG of the page, the page's own variables replace the colours, so that the picture follows
+light and dark mode. The PNG beside the page has the colours as they are here.
 """
 
 import io
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-# Okabe and Ito's colours, told apart by the colour-blind too. The page has a variable for each.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. The page has a variable for each.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, MUTED, GRID, PAPER = "#1f2328", "#59636e", "#d8dee4", "#fffffe"
 KIND_COLORS = {
@@ -67,7 +67,7 @@ class Figure:
         key (`str`):
             Name of its file.
         title, caption (`str`):
-            What it shows; what to see in it.
+            What it shows, and what to see in it.
         svg (`str`):
             For the page.
         png (`bytes`):
@@ -148,7 +148,7 @@ def _draw(
 
 
 def _for_page(svg: str, key: str) -> str:
-    """The SVG as part of a page: no prolog, ids of its own, colours and fonts of the page."""
+    """The SVG as part of a page: no prolog, unique ids, colours and fonts of the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
@@ -218,7 +218,7 @@ def _group_figures(summary: Mapping[str, Any]) -> list[Figure]:
             _draw(
                 f"groups_{i + 1}",
                 f"What became of the groups: {label}" if len(summary["labels"]) > 1 else "What became of the groups",
-                "Colours teach; pale green is solved already; greys are failed groups from which nothing is learnt.",
+                "Coloured groups teach. Pale green groups are solved already. Grey groups failed and teach nothing.",
                 paint,
                 "groups",
             )
@@ -226,60 +226,19 @@ def _group_figures(summary: Mapping[str, Any]) -> list[Figure]:
     return found
 
 
-_CURVES = (
-    (
-        "accuracy",
-        "Accuracy in training batches",
-        "share correct",
-        "The policy on its training prompts.",
-        "accuracy",
-        (0, 1),
-    ),
+# Name of the series, title, unit, caption, entry in the glossary, limits of the axis
+_CURVES: tuple[tuple[str, str, str, str, str, tuple[float, float] | None], ...] = (
+    ("accuracy", "Accuracy in training batches", "share correct", "The policy on its training prompts.", "accuracy", (0, 1)),
     ("teaching", "Groups that teach", "share of groups", "Groups with a gradient.", "teaching", (0, 1)),
-    (
-        "effective_tokens",
-        "Effective tokens",
-        "share of {unit}",
-        "What is generated and teaches.",
-        "effective_tokens",
-        (0, 1),
-    ),
+    ("effective_tokens", "Effective tokens", "share of {unit}", "Generated {unit} that teach.", "effective_tokens", (0, 1)),
     ("answer_entropy", "Answer entropy", "nats", "How much the answers of a group differ.", "answer_entropy", None),
-    (
-        "distinct_answers",
-        "Distinct answers",
-        "answers per group",
-        "How many answers a group has.",
-        "answer_entropy",
-        None,
-    ),
-    (
-        "reward",
-        "Reward",
-        "mean reward",
-        "With a judge its part is in it: arms with and without do not compare.",
-        "",
-        None,
-    ),
-    (
-        "entropy",
-        "Policy entropy",
-        "nats per token",
-        "Falls as the policy grows sure, right or wrong.",
-        "entropy",
-        None,
-    ),
-    (
-        "grad_norm",
-        "Gradient norm",
-        "grad_norm",
-        "What the printed loss does not show: 0 where no group teaches.",
-        "loss",
-        None,
-    ),
+    ("distinct_answers", "Distinct answers", "answers per group", "How many answers a group has.", "answer_entropy", None),
+    ("reward", "Reward", "mean reward", "The mean of TRL's reward.", "", None),
+    ("entropy", "Policy entropy", "nats per token", "Falls as the policy grows sure, right or wrong.", "entropy", None),
+    ("grad_norm", "Gradient norm", "grad_norm", "The printed loss hides it: 0 if no group teaches.", "loss", None),
     ("length", "Completion length", "tokens", "Mean length as logged by TRL.", "", None),
-    ("kl_to_reference", "KL to the reference", "nats per token", "TRL's own, with beta above 0.", "kl", None),
-)
+    ("kl_to_reference", "KL to the reference", "nats per token", "TRL's own, if beta is above 0.", "kl", None),
+)  # fmt: skip
 
 
 def _training_figures(summary: Mapping[str, Any]) -> list[Figure]:
@@ -287,7 +246,7 @@ def _training_figures(summary: Mapping[str, Any]) -> list[Figure]:
     for name, title, unit, caption, term, limits in _CURVES:
         arms = {label: arm["series"][name] for label, arm in summary["labels"].items() if name in arm["series"]}
         if arms:
-            unit = unit.format(unit=summary["length_unit"])
+            unit, caption = (text.format(unit=summary["length_unit"]) for text in (unit, caption))
             found.append(_overlay(name, title, unit, caption, term, limits, arms, summary))
     reached = {
         label: {int(name[5:]): numbers for name, numbers in arm["numbers"].items() if name.startswith("pass@")}
@@ -311,7 +270,7 @@ def _training_figures(summary: Mapping[str, Any]) -> list[Figure]:
             _draw(
                 "pass_at_k_training",
                 "pass@k in training batches",
-                "First and last fifth of the run. Lines that rise at small k only: the same prompts, sooner.",
+                "First and last fifth of the run. A rise only at small k: the same prompts are solved, sooner.",
                 paint,
                 "pass@k",
                 ncols=2,
@@ -379,7 +338,7 @@ def _judge_figures(summary: Mapping[str, Any]) -> list[Figure]:
         found.append(
             _draw(
                 f"rts_{i + 1}",
-                f"Where the first error stands{suffix}",
+                f"Place of the first wrong step{suffix}",
                 "Share of a wrong completion before its first wrong step.",
                 paint,
                 "rts",
@@ -474,7 +433,7 @@ def _probe_figures(run: Mapping[str, Any], key: str) -> list[Figure]:
     def scatter(axes: "Axes") -> None:
         import numpy as np
 
-        rng = np.random.default_rng(0)  # pulls points apart that would lie on one another
+        rng = np.random.default_rng(0)  # moves points apart that would lie on one another
         base, policy = (np.array(p["prompts"][name]) for name in ("base", "policy"))
         noise = rng.uniform(-0.01, 0.01, size=(2, len(base)))
         right, top = (min(1.0, 1.1 * values.max() + 0.02) for values in (base, policy))
@@ -535,14 +494,14 @@ def _probe_figures(run: Mapping[str, Any], key: str) -> list[Figure]:
 
         parts, reached = list(p["saturation"].items()), 0.05
         for i, (name, part) in enumerate(parts):
-            shown = [(x, b) for x, b in zip(part["base"], part["buckets"], strict=True) if b.n_prompts >= 1]
-            x, gains = [at for at, _ in shown], [b.gain for _, b in shown]
+            shown = [b for b in part["buckets"] if b.n_prompts >= 1]
+            x, gains = [b.base for b in shown], [b.gain for b in shown]
             y, (low, high) = _values(gains), _ends(gains)
             reached = max([reached, *x])
             if i == 0:
                 ends = np.nan_to_num([np.subtract(y, low), np.subtract(high, y)]).clip(min=0)
                 axes.errorbar(x, y, ends, color=INK, marker="o", ms=4, capsize=2, label=name, lw=1.5)
-                q, weight = np.array(x), [b.n_prompts for _, b in shown]
+                q, weight = np.array(x), [b.n_prompts for b in shown]
                 tilt = _tilt_of_same_gain(q, np.array(y), np.array(weight)) if shown else 0.0
             elif len(parts) <= 7:
                 axes.plot(x, y, "--", color=SERIES[(i - 1) % len(SERIES)], marker="o", ms=3, lw=1.2, label=name)
@@ -553,11 +512,11 @@ def _probe_figures(run: Mapping[str, Any], key: str) -> list[Figure]:
         axes.set(xlabel="pass@1 of the base", ylabel="gain in pass@1", xlim=(-0.02 * right, right))
 
     wanted: list[tuple[bool, str, str, str, Callable[[Any], None], str, int]] = [
-        (True, "pass_at_k", f"pass@k at update {p['step']}", "Meeting at large k: sharpened. The policy's line above at every k: won prompts. Below at large k: lost ones.", pass_at_k, "pass@k", 2),
-        (True, "over_time", "pass@1 and pass@k over the run", "Sharpening lifts pass@1 to where pass@k was.", over_time, "pass@k", 3),
-        (True, "scatter", "Each prompt before and after", "One point per prompt. A pure tilt bends all of them along one line.", scatter, "tilt_line", 2),
+        (True, "pass_at_k", f"pass@k at update {p['step']}", "If the lines meet at large k: sharpened. Policy above at every k: prompts won. Policy below at large k: prompts lost.", pass_at_k, "pass@k", 2),
+        (True, "over_time", "pass@1 and pass@k over the run", "Sharpening raises pass@1 to the level of pass@k.", over_time, "pass@k", 3),
+        (True, "scatter", "Each prompt before and after", "One point per prompt. After a pure tilt all points lie on one curve.", scatter, "tilt_line", 2),
         (True, "cover", "Cover@tau", "How many prompts are solved reliably.", cover, "cover", 3),
-        (bool(p["saturation"]), "saturation", "Gain by the base's pass@1", "Dotted: what a pure tilt with the same mean gain would give.", saturated, "saturation", 2),
+        (bool(p["saturation"]), "saturation", "Gain by the base's pass@1", "Dotted: a pure tilt with the same mean gain.", saturated, "saturation", 2),
         (_any(p["over_time"]["kl"]), "kl", "KL(policy, base)", "How far the policy went from the base.", kl, "kl", 3),
         (_any(p["over_time"]["base_perplexity"]), "perplexity", "Base perplexity of policy samples", "Below the dashed line: the policy writes what the base finds likely.", perplexity, "base_perplexity", 2),
     ]  # fmt: skip
@@ -569,7 +528,7 @@ def _probe_figures(run: Mapping[str, Any], key: str) -> list[Figure]:
 
 
 def _tilt_of_same_gain(base: "np.ndarray", gain: "np.ndarray", weight: "np.ndarray") -> float:
-    """The strength of the tilt whose gain at these rates of the base has the mean that was seen, by bisection."""
+    """The strength of the tilt with the observed mean gain at these rates of the base, by bisection."""
     low, high = -20.0, 20.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -579,7 +538,7 @@ def _tilt_of_same_gain(base: "np.ndarray", gain: "np.ndarray", weight: "np.ndarr
 
 
 def _from_base(steps: Sequence[int], values: Sequence[Any], base: Any) -> tuple[list[int], list[Any]]:
-    """Points over the updates, from the base on, unless the policy was probed before its first update."""
+    """Points over the updates. The base is the first point, unless the policy was probed before its first update."""
     return (list(steps), list(values)) if steps[0] == 0 else ([0, *steps], [base, *values])
 
 
@@ -596,7 +555,7 @@ def _any(values: Sequence[float]) -> bool:
 
 
 def _known(x: Sequence[float], *columns: Sequence[float]) -> tuple[list[float], list[list[float]]]:
-    """Without the bins in which nothing was logged."""
+    """Without the bins that have no value."""
     rows = [row for row in zip(x, *columns, strict=True) if not any(math.isnan(v) for v in row)]
     return [row[0] for row in rows], [list(column) for column in zip(*(row[1:] for row in rows), strict=True)] or [
         [] for _ in columns

@@ -1,8 +1,8 @@
 """
-Reading a run's folder: its log, its completions, its groups, and in words what is missing and why.
+Reads a run's folder: its log, its completions, its groups, and in words what is missing and why.
 
-Of a run that is still being written, or was ended in the middle, whatever can be read is used. Nothing is unpickled:
-`training_args.bin` stays closed.
+A run that is still being written, or that was ended early, is used as far as it can be read. Nothing is unpickled:
+`training_args.bin` is never opened.
 """
 
 import json
@@ -16,7 +16,7 @@ import numpy as np
 
 from trl_sgpo.analysis.report.answers import Extractor, extract_answer
 from trl_sgpo.analysis.report.completions import Rows, read_completions
-from trl_sgpo.analysis.report.groups import Groups, infer_group_size, make_groups
+from trl_sgpo.analysis.report.logged_groups import Groups, infer_group_size, make_groups
 
 
 LOG_FILES = ("metrics.jsonl", "log_history.jsonl")
@@ -25,7 +25,7 @@ _REWARD_KEY = re.compile(r"(?:eval_)?rewards/(.+)/mean")
 
 
 class NoRunError(Exception):
-    """A folder holds nothing that a report could be made from. The message says what was looked for."""
+    """A folder holds nothing for a report. The message says what was looked for."""
 
 
 @dataclass
@@ -37,17 +37,17 @@ class Run:
         name (`str`):
             Unique among the runs of a report.
         label (`str`):
-            Its arm: runs with the same label are seeds of one arm.
+            Its method: runs with the same label are seeds of one method.
         path (`Path`):
             Its folder.
         log (`list[dict]`):
             The log entries of training, in the order of their steps.
-        groups ([`~trl_sgpo.analysis.report.groups.Groups`], *optional*):
+        groups ([`~trl_sgpo.analysis.report.logged_groups.Groups`], *optional*):
             The logged completions.
         outcome (`str`, *optional*):
             The reward that says right or wrong.
         rewards (`list[str]`):
-            All rewards but the judge's.
+            All rewards except the judge's.
         has_judge (`bool`):
             Whether there is a judge's column.
         probe (`Path`, *optional*):
@@ -71,7 +71,7 @@ class Run:
 
 def label_of(path: Path) -> str:
     """
-    The arm that a folder's name tells: the name without its seed.
+    The method in a folder's name: the name without its seed.
 
     Example:
 
@@ -85,7 +85,7 @@ def label_of(path: Path) -> str:
 
 
 def run_folder(path: Path) -> Path:
-    """The output folder: a run's `completions` or `sharpening` folder, or one of its checkpoints, stand for it too."""
+    """The output folder of a run. Its `completions` or `sharpening` folder, or one of its checkpoints, may be given too."""
     inner = (
         (path.name == "completions" and any(path.glob("completions_*.parquet")))
         or (path.name == "sharpening" and (path / "base.parquet").exists())
@@ -111,13 +111,13 @@ def read_run(
         path (`Path`):
             Its folder.
         name, label (`str`):
-            What it is called, and which arm it belongs to.
+            Its name, and its method.
         outcome (`str`, *optional*):
-            The reward that says right or wrong. Defaults to what the run's `sgpo.json` says, else the only reward.
+            The reward that says right or wrong. Defaults to the one in the run's `sgpo.json`, else to the only reward.
         success_threshold (`float`, *optional*):
-            A completion is correct when its outcome reaches this. Defaults to what `sgpo.json` says, else 0.5.
+            A completion is correct if its outcome reaches this. Defaults to the value in `sgpo.json`, else to 0.5.
         group_size (`int`, *optional*):
-            Completions of a group. Defaults to what the prompts tell.
+            Completions of a group. By default the prompts tell.
         extract, count_tokens (`Callable`, *optional*):
             As in [`~trl_sgpo.analysis.report.completions.read_completions`].
 
@@ -147,10 +147,10 @@ def read_run(
     run.missing += read.notes
     if read.rows is None:
         run.missing.append(
-            "No completions: group split, pass@k, answers and effective tokens come from the log or not at all. "
-            "log_completions=True writes them."
+            "No completions: group split, pass@k, answers and effective tokens come from the log or are left out. "
+            "log_completions=True writes completions."
             if not read.n_files
-            else "None of the completions files could be read: what comes from them is left out."
+            else "None of the completions files could be read: their numbers are left out."
         )
         run.rewards = [reward for reward in logged if reward != "stepwise_judge"]
         return run
@@ -180,12 +180,12 @@ def _groups(run: Run, rows: Rows, size: int, success_threshold: float, treatment
         )
     if groups.n_left_out:
         run.missing.append(
-            f"{groups.n_left_out} of {len(rows.step)} completions form no whole group of {size} and are left out "
+            f"{groups.n_left_out} of {len(rows.step)} completions are part of no whole group of {size} and are left out "
             "(an evaluation at the same step overwrites part of a file)."
         )
     if not rows.has_advantage:
         run.missing.append(
-            "The completions have no column `advantage` (TRL before 0.17): which groups teach is concluded from rewards."
+            "The completions have no column `advantage` (TRL before 0.17): the rewards tell which groups teach."
         )
     if not len(groups.step):
         run.missing.append(
@@ -194,17 +194,17 @@ def _groups(run: Run, rows: Rows, size: int, success_threshold: float, treatment
         return None
     if run.outcome and (groups.n_scored == 0).all():
         run.missing.append(
-            f"The outcome {run.outcome!r} is NaN for every completion: nothing can be said of right or wrong."
+            f"The outcome {run.outcome!r} is NaN for every completion, so none is known to be right or wrong."
         )
     return groups
 
 
 def _join_outcomes(rows: Rows, names: list[str]) -> str:
-    """Adds a column with the one outcome of each completion that is there, and returns its name."""
+    """Adds a column with the outcome that each completion has, and returns its name."""
     joined = " | ".join(names)
     columns = [rows.rewards[name] for name in names if name in rows.rewards]
     if columns:
-        # Every one of them is None for the rows of the other tasks
+        # Each outcome is None for the rows of the other tasks
         first = np.argmax(~np.isnan(columns), axis=0)
         rows.rewards[joined] = np.take_along_axis(np.array(columns), first[None], axis=0)[0]
     return joined
@@ -215,7 +215,7 @@ def choose_outcome(rewards: Sequence[str], wanted: str | None) -> tuple[str | No
     The reward that says right or wrong.
 
     Returns:
-        `tuple[str | None, str]`: Its name, or `None` and the reason why none can be told.
+        `tuple[str | None, str]`: Its name, or `None` and the reason.
     """
     listed = ", ".join(rewards) or "none"
     if wanted is not None:
@@ -234,11 +234,11 @@ def choose_outcome(rewards: Sequence[str], wanted: str | None) -> tuple[str | No
 
 def read_log(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """
-    The log of a run: `trainer_state.json` of the folder or of its checkpoints, whichever reaches furthest, and what
-    `metrics.jsonl` adds.
+    The log of a run: `trainer_state.json` of the folder or of its checkpoints, whichever reaches furthest, and the entries
+    of `metrics.jsonl`.
 
     Returns:
-        `tuple[list[dict], list[str]]`: The entries of training, by step, and notes about what could not be read.
+        `tuple[list[dict], list[str]]`: The entries of training, by step, and notes about files that could not be read.
     """
     notes: list[str] = []
     histories = []
@@ -285,7 +285,7 @@ def _json_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """What the trainer noted about the outcome, if it did."""
+    """The trainer's notes about the outcome and the treatment, if there are any."""
     try:
         settings = json.loads((path / "sgpo.json").read_text())
     except (OSError, ValueError):

@@ -1,29 +1,29 @@
 """
-All numbers of all runs as one dictionary: what `summary.json` holds, and all that pictures and page are made from.
+All numbers of all runs as one dictionary. It is the content of `summary.json`, and the pictures and the page are made from it.
 
-Series are binned by update, with the same bins for every run, so that runs can be laid over one another; runs with the
-same label are seeds of one arm, shown as mean and range.
+Series are binned by update, with the same bins for every run, so that runs can be drawn in one picture. Runs with the same
+label are seeds of one method, shown as mean and range.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import numpy as np
 
-from trl_sgpo.analysis.metrics import Estimate, bootstrap, pass_at_k
-from trl_sgpo.analysis.report.diagnosis import Signs, advice, answer
-from trl_sgpo.analysis.report.groups import FAILED_KINDS, KINDS, Groups
-from trl_sgpo.analysis.report.probe import analyse_or_explain
+from trl_sgpo.analysis.metrics import Estimate, bootstrap, pass_at_k, usual_ks
+from trl_sgpo.analysis.metrics.rates import UNDEFINED
+from trl_sgpo.analysis.report.comparison import analyse_or_explain
+from trl_sgpo.analysis.report.diagnosis import RunFacts, advice, answer
+from trl_sgpo.analysis.report.logged_groups import FAILED_KINDS, KINDS, Groups
 from trl_sgpo.analysis.report.runs import Run
 
 
 SCHEMA = 1
 MOST_BINS = 30
-_RESAMPLES = 200  # of thousands of groups, for dozens of numbers: enough for two digits
+_RESAMPLES = 200  # enough for two digits: there are thousands of groups, and dozens of numbers
 
-# Where the log knows what the completions would tell: (number, key of the log)
+# Numbers and their keys in the log
 _LOG_KEYS = {
     "reward": "reward",
     "entropy": "entropy",
@@ -41,6 +41,7 @@ _LOG_KEYS = {
     "no_error_rate": "sgpo/no_error_rate",
     "step_time": "step_time",
 }
+# Numbers from the log that come from the completions if there are any
 _LOG_FALLBACKS = {
     "accuracy": "sgpo/accuracy",
     **{kind: f"sgpo/groups/{kind}" for kind in ("solved", "mixed", "failed", "rescued", "tied", "unjudged")},
@@ -53,7 +54,7 @@ class Series:
 
     Args:
         step, value (`ArrayLike`):
-            Same length; entries whose value is NaN are dropped.
+            Same length; entries with a value of NaN are dropped.
         weight (`ArrayLike`, *optional*):
             Defaults to 1.
     """
@@ -86,11 +87,6 @@ class Series:
         weight = np.bincount(bins, self.weight, minlength=len(edges) - 1)
         with np.errstate(invalid="ignore", divide="ignore"):
             return (total / weight)[: len(edges) - 1].tolist()
-
-
-def ks_of(size: int) -> list[int]:
-    """1, 2, 4, ... up to the group size, and the group size itself."""
-    return sorted({2**i for i in range(size.bit_length()) if 2**i <= size} | {size}) if size else []
 
 
 def run_series(run: Run) -> dict[str, Series]:
@@ -131,7 +127,7 @@ def _group_series(g: Groups, has_outcome: bool) -> dict[str, Series]:
                 if kind != "unscored" or g.share(kind).any():
                     series[kind] = Series(g.step, g.share(kind))
             series["failed"] = Series(g.step, g.share(*FAILED_KINDS))
-            for k in ks_of(g.size):
+            for k in usual_ks(g.size):
                 series[f"pass@{k}"] = Series(g.step, pass_at_k(g.n_scored, g.n_correct, k))
     return series
 
@@ -151,15 +147,15 @@ def summarise(
         runs (`Sequence[Run]`):
             The runs, at least one.
         missing (`Sequence[str]`, *optional*):
-            What is missing beside what the runs say themselves.
+            What is missing, in addition to what the runs say.
         guess (`float`, *optional*):
             Probability that one guess is correct.
         by_tokens (`bool`, *optional*, defaults to `False`):
             Whether lengths are tokens.
         version (`str`, *optional*):
-            Of the package.
+            Version of the package.
         domain (`str`, *optional*):
-            Of the probes look at the prompts of this domain only.
+            Use only the probe prompts of this domain.
     """
     all_series = [run_series(run) for run in runs]
     edges = _edges(all_series)
@@ -201,14 +197,14 @@ def _describe(
     fifth = (last - first) / 5
     stretches = {"start": (first, first + fifth), "end": (last - fifth, last), "all": (first, last)}
     numbers = {name: {when: one.between(*ends) for when, ends in stretches.items()} for name, one in series.items()}
-    probe, verdict, probe_missing = analyse_or_explain(run.probe, guess, domain)
+    probe, finding, probe_missing = analyse_or_explain(run.probe, guess, domain)
     if probe is None and not probe_missing:
         probe_missing = [
             "No probes of the base model, so no verdict on sharpening or expansion: SharpeningCallback writes them to "
             "<output_dir>/sharpening."
         ]
     groups = run.groups
-    signs = _signs(run, numbers)
+    facts = _facts(run, numbers)
     return {
         "name": run.name,
         "label": run.label,
@@ -222,7 +218,7 @@ def _describe(
         "outcome": run.outcome,
         "rewards": run.rewards,
         "has_judge": run.has_judge,
-        # Resampling the whole run again would say little more than its two ends do
+        # An interval of the whole run would say little more than those of its two ends
         "numbers": {
             name: {when: one.estimate() if when != "all" else one.mean() for when, one in parts.items()}
             for name, parts in numbers.items()
@@ -230,21 +226,21 @@ def _describe(
         "series": {name: one.binned(edges) for name, one in series.items()},
         "judge": _judge_cost(run),
         "rts_histogram": _rts_histogram(groups, first, last),
-        "diagnosis": {"signs": signs, "answer": answer(signs), "advice": advice(signs)},
-        "verdict": verdict,
+        "diagnosis": {"facts": facts, "answer": answer(facts), "advice": advice(facts)},
+        "finding": finding,
         "sharpening": probe,
         "missing": [*run.missing, *probe_missing],
     }
 
 
-def _signs(run: Run, numbers: Mapping[str, Mapping[str, Series]]) -> Signs:
+def _facts(run: Run, numbers: Mapping[str, Mapping[str, Series]]) -> RunFacts:
     def mean(name: str, when: str = "all") -> float:
         return numbers[name][when].mean() if name in numbers else math.nan
 
     grad = numbers["grad_norm"]["all"].value if "grad_norm" in numbers else np.zeros(0)
     loss = numbers["loss"]["all"].value if "loss" in numbers else np.zeros(0)
     shares = ("teaching", "solved", "mixed", "rescued", "other_rewards", "tied", "abstained", "unjudged")
-    return Signs(
+    return RunFacts(
         n_groups=len(run.groups.step) if run.groups else 0,
         group_size=run.groups.size if run.groups else 0,
         **{name: mean(name) for name in shares},
@@ -261,8 +257,8 @@ def _signs(run: Run, numbers: Mapping[str, Mapping[str, Series]]) -> Signs:
 
 
 def _judge_cost(run: Run) -> dict[str, float] | None:
-    """Totals from logged means: each entry stands for the updates since the one before."""
-    log = [entry for entry in run.log if "sgpo/judge_calls" in entry]  # probes are logged between them
+    """Totals from logged means: each entry stands for the updates since the entry before."""
+    log = [entry for entry in run.log if "sgpo/judge_calls" in entry]  # probes have entries of their own
     if not log:
         return None
     steps = np.array([entry["step"] for entry in log], dtype=np.float64)
@@ -294,7 +290,7 @@ def _judge_cost(run: Run) -> dict[str, float] | None:
 def _rts_histogram(groups: Groups | None, first: float, last: float) -> dict[str, list[float]] | None:
     if groups is None or not groups.rts.size:
         return None
-    centers = np.linspace(0, 1, 11)  # an RTS is a fraction of few steps, and shall not fall on an edge
+    centers = np.linspace(0, 1, 11)  # an RTS is a fraction of a few steps, so these are no edges
     edges = np.linspace(-0.05, 1.05, 12)
     third = (last - first) / 3
     early, late = groups.rts_step <= first + third, groups.rts_step >= last - third
@@ -311,7 +307,7 @@ def _arm(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     def spread(values: list[float]) -> Estimate:
         known = [v for v in values if not math.isnan(v)]
-        return Estimate(sum(known) / len(known), min(known), max(known)) if known else Estimate(*[math.nan] * 3)
+        return Estimate(sum(known) / len(known), min(known), max(known)) if known else UNDEFINED
 
     series = {}
     for name in names:
@@ -341,21 +337,6 @@ def _arm(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if histograms
         else None,
     }
-
-
-def to_json(value: Any) -> Any:
-    """Plain data for JSON: dataclasses as dictionaries, NaN and infinities as null."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return to_json(asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _number(value: Any) -> float:

@@ -67,14 +67,14 @@ def number(value: float | None, sign: str = "") -> str:
 
 
 def with_interval(e: Estimate, sign: str = "") -> str:
-    """`value [low, high]`, without the brackets where there is no interval or no width."""
+    """`value [low, high]`, without the brackets if there is no interval or if it has no width."""
     if math.isnan(e.low) or e.low == e.high:
         return number(e.value, sign)
     return f"{number(e.value, sign)} [{number(e.low, sign)}, {number(e.high, sign)}]"
 
 
 def comparison(summary: Mapping[str, Any]) -> Table | None:
-    """The arms side by side: first fifth of the run, and last fifth with interval or range."""
+    """The methods side by side: first fifth of the run, and last fifth with interval or range."""
     labels = summary["labels"]
     by_name = {run["name"]: run for run in summary["runs"]}
     names = list(dict.fromkeys(name for arm in labels.values() for name in arm["numbers"]))
@@ -109,9 +109,9 @@ def comparison(summary: Mapping[str, Any]) -> Table | None:
         *(f"{label} (mean of {len(arm['runs'])})" if len(arm["runs"]) > 1 else label for label, arm in labels.items()),
     ]
     note = "First → last fifth of the run. In brackets: " + (
-        "smallest and largest run where several are averaged, else the 95 % interval over groups."
+        "smallest and largest run if several are averaged, else the 95 % interval over groups."
         if several
-        else "95 % interval over groups (over log entries for what only the log knows)."
+        else "95 % interval over groups (over log entries for numbers that come from the log)."
     )
     return Table("Side by side" if len(labels) > 1 else "The run in numbers", header, rows, note)
 
@@ -136,7 +136,7 @@ def run_list(summary: Mapping[str, Any]) -> Table:
     return Table("What was read", header, rows)
 
 
-def dead_groups(summary: Mapping[str, Any]) -> Table | None:
+def group_shares(summary: Mapping[str, Any]) -> Table | None:
     """What became of the groups, over time, for each run."""
     kinds = (
         ("teaching", "teach"),
@@ -159,8 +159,10 @@ def dead_groups(summary: Mapping[str, Any]) -> Table | None:
             rows.append([f"{run['name']}, {title}", *(_percent(v) for v in values)])
     if not rows:
         return None
-    note = "Per cent of the logged groups. Solved, tied, judge silent and not judged teach nothing."
-    return Table("Which groups were dead, and why", ["", *(title for _, title in kinds)], rows, note)
+    note = (
+        "Per cent of the logged groups. Groups that are solved, tied, not judged or with a silent judge teach nothing."
+    )
+    return Table("Which groups teach, and why others do not", ["", *(title for _, title in kinds)], rows, note)
 
 
 def judge_cost(summary: Mapping[str, Any]) -> Table | None:
@@ -229,8 +231,8 @@ def probe_numbers(run: Mapping[str, Any]) -> list[Table]:
             ],
         ],
         f"Of {n} prompts, in {p['base_samples']} samples of the base and {p['policy_samples']} of the policy. Chance: base "
-        f"against base with the same pass@1 for both. A prompt that the base never solved may still have a pass rate of up to "
-        f"{number(s.unseen_rate)} there (95 %). Retained {with_interval(s.srr)}, discovered {with_interval(s.ndr)}, net change "
+        f"against base, with the same pass@1. If the base never solved a prompt, its pass rate there may still be up to "
+        f"{number(s.unseen_rate)} (95 %). Retained {with_interval(s.srr)}, discovered {with_interval(s.ndr)}, net change "
         f"{with_interval(s.nscr, '+')}.",
     )
     others = [
@@ -293,4 +295,4 @@ def _percent(share: float, unit: str = "") -> str:
 
 
 def _p(p: float) -> str:
-    return "< .001" if p < 0.001 else f"{p:.3f}".replace("0.", ".", 1)
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

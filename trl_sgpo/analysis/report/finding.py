@@ -1,59 +1,58 @@
 """
-The verdict: did training sharpen what the base could do already, or expand it? Decision rules as a pure function of
-numbers with intervals, and the words for what they decide.
+The finding: did training sharpen what the base could do already, or expand it? Decision rules as a pure function of numbers
+with intervals ([`decide`]), and the words for the result.
 
-Why more solved prompts are not yet an expansion: wherever pass@1 rises, the policy also finds within `n` samples what
-the base finds within a few times `n`. An exponential tilt of the base does that. So two things are asked of newly
-solved prompts, whichever are there: how many samples the *base* would need for what the policy wrote there, by its own
-log-probabilities, and whether the gain on hard prompts is more than a tilt gives (`tilt_line`).
+More solved prompts are not yet an expansion. If pass@1 rises, the policy finds in `n` samples what the base finds in a few
+times `n`; an exponential tilt of the base does that. So newly solved prompts are checked in two ways, if the numbers are
+there: how many samples the *base* would need, by its own log-probabilities, for what the policy wrote; and whether hard
+prompts gained more than a tilt gives (`tilt_line`).
 """
 
 import math
 from dataclasses import dataclass, field
 
 from trl_sgpo.analysis.metrics import Estimate, SupportTable, chance_pass_at_k
+from trl_sgpo.analysis.metrics.rates import UNDEFINED
 
 
 KINDS = ("sharpened", "expanded", "shrank", "mixed", "no change", "unknown")
 
-# Of the intervals and tests that decide. Four of them can raise a false alarm, so each is stricter than 95 %: base against
-# base comes out as "no change" in about 19 of 20 probes
+# Level of the intervals and tests that decide. Four of them can raise a false alarm, so each is stricter than 95 %: base
+# against base gives "no change" in about 19 of 20 probes
 LEVEL = 0.99
-# With fewer, intervals say nothing
+# With fewer prompts or samples, intervals say nothing
 LEAST_PROMPTS = 8
 LEAST_SAMPLES = 8
-# A gain known no better than this can hide a real one, so "no change" is not said
+# A wider interval of the gain can hide a real gain, so "no change" is not said
 WIDEST_NO_CHANGE = 0.1
-# The base would be expected to solve a prompt within this many times the samples it was given: within its reach. Wide, since
-# `base_rates` is a lower bound: it misses what the base knows and the policy does not write
+# A prompt is within the base's reach if the base would solve it in this many times the samples that it had. The number is
+# large because `base_rates` is a lower bound: it misses what the base knows and the policy does not write
 REACH = 100
-
-_UNDEFINED = Estimate(math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
 class Evidence:
     """
-    What a verdict rests on. All estimates are means over the same prompts, with prompt-level intervals.
+    The numbers behind a finding. All estimates are means over the same prompts, with intervals over prompts.
 
     Args:
         n_prompts, n_samples (`int`):
             Prompts of the probe, and samples per prompt of the base.
         k (`int`):
-            The largest k that both sides have samples for.
+            The largest k for which base and policy have samples.
         base_pass_1, policy_pass_1, base_pass_k, policy_pass_k ([`Estimate`]):
             pass@1 and pass@k.
         gain_1, gain_k ([`Estimate`]):
             Policy minus base, prompt by prompt, with intervals at `LEVEL`.
         support ([`SupportTable`]):
-            Which prompts both, one or none of them solved, and what chance gives.
+            Which prompts both, one or neither of them solved, and what chance gives.
         slope ([`Estimate`], *optional*):
             Slope of the tilt line; 1 for a pure tilt, less if hard prompts gained more.
         base_rates (`tuple[float, ...]`, *optional*):
-            For each expanded prompt the base's pass@1 there, as its own log-probabilities of the policy's correct samples
-            give it. Empty if there are none.
+            The base's pass@1 on each expanded prompt, from its own log-probabilities of the policy's correct samples. Empty
+            if there are none.
         process_gain_k ([`Estimate`], *optional*):
-            Gain in process-verified pass@k (every step right), likewise.
+            Gain in process-verified pass@k (every step right), in the same way.
         guess (`float`, *optional*):
             Probability that one guess is correct.
     """
@@ -68,26 +67,26 @@ class Evidence:
     gain_1: Estimate
     gain_k: Estimate
     support: SupportTable
-    slope: Estimate = _UNDEFINED
+    slope: Estimate = UNDEFINED
     base_rates: tuple[float, ...] = ()
-    process_gain_k: Estimate = _UNDEFINED
+    process_gain_k: Estimate = UNDEFINED
     guess: float | None = None
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Finding:
     """
-    A verdict in words.
+    A finding in words.
 
     Args:
         kind (`str`):
             One of `KINDS`.
         headline (`str`):
-            The verdict itself, a few words.
+            The finding in a few words.
         evidence (`tuple[str, ...]`):
-            The numbers it rests on, in words.
+            The numbers behind it, in words.
         caveats (`tuple[str, ...]`):
-            What it cannot say.
+            What the finding cannot say.
     """
 
     kind: str
@@ -99,27 +98,27 @@ class Verdict:
         return f"{self.headline}: {'; '.join(self.evidence)}" if self.evidence else f"{self.headline}."
 
 
-def unknown(reason: str, evidence: tuple[str, ...] = ()) -> Verdict:
-    """The verdict where there can be none."""
-    return Verdict("unknown", f"Unknown, because {reason}", evidence)
+def unknown(reason: str, evidence: tuple[str, ...] = ()) -> Finding:
+    """The finding if there is no basis for one."""
+    return Finding("unknown", f"Unknown, because {reason}", evidence)
 
 
-def decide(e: Evidence) -> Verdict:
+def decide(e: Evidence) -> Finding:
     """
-    The verdict on a run. The rules, in order:
+    The finding about a run. The rules, in order:
 
-    1. *unknown*: too few prompts or samples, or nothing solved by either side.
+    1. *unknown*: too few prompts or samples, or neither base nor policy solved anything.
     2. *mixed*: prompts were both won and lost, each beyond chance.
-    3. *shrank*: prompts were lost beyond chance (whether or not pass@1 rose).
-    4. Prompts were won beyond chance and pass@k rose: *unknown* if guessing reaches the policy's pass@k; *mixed* if the
-       answers are right but the steps are not; *sharpened* if those prompts are within the base's reach by its own
-       log-probabilities; *mixed* if they are not, but the tilt line explains them; without log-probabilities *sharpened* if
-       the tilt line explains them; *expanded* otherwise.
+    3. *shrank*: prompts were lost beyond chance, with or without a rise of pass@1.
+    4. Prompts were won beyond chance and pass@k rose. *unknown* if guessing reaches the policy's pass@k. *mixed* if the
+       answers are right but the steps are not. *sharpened* if these prompts are within the base's reach by its own
+       log-probabilities. *mixed* if they are not, but the tilt line explains them. *sharpened* if there are no
+       log-probabilities and the tilt line explains them. *expanded* otherwise.
     5. pass@1 rose: *sharpened*, or *mixed* if pass@k fell.
-    6. pass@1 or pass@k moved some other way: *mixed*.
+    6. pass@1 or pass@k moved in another way: *mixed*.
     7. Nothing moved: *no change*, or *unknown* if the interval is too wide to say so.
 
-    "Rose" and "fell" mean that the interval does not hold 0; "beyond chance" is [`SupportTable.changes`].
+    "Rose" and "fell" mean that the interval does not contain 0. "Beyond chance" is [`SupportTable.changes`].
     """
     s = e.support
     numbers = _numbers(e)
@@ -134,7 +133,7 @@ def decide(e: Evidence) -> Verdict:
         return unknown("the gains have no interval", numbers)
     if s.preserved + s.expanded + s.shrunk == 0:
         return unknown(
-            f"neither base nor policy solved a single prompt in {e.n_samples} samples: support beyond that is out of sight",
+            f"neither base nor policy solved a single prompt in {e.n_samples} samples: rarer solutions cannot be seen",
             numbers,
         )
     changes = s.changes(LEVEL)
@@ -142,27 +141,27 @@ def decide(e: Evidence) -> Verdict:
     up_k, down_k = e.gain_k.low > 0, e.gain_k.high < 0
     caveats = _caveats(e)
     if "expanded" in changes and "shrunk" in changes:
-        return Verdict(
-            "mixed", "A mixed picture: prompts were both won and lost, more than chance gives", numbers, caveats
+        return Finding(
+            "mixed", "A mixed picture: prompts were both won and lost, more than by chance", numbers, caveats
         )
     if "shrunk" in changes:
         headline = (
             "Sharpened at the cost of support: it shrank" if up_1 else "Shrank: the support is smaller than the base's"
         )
-        return Verdict("shrank", headline, numbers, caveats)
+        return Finding("shrank", headline, numbers, caveats)
     if "expanded" in changes and up_k:
         return _won(e, numbers, caveats)
     if up_1 and down_k:
-        return Verdict("mixed", f"A mixed picture: pass@1 rose and pass@{e.k} fell", numbers, caveats)
+        return Finding("mixed", f"A mixed picture: pass@1 rose and pass@{e.k} fell", numbers, caveats)
     if up_1:
-        return Verdict("sharpened", "Sharpened inside the base's support", numbers, caveats)
+        return Finding("sharpened", "Sharpened inside the base's support", numbers, caveats)
     if down_1 or up_k or down_k:
         said = " and ".join(
             f"pass@{k} {'rose' if up else 'fell'}"
             for k, up, down in ((1, up_1, down_1), (e.k, up_k, down_k))
             if up or down
         )
-        return Verdict(
+        return Finding(
             "mixed", f"A mixed picture: {said}, and not in the way of sharpening or expansion", numbers, caveats
         )
     if e.gain_1.high - e.gain_1.low > 2 * WIDEST_NO_CHANGE:
@@ -171,10 +170,10 @@ def decide(e: Evidence) -> Verdict:
             "samples are needed",
             numbers,
         )
-    return Verdict("no change", "No change that this probe can see", numbers, caveats)
+    return Finding("no change", "No change that this probe can see", numbers, caveats)
 
 
-def _won(e: Evidence, numbers: tuple[str, ...], caveats: tuple[str, ...]) -> Verdict:
+def _won(e: Evidence, numbers: tuple[str, ...], caveats: tuple[str, ...]) -> Finding:
     """Prompts were won beyond chance, and pass@k rose: is that beyond the base's reach?"""
     unseen = (
         f'"not solved by the base in {e.n_samples} samples" may still mean a pass rate of up to '
@@ -187,7 +186,7 @@ def _won(e: Evidence, numbers: tuple[str, ...], caveats: tuple[str, ...]) -> Ver
             numbers,
         )
     if not math.isnan(e.process_gain_k.low) and e.process_gain_k.low <= 0:
-        return Verdict(
+        return Finding(
             "mixed",
             "A mixed picture: more prompts have a right answer, but no more have a right solution",
             (*numbers, f"process-verified pass@{e.k} changed by {_interval(e.process_gain_k, signed=True)}"),
@@ -204,17 +203,17 @@ def _won(e: Evidence, numbers: tuple[str, ...], caveats: tuple[str, ...]) -> Ver
             f"{within} of {len(e.base_rates)} such prompts are within {reach:,})"
         )
         if 2 * within >= len(e.base_rates):
-            return Verdict("sharpened", "Sharpened inside the base's support", (*numbers, rates), caveats)
+            return Finding("sharpened", "Sharpened inside the base's support", (*numbers, rates), caveats)
         if tilted:
-            return Verdict(
+            return Finding(
                 "mixed",
                 "A mixed picture: prompts were won far beyond the base's reach, and yet no more than a tilt gives",
                 (*numbers, rates),
                 (f"{unseen}.", *caveats),
             )
-        return Verdict("expanded", "Expanded beyond the base's reach", (*numbers, rates), (f"{unseen}.", *caveats))
+        return Finding("expanded", "Expanded beyond the base's reach", (*numbers, rates), (f"{unseen}.", *caveats))
     if tilted:
-        return Verdict(
+        return Finding(
             "sharpened",
             "Sharpened inside the base's support",
             (*numbers, "the newly solved prompts are no more than a tilt of the base gives"),
@@ -224,18 +223,18 @@ def _won(e: Evidence, numbers: tuple[str, ...], caveats: tuple[str, ...]) -> Ver
         ()
         if not math.isnan(e.slope.high)
         else (
-            "Neither log-probabilities nor a tilt line were there to check how far from the base these prompts are.",
+            "Neither log-probabilities nor a tilt line were there to check how far these prompts are from the base.",
         )
     )
-    return Verdict("expanded", "Expanded beyond what the base solved", numbers, (f"{unseen}.", *checked, *caveats))
+    return Finding("expanded", "Expanded beyond what the base solved", numbers, (f"{unseen}.", *checked, *caveats))
 
 
 def _caveats(e: Evidence) -> tuple[str, ...]:
     found = []
     if e.gain_k.low <= 0 <= e.gain_k.high and e.gain_k.high - e.gain_k.low > 2 * WIDEST_NO_CHANGE:
         found.append(
-            f"The change of pass@{e.k} is known only as {_signed(e.gain_k.low)} to {_signed(e.gain_k.high)}: with more prompts the "
-            "support might be seen to change."
+            f"The change of pass@{e.k} is known only as {_signed(e.gain_k.low)} to {_signed(e.gain_k.high)}: with more prompts a "
+            "change of the support might show."
         )
     if e.base_pass_k.value > 0.99:
         found.append(f"The base solves all these prompts within {e.k} samples: an expansion could not show on them.")
@@ -253,8 +252,8 @@ def _numbers(e: Evidence) -> tuple[str, ...]:
         f"(change {_interval(e.gain_1, signed=True)})",
         f"pass@{e.k} {_share(e.base_pass_k.value)} → {_share(e.policy_pass_k.value)} "
         f"(change {_interval(e.gain_k, signed=True)})",
-        f"{s.expanded} of {e.n_prompts} prompts won where chance gives {s.expanded_null:.1f}, {s.shrunk} lost where chance "
-        f"gives {s.shrunk_null:.1f}",
+        f"{s.expanded} of {e.n_prompts} prompts won (by chance {s.expanded_null:.1f}), {s.shrunk} lost (by chance "
+        f"{s.shrunk_null:.1f})",
     ]
     if not math.isnan(e.slope.value):
         said.append(f"tilt slope {e.slope.value:.2f} [{e.slope.low:.2f}, {e.slope.high:.2f}]")
@@ -267,12 +266,12 @@ def _interval(x: Estimate, signed: bool = False) -> str:
 
 
 def _share(value: float) -> str:
-    """`.52`, `.016`, `.00021`: two digits at least, and as many as it takes not to say 0."""
+    """`0.52`, `0.016`, `0.00021`: at least two digits, and as many as it takes not to say 0."""
     if math.isnan(value):
         return "?"
     size = abs(value)
     digits = 2 if value == 0 or size >= 0.0995 else 3 if size >= 0.0005 else min(9, 1 - math.floor(math.log10(size)))
-    return f"{value:.{digits}f}".replace("0.", ".", 1) if size < 0.995 else f"{value:.2f}"
+    return f"{value:.{digits}f}"
 
 
 def _signed(value: float) -> str:

@@ -1,8 +1,9 @@
 """
-From rows to groups: which completions belong together, and what became of each group. Pure functions of arrays.
+The groups of a run, from the logged completions: which rows belong together, and what became of each group. Pure functions of
+arrays.
 
-TRL writes the rows of a group next to each other, with equal prompts, and the group size nowhere. It is found from the
-runs of equal prompts; where a prompt was drawn twice in a row, its run is two groups long.
+TRL writes the rows of a group next to each other, with equal prompts, but it does not write the group size. The size is
+found from the runs of equal prompts. If a prompt was drawn twice in a row, its run is two groups long.
 """
 
 from dataclasses import dataclass
@@ -13,14 +14,14 @@ from trl_sgpo.analysis.metrics import answer_entropy
 from trl_sgpo.analysis.report.completions import VERDICTS, Rows
 
 
-# What a group can come to. The five in the middle are failed groups.
+# What a group can become. The five in the middle are failed groups.
 KINDS = ("solved", "mixed", "rescued", "other_rewards", "tied", "abstained", "unjudged", "unscored")
 FAILED_KINDS = ("rescued", "other_rewards", "tied", "abstained", "unjudged")
 
-# Equal rewards leave a rounding residue in TRL's advantages: their difference over a standard deviation of 0 + 1e-4
+# Equal rewards leave a rounding error in TRL's advantages: a tiny difference over a standard deviation of 0 + 1e-4
 _ADVANTAGE_TOLERANCE = 1e-4
 _REGULAR_SHARE = 0.9
-_LIVE_BATCHES = 5  # as many must agree before advantages are believed over prompts
+_LIVE_BATCHES = 5  # so many must agree before advantages count more than prompts
 
 
 @dataclass
@@ -34,19 +35,19 @@ class Groups:
         step (`np.ndarray`):
             The update at which the group was logged.
         n_scored, n_correct (`np.ndarray`):
-            Completions with an outcome, and correct ones among them.
+            Completions with an outcome, and correct completions among them.
         kind (`np.ndarray`):
-            Index in `KINDS`; that of `"unscored"` throughout if there is no outcome.
+            Index in `KINDS`; always that of `"unscored"` if there is no outcome.
         live (`np.ndarray` of booleans):
-            Whether some advantage is not zero, that is, whether the group teaches.
+            Whether the group teaches, that is, whether some advantage is not zero.
         entropy, distinct (`np.ndarray`):
             Entropy in nats and number of the distinct answers.
         length, live_length (`np.ndarray`):
-            Lengths of all completions, and of those with an advantage.
+            Lengths of all completions, and of the completions with an advantage.
         rts_step, rts (`np.ndarray`):
-            The scores, one entry per *completion* that has one.
+            The scores, one entry per *completion* with a score.
         n_left_out (`int`):
-            Rows that form no whole group.
+            Rows that are part of no whole group.
     """
 
     size: int
@@ -91,11 +92,11 @@ def prompt_runs(file: np.ndarray, prompt: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def infer_group_size(file: np.ndarray, prompt: np.ndarray, advantage: np.ndarray) -> tuple[int, str]:
     """
-    The group size G: the largest number that divides the runs of equal prompts (those of nine rows in ten, for an
-    evaluation may have left part of a group behind).
+    The group size G: the largest number that divides the runs of equal prompts. The runs of nine rows in ten are enough,
+    because an evaluation may leave part of a group in a file.
 
-    If no file has two different prompts, a run may be many groups. Then the smallest number is taken at whose every
-    multiple the advantages sum to zero, as those of a group do.
+    If no file has two different prompts, a run may be many groups. Then G is the smallest number for which the advantages of
+    every G rows sum to zero, because the advantages of a group do.
 
     Returns:
         `tuple[int, str]`: G, and a sentence if it is a guess (else empty).
@@ -124,8 +125,8 @@ def infer_group_size(file: np.ndarray, prompt: np.ndarray, advantage: np.ndarray
         if size % d == 0 and all(np.abs(a.reshape(-1, d).sum(axis=1)).max() < 1e-2 for a in live):
             if len(live) >= _LIVE_BATCHES:
                 return d, (
-                    f"No file holds two different prompts; that a group has {d} completions is concluded from the "
-                    "advantages, which sum to zero in every such group. --group-size sets it."
+                    f"No file holds two different prompts. A group has {d} completions, to judge by the advantages: they "
+                    "sum to zero in every such group. --group-size sets it."
                 )
             return size, (
                 f"No file holds two different prompts, and too few advantages differ from zero to tell groups of {size} "
@@ -136,8 +137,8 @@ def infer_group_size(file: np.ndarray, prompt: np.ndarray, advantage: np.ndarray
 
 def split_groups(file: np.ndarray, prompt: np.ndarray, size: int) -> np.ndarray:
     """
-    Rows of whole groups. A file keeps the last rows of training, so that a run which begins a file may lack its first
-    ones, and any other its last ones.
+    Rows of whole groups. A file keeps the last rows of training. So the first run of a file may lack its first rows, and any
+    other run may lack its last rows.
 
     Returns:
         `np.ndarray` of shape (P, G): Row numbers.
@@ -167,12 +168,12 @@ def make_groups(
         size (`int`):
             Completions of a group.
         outcome (`str`, *optional*):
-            The reward that says right or wrong. Without it groups have no kind.
+            The reward that says right or wrong. Without it, groups have no kind.
         success_threshold (`float`, *optional*, defaults to `0.5`):
-            A completion is correct when its outcome reaches this.
+            A completion is correct if its outcome reaches this.
         treatment (`str`, *optional*, defaults to `"sgpo"`):
-            What was done with failed groups. With `"sgpo"` a failed group that teaches is rescued if its completions have
-            different rewards from the judge; with any other, if somebody has a right step.
+            The treatment of failed groups. A failed group that teaches is rescued if the judge gave its completions different
+            rewards (`"sgpo"`), or if some completion has a right step (any other treatment).
     """
     index_PG = split_groups(rows.file, rows.prompt, size)
     n_rows, n_groups = len(rows.step), len(index_PG)
@@ -183,7 +184,7 @@ def make_groups(
     if rows.has_advantage:
         teaches_PG = np.abs(np.nan_to_num(rows.advantage[index_PG])) > _ADVANTAGE_TOLERANCE
         live = teaches_PG.any(axis=1)
-    else:  # what TRL would make of the rewards if each had the same weight
+    else:  # as if TRL gave each reward the same weight
         live = (spread_P > 0) | np.any([_spread(column[index_PG]) > 0 for column in rows.rewards.values()], axis=0)
         teaches_PG = np.repeat(live[:, None], size, axis=1)
 
@@ -227,7 +228,7 @@ def make_groups(
 
 
 def _spread(values_PG: np.ndarray) -> np.ndarray:
-    """Largest minus smallest value of each group, NaN left out; 0 where fewer than two are there."""
+    """Largest minus smallest value of each group, NaN left out; 0 for fewer than two values."""
     high = np.where(np.isnan(values_PG), -np.inf, values_PG).max(axis=1, initial=-np.inf)
     low = np.where(np.isnan(values_PG), np.inf, values_PG).min(axis=1, initial=np.inf)
     return np.where(high > low, high - low, 0.0)

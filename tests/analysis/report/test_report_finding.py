@@ -1,11 +1,11 @@
-"""The verdict in words: every rule, on numbers."""
+"""The finding in words: every rule, on numbers."""
 
 import math
 
 import pytest
 
 from trl_sgpo.analysis.metrics import Estimate, SupportTable
-from trl_sgpo.analysis.report.verdict import KINDS, Evidence, decide
+from trl_sgpo.analysis.report.finding import KINDS, Evidence, decide
 
 
 NAN = Estimate(math.nan, math.nan, math.nan)
@@ -93,29 +93,29 @@ WON = {"support": table(expanded=20, p_expanded=1e-6), "gain_1": UP, "gain_k": U
     ],
 )
 def test_rules(given, kind, words):
-    verdict = decide(evidence(**given))
-    assert verdict.kind == kind
-    assert verdict.kind in KINDS
-    assert words in " ".join([str(verdict), *verdict.caveats])
+    finding = decide(evidence(**given))
+    assert finding.kind == kind
+    assert finding.kind in KINDS
+    assert words in " ".join([str(finding), *finding.caveats])
 
 
 def test_the_sentence_carries_its_evidence():
     said = str(decide(evidence(gain_1=UP, slope=Estimate(0.98, 0.9, 1.1), support=table(expanded=3))))
     assert said == (
-        "Sharpened inside the base's support: pass@1 .020 → .67 (change +.60 [+.50, +.70]); pass@64 .80 → .82 (change +.00 "
-        "[-.050, +.050]); 3 of 100 prompts won where chance gives 2.1, 2 lost where chance gives 2.2; tilt slope 0.98 [0.90, "
+        "Sharpened inside the base's support: pass@1 0.020 → 0.67 (change +0.60 [+0.50, +0.70]); pass@64 0.80 → 0.82 (change +0.00 "
+        "[-0.050, +0.050]); 3 of 100 prompts won (by chance 2.1), 2 lost (by chance 2.2); tilt slope 0.98 [0.90, "
         "1.10]"
     )
 
 
 @pytest.mark.parametrize("more", [{}, {"base_rates": (1e-12,)}, {"slope": Estimate(0.5, 0.4, 0.6)}])
 def test_expanded_says_what_unsolved_can_mean(more):
-    verdict = decide(evidence(**WON, **more))
-    assert verdict.kind == "expanded"
-    assert '"not solved by the base in 64 samples" may still mean a pass rate of up to .046' in verdict.caveats[0]
+    finding = decide(evidence(**WON, **more))
+    assert finding.kind == "expanded"
+    assert '"not solved by the base in 64 samples" may still mean a pass rate of up to 0.046' in finding.caveats[0]
 
 
 def test_caveats():
-    assert "known only as -.30 to +.30" in decide(evidence(gain_1=UP, gain_k=WIDE)).caveats[0]
+    assert "known only as -0.30 to +0.30" in decide(evidence(gain_1=UP, gain_k=WIDE)).caveats[0]
     assert "an expansion could not show" in decide(evidence(gain_1=UP, base_pass_k=Estimate(1.0, 1.0, 1.0))).caveats[0]
-    assert "Guessing alone reaches a pass@64 of .47" in decide(evidence(gain_1=UP, guess=0.01)).caveats[0]
+    assert "Guessing alone reaches a pass@64 of 0.47" in decide(evidence(gain_1=UP, guess=0.01)).caveats[0]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from trl_sgpo.analysis.report.completions import VERDICTS, Rows
-from trl_sgpo.analysis.report.groups import infer_group_size, make_groups, split_groups
+from trl_sgpo.analysis.report.logged_groups import infer_group_size, make_groups, split_groups
 
 
 def rows_of(outcome_PG, advantage_PG=None, judge_PG=None, rts_PG=None, verdict_PG=None, other_PG=None):

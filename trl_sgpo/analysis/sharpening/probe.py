@@ -1,12 +1,12 @@
 """
 Sampling from the model of a GRPOTrainer, and scoring with it, without leaving a trace in its training.
 
-Completions come from the trainer's own generation (vLLM if it has that), log-probabilities from the trainer's own forward
-pass: at the sampling temperature, over the whole vocabulary (`top_p`, `top_k` and `min_p` do not truncate them), the end
-token included. Work is cut into batches that do not depend on the number of ranks, each with a seed of its own, so one rank
-and several draw the same samples where the generation honours torch's seed; vLLM is given a seed per request instead.
+Completions come from the trainer's own generation (vLLM, if the trainer uses it). Log-probabilities come from the trainer's
+own forward pass: at the sampling temperature, over the whole vocabulary (`top_p`, `top_k` and `min_p` do not truncate them),
+with the end token. The work is cut into batches that do not depend on the number of ranks. Each batch has its own seed, so
+one rank and several ranks draw the same samples, if the generation uses torch's seed. vLLM gets a seed per request instead.
 
-Left out: prompts with images, tools, environments and rollout functions, which are more than one call of `generate`.
+Left out: images, tools, environments and rollout functions, because they need more than one call of `generate`.
 """
 
 import copy
@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 
-# What is kept of each module of the policy; TRL's generation switches checkpointing off and on again
+# Attributes of each module that are put back; TRL's generation switches checkpointing off and on again
 _MODULE_FLAGS = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
-# What is kept of the trainer
+# Attributes of the trainer that are put back
 _TRAINER_FIELDS = ("_step", "_buffered_inputs", "num_generations_eval", "_current_train_step_time")
 
 
@@ -52,23 +52,23 @@ class Sample:
 
     Args:
         prompt_id, sample (`int`):
-            Which prompt, and which of its samples.
+            Number of the prompt, and number of the sample among those of the prompt.
         text (`str`):
             The completion without special tokens.
         completion (`str` or `list[dict]`):
-            The completion as reward functions get it.
+            The completion in the form that reward functions get.
         token_ids (`list[int]`):
-            Its tokens, the end token included.
+            Its tokens, with the end token.
         logp_policy, logp_base (`float`, *optional*):
-            Log-probability in nats, summed over the tokens, under the policy that was probed and under the base.
+            Log-probability in nats, summed over the tokens, under the probed policy and under the base.
         k3 (`float`, *optional*):
-            `exp(-d) - 1 + d` with `d = log pi - log q` of a token, summed over the tokens.
+            [`k3_terms`] of the tokens, summed.
         entropy (`float`, *optional*):
             The policy's entropy, summed over the tokens.
         correct, process_correct (`bool`, *optional*):
             Whether the outcome is correct; whether every step is too.
         scored, judged (`bool`):
-            Whether the outcome reward gave a number; whether the judge gave a verdict.
+            Whether the outcome reward gave a number, and whether the judge gave a verdict.
     """
 
     prompt_id: int
@@ -93,7 +93,8 @@ class Sample:
 @dataclass
 class Batch:
     """
-    One call of the generation: `rows` are (prompt_id, sample); of those only the first `keep` count, the others fill up.
+    One call of the generation. `rows` are pairs (prompt_id, sample); only the first `keep` rows count, the others fill up
+    the batch.
     """
 
     index: int
@@ -113,15 +114,15 @@ def plan_batches(
     """
     Cuts the work into batches of equal size; rank r of R takes the batches r, r + R, ...
 
-    By default prompt by prompt, so that the rows of a batch are about equally long, and independent of `n_ranks`. With
-    `distinct_prompts` sample by sample: no prompt comes twice among the batches that the ranks work on at the same time.
-    vLLM needs that, for equal prompts with equal seeds would give equal samples.
+    The default goes prompt by prompt, so the rows of a batch have similar lengths, and the plan does not depend on
+    `n_ranks`. `distinct_prompts` goes sample by sample: among the batches that the ranks work on at the same time, no prompt
+    comes twice. vLLM needs this, because equal prompts with equal seeds would give equal samples.
 
     Args:
         n_prompts, n_samples, batch_size (`int`):
             Prompts, samples of each, rows per batch.
         n_ranks (`int`, *optional*, defaults to `1`):
-            Number of ranks. There are at least as many batches for each rank as for any other: some may keep nothing.
+            Number of ranks. Every rank gets the same number of batches; some batches may keep no row.
         distinct_prompts (`bool`, *optional*, defaults to `False`):
             Whether to go sample by sample.
 
@@ -154,7 +155,7 @@ def plan_batches(
 
 
 def seed_of(*parts: object) -> int:
-    """A seed in [0, 2^31) from anything that can be printed."""
+    """A seed in [0, 2^31) from values that can be printed."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % 2**31
 
@@ -162,9 +163,9 @@ def seed_of(*parts: object) -> int:
 @contextmanager
 def undisturbed(trainer: Any) -> Iterator[None]:
     """
-    Inside this context the policy is in eval mode and the trainer's records are set aside; afterwards everything that
-    training depends on is as it was found, whatever happens inside: random states, the mode and the checkpointing of
-    every module, `use_cache`, counters, buffers and metrics.
+    Inside this context the policy is in eval mode, and the trainer's records are set aside. Afterwards everything that
+    training depends on is as before, whatever happened inside: random states, the mode and the checkpointing of every
+    module, `use_cache`, counters, buffers and metrics.
     """
     roots = (trainer.model, trainer.model_wrapped)
     modules = {id(module): module for root in roots for module in root.modules()}
@@ -208,7 +209,7 @@ def undisturbed(trainer: Any) -> Iterator[None]:
 
 class Probe:
     """
-    Draws the same number of samples for each of a set of prompts. Use it inside [`undisturbed`]; every rank has to.
+    Draws the same number of samples for each prompt of a set. Every rank has to use it, inside [`undisturbed`].
 
     Args:
         trainer (`GRPOTrainer`):
@@ -218,7 +219,7 @@ class Probe:
         n_samples (`int`):
             Samples per prompt.
         batch_size (`int`, *optional*):
-            Rows per call of the generation on each rank. Defaults to what a rank generates at once in training.
+            Rows per call of the generation on each rank. Defaults to the number in training.
         seed (`int`, *optional*, defaults to `0`):
             Part of every seed.
     """
@@ -234,15 +235,15 @@ class Probe:
 
     def draw(self, stream: str, watch: Stopwatch, description: str | None = None) -> list[Batch]:
         """
-        Generates this rank's share, with `description` under a progress bar.
+        Generates this rank's share of the samples.
 
         Args:
             stream (`str`):
-                Part of the seeds: another stream gives other, independent samples.
+                Part of the seeds: another stream gives independent samples.
             watch ([`Stopwatch`]):
-                Gets the seconds as `generate`.
+                Counts the seconds, as `generate`.
             description (`str`, *optional*):
-                Text of the bar. Without it there is none.
+                Text of a progress bar. Without it there is no bar.
         """
         from tqdm.auto import tqdm
 
@@ -253,7 +254,7 @@ class Probe:
         quiet = description is None or rank > 0 or self.trainer.args.disable_tqdm
         with watch("generate"):
             for batch in tqdm(mine, desc=description, disable=quiet):
-                # Ranks that share one vLLM engine must ask with one seed: that of the sample they all work on
+                # Ranks that share one vLLM engine need one seed: that of the sample on which they all work
                 seed = seed_of(self.seed, stream, batch.rows[0][1] if by_sample else batch.index)
                 self._generate(batch, seed)
         return mine
@@ -264,12 +265,12 @@ class Probe:
         if trainer.use_vllm:
             trainer.num_generations_eval = 1
             trainer.vllm_generation.generation_kwargs = {**trainer.vllm_generation.generation_kwargs, "seed": seed}
-        # Of what it returns only these three are used; their places are pinned by a contract test
+        # Only these three parts of the output are used; a contract test pins their places
         output = trainer._generate([self.prompts[prompt] for prompt, _ in batch.rows])
         batch.prompt_ids, batch.completion_ids, batch.completions = output[0], output[1], output[3]
 
     def add_logps(self, batches: Sequence[Batch]) -> None:
-        """Log-probabilities and entropies of the batches' tokens under the policy as it is."""
+        """Log-probabilities and entropies of the batches' tokens under the current policy."""
         for batch in batches:
             batch.logps, batch.entropies = token_logps(
                 self.trainer, self.trainer.model, batch.prompt_ids, batch.completion_ids, entropy=True
@@ -281,7 +282,7 @@ class Probe:
             batch.base_logps, _ = token_logps(self.trainer, model, batch.prompt_ids, batch.completion_ids)
 
     def samples(self, batches: Sequence[Batch]) -> list[Sample]:
-        """The samples of the batches, without those that only filled up."""
+        """The samples of the batches, without the rows that only fill them up."""
         found = []
         for batch in batches:
             texts = self.trainer.processing_class.batch_decode(batch.completion_ids, skip_special_tokens=True)
@@ -293,10 +294,18 @@ class Probe:
                 if batch.base_logps:
                     sample.logp_base = float(batch.base_logps[i].sum())
                 if batch.logps and batch.base_logps:
-                    difference = batch.logps[i] - batch.base_logps[i]
-                    sample.k3 = float((torch.exp(-difference) - 1 + difference).sum())
+                    sample.k3 = float(k3_terms(batch.logps[i], batch.base_logps[i]).sum())
                 found.append(sample)
         return found
+
+
+def k3_terms(policy_logps: Tensor, base_logps: Tensor) -> Tensor:
+    """
+    `exp(-d) - 1 + d` with `d = log pi - log q` of a token. Over tokens that the policy sampled, the mean is KL(policy, base)
+    per token in nats. No term is negative. The mean is unbiased if the base gives every sampled token some probability.
+    """
+    d = policy_logps - base_logps
+    return torch.exp(-d) - 1 + d
 
 
 @torch.no_grad()
@@ -313,13 +322,13 @@ def token_logps(
 
     Args:
         trainer (`GRPOTrainer`):
-            Whose forward pass is used.
+            Its forward pass is used.
         model (`nn.Module`):
             The policy, or a reference model that TRL has prepared.
         prompt_ids, completion_ids (`Sequence[Sequence[int]]`):
             Tokens, one list per row.
         entropy (`bool`, *optional*, defaults to `False`):
-            Whether to compute entropies too; a reference model cannot.
+            Whether to compute entropies too; not possible with a reference model.
 
     Returns:
         `tuple[list[Tensor], list[Tensor]]`: One tensor per row with a float64 per completion token, in nats, and the same

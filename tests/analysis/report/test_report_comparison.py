@@ -7,18 +7,19 @@ import pandas as pd
 import pytest
 from report_folders import SCENARIOS, write_probe
 
+from trl_sgpo.analysis.jsonable import jsonable
 from trl_sgpo.analysis.metrics import pass_at_k
-from trl_sgpo.analysis.report.probe import ProbeError, analyse, analyse_or_explain, base_rates, read_probes
-from trl_sgpo.analysis.report.summary import to_json
+from trl_sgpo.analysis.report.comparison import ProbeError, analyse, analyse_or_explain, read_probes
+from trl_sgpo.analysis.sharpening.compare import base_rates
 
 
 WORDS = {"sharpening": "sharpened", "expansion": "expanded", "no change": "no change", "shrinkage": "shrank"}
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_verdicts(scenario, tmp_path):
-    numbers, verdict = analyse(write_probe(tmp_path, scenario) / "sharpening")
-    assert verdict.kind == WORDS[scenario]
+def test_findings(scenario, tmp_path):
+    numbers, finding = analyse(write_probe(tmp_path, scenario) / "sharpening")
+    assert finding.kind == WORDS[scenario]
     if scenario == "sharpening":
         assert numbers["tilt_line"].slope.low - 0.1 < 1 < numbers["tilt_line"].slope.high + 0.1
     if scenario == "expansion":
@@ -40,7 +41,7 @@ def test_numbers_are_those_of_the_metrics(tmp_path):
     assert numbers["pass_at_k"]["chance"][1] == pytest.approx(0.19)
     assert numbers["steps"] == [50, 100, 150]
     assert set(numbers["saturation"]) == {"all prompts", "algebra", "geometry"}
-    json.dumps(to_json(numbers), allow_nan=False)
+    json.dumps(jsonable(numbers), allow_nan=False)
 
 
 def test_base_rates_recover_the_base_from_the_policy(tmp_path):
@@ -70,8 +71,8 @@ def test_without_log_probabilities_steps_domains_and_settings(tmp_path):
                 frame[name] = None  # as the callback writes what it has not
         frame.to_parquet(path)
     (folder / "probe.json").write_text('{"model": ')
-    numbers, verdict, missing = analyse_or_explain(folder)
-    assert verdict.kind == "expanded"  # by the tilt line
+    numbers, finding, missing = analyse_or_explain(folder)
+    assert finding.kind == "expanded"  # by the tilt line
     assert numbers["tilt_fit"] is None
     assert set(numbers["saturation"]) == {"all prompts"}
     said = " ".join(missing)
@@ -106,8 +107,8 @@ def test_probes_that_cannot_be_used(spoil, words, tmp_path):
     spoil(folder)
     with pytest.raises(ProbeError, match=words):
         analyse(folder)
-    numbers, verdict, missing = analyse_or_explain(folder)
-    assert (numbers, verdict.kind) == (None, "unknown")
+    numbers, finding, missing = analyse_or_explain(folder)
+    assert (numbers, finding.kind) == (None, "unknown")
     assert words in missing[0]
 
 

@@ -23,9 +23,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_sgpo import SGPOTrainer, StepwiseJudge
 from trl_sgpo.analysis import SharpeningCallback
-from trl_sgpo.analysis.base_model import AdaptersOff, ExchangedWeights, ReferenceModel
 from trl_sgpo.analysis.metrics import pass_at_k
-from trl_sgpo.analysis.probe import Probe, Stopwatch, plan_batches, seed_of, token_logps, undisturbed
+from trl_sgpo.analysis.sharpening.base import AdaptersOff, ExchangedWeights, ReferenceModel
+from trl_sgpo.analysis.sharpening.probe import Probe, Stopwatch, plan_batches, seed_of, token_logps, undisturbed
 from trl_sgpo.tasks.rewrite_chain import make_dataset
 
 

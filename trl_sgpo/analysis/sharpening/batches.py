@@ -1,7 +1,9 @@
 """
-What a training batch says of sharpening, and callbacks never see: TRL shuffles the rows right after
-`_generate_and_score_completions`, so groups exist only inside. [`TrainingBatches`] observes the rounds of an SGPOTrainer; of any
-other GRPOTrainer it makes them by listening to two methods, on that instance only. Nothing that passes through is changed.
+Metrics of the training batches: [`TrainingBatches`].
+
+Callbacks never see groups, because TRL shuffles the rows right after `_generate_and_score_completions`. An SGPOTrainer lets
+observers see its rounds. For any other GRPOTrainer this file makes the rounds itself: it wraps two methods, of that instance
+only, and changes nothing that passes through.
 """
 
 import math
@@ -15,26 +17,20 @@ import torch
 from accelerate.utils import gather
 from torch import Tensor
 
-from trl_sgpo.analysis.metrics import (
-    answer_entropy,
-    group_split,
-    likelihood_displacement,
-    rank_of_correct,
-    uplift_by_rank,
-)
-from trl_sgpo.analysis.probe import token_logps, undisturbed
-from trl_sgpo.groups import group_pass_at_k
+from trl_sgpo.analysis.metrics import answer_entropy, likelihood_displacement, rank_of_correct, uplift_by_rank
+from trl_sgpo.analysis.sharpening.probe import token_logps, undisturbed
+from trl_sgpo.groups import group_kinds, group_pass_at_k
 from trl_sgpo.outcome import join_outcomes
 from trl_sgpo.rounds import Round
 
 
 PREFIX = "sharpening/batch/"
-_LISTENED = ("_calculate_rewards", "_generate_and_score_completions")
+_WRAPPED = ("_calculate_rewards", "_generate_and_score_completions")
 
 
 @dataclass
 class _Captured:
-    """A generation batch of this rank whose update is still to come."""
+    """A generation batch of this rank before its update."""
 
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
@@ -44,7 +40,7 @@ class _Captured:
 
 class TrainingBatches:
     """
-    Logs metrics of the training batches, averaged by TRL over a logging interval as its own metrics are.
+    Logs metrics of the training batches. TRL averages them over a logging interval, like its own metrics.
 
     Args:
         trainer (`GRPOTrainer`):
@@ -52,16 +48,16 @@ class TrainingBatches:
         outcome_indices (`list[int]`):
             Columns of the outcome rewards.
         success_threshold (`float`):
-            A completion is correct when its outcome reaches this.
+            A completion is correct if its outcome reaches this.
         metrics (`bool`):
-            Group split, pass@k and effective tokens, from what training sees anyway.
+            Group split, pass@k and effective tokens, without further computation.
         rank (`bool`):
-            Rank of the correct samples by the log-probability of the policy that drew them: one forward pass per batch,
-            unless TRL has computed `old_per_token_logps`.
+            Rank of the correct samples by log-probability under the policy that drew them: one forward pass per batch, unless
+            TRL has computed `old_per_token_logps`.
         update (`bool`):
             Uplift by rank and likelihood displacement: one more forward pass after the last update with a batch.
         extract_answer (`Callable`, *optional*):
-            From a completion to its answer, for the answers' entropy.
+            From a completion to its answer, for the entropy of the answers.
     """
 
     def __init__(
@@ -79,33 +75,33 @@ class TrainingBatches:
         self.success_threshold = success_threshold
         self.metrics, self.rank, self.update = metrics, rank, update
         self.extract_answer = extract_answer
-        self.seconds = 0.0  # spent here since the start, forward passes included
-        self._round: Round | None = None  # of a trainer that makes none itself
+        self.seconds = 0.0  # spent here since the start, with forward passes
+        self._round: Round | None = None  # only for a trainer that makes no rounds
         self._captured: list[_Captured] = []
         self._inner: dict[str, Any] = {}
 
     def install(self) -> None:
-        """Starts to listen, unless it does already."""
+        """Starts to observe, if it does not yet."""
         self._captured = []
         observers = getattr(self.trainer, "round_observers", None)
         if observers is not None:
             if self.observe not in observers:
                 observers.append(self.observe)
             return
-        if self.trainer.__dict__.get(_LISTENED[0]) == self._rewards:
+        if self.trainer.__dict__.get(_WRAPPED[0]) == self._rewards:
             return
-        for name, wrapper in zip(_LISTENED, (self._rewards, self._generated), strict=True):
+        for name, wrapper in zip(_WRAPPED, (self._rewards, self._generated), strict=True):
             self._inner[name] = getattr(self.trainer, name)
             setattr(self.trainer, name, wrapper)
 
     def remove(self) -> None:
-        """Stops listening, unless somebody else listens through us by now."""
+        """Stops observing. A method that somebody else has wrapped since then stays as it is."""
         observers = getattr(self.trainer, "round_observers", None)
         if observers is not None:
             if self.observe in observers:
                 observers.remove(self.observe)
             return
-        for name, wrapper in zip(_LISTENED, (self._rewards, self._generated), strict=True):
+        for name, wrapper in zip(_WRAPPED, (self._rewards, self._generated), strict=True):
             if self.trainer.__dict__.get(name) == wrapper:
                 setattr(self.trainer, name, self._inner[name])
                 if getattr(type(self.trainer), name, None) is getattr(self._inner[name], "__func__", None):
@@ -134,7 +130,7 @@ class TrainingBatches:
         return join_outcomes(rewards_PGF, self.outcome_indices, self.trainer.reward_func_names)
 
     def observe(self, round: Round, output: dict[str, Any]) -> None:
-        """To be called with each round and what the trainer makes of it."""
+        """Takes each round, and the batch that the trainer makes of it."""
         if not round.training:
             return
         start = time.perf_counter()
@@ -146,8 +142,8 @@ class TrainingBatches:
         self.seconds += time.perf_counter() - start
 
     def _log_batch(self, outcome_PG: Tensor, round: Round, output: dict[str, Any]) -> None:
-        for kind, share in group_split(outcome_PG.cpu().numpy(), self.success_threshold).items():
-            self._log(kind, share)
+        for kind, groups_P in group_kinds(outcome_PG, self.success_threshold)._asdict().items():
+            self._log(kind.removesuffix("_P"), groups_P.double().mean().item())
         for k, estimate in group_pass_at_k(outcome_PG, self.success_threshold).items():
             self._log(f"pass@{k}", estimate)
         mask, advantages = output["completion_mask"], output["advantages"]
@@ -157,7 +153,7 @@ class TrainingBatches:
         self._log("effective_tokens", (effective / total).item() if total > 0 else math.nan)
         size = self.trainer.num_generations
         if self.extract_answer is None or len(round.completion_ids) % size != 0:
-            return  # a group that straddles ranks has no answers here
+            return  # a group is spread over ranks, so its answers are not all here
         texts = self.trainer.processing_class.batch_decode(round.completion_ids, skip_special_tokens=True)
         answers = [self.extract_answer(text) for text in texts]
         groups = [answers[i : i + size] for i in range(0, len(answers), size)]
@@ -172,7 +168,7 @@ class TrainingBatches:
             logps = gather((old * completion_mask).double().sum(dim=1).float())
         else:
             logps = self._logps(prompt_ids, completion_ids)
-        # A truncated completion may be masked as a whole: nothing of it is trained on
+        # A truncated completion may be masked completely: then it is not trained on
         correct = (outcome >= self.success_threshold) & gather(completion_mask.any(dim=1))
         if self.rank:
             groups = np.arange(len(correct)) // self.trainer.num_generations
@@ -181,13 +177,13 @@ class TrainingBatches:
             self._captured.append(_Captured(prompt_ids, completion_ids, correct, logps))
 
     def _logps(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Tensor:
-        """Summed log-probabilities under the policy as it is, of all ranks."""
+        """Summed log-probabilities under the current policy, of all ranks."""
         with undisturbed(self.trainer):
             rows, _ = token_logps(self.trainer, self.trainer.model, prompt_ids, completion_ids)
         return gather(torch.stack([row.sum().float() for row in rows]).to(self.trainer.accelerator.device))
 
     def after_update(self) -> None:
-        """To be called after every update: measures the batches that are used up."""
+        """To be called after every update. Measures the batches after their last update."""
         every = self.trainer.args.steps_per_generation * self.trainer.num_iterations
         if not self._captured or self.trainer._step % every != 0:
             return
