@@ -1,7 +1,7 @@
 """
 Tables and pictures of what the study has recorded so far.
 
-    python benchmarks/controlled_study/report.py
+    python -m benchmarks.controlled_study.report
 
 writes results/tables.md and results/*.png, and prints the tables. Intervals are the smallest and the largest value of the
 seeds; an arm that did not reach an accuracy within its budget has "> budget" there, and counts as infinite in the median.
@@ -10,18 +10,13 @@ seeds; an arm that did not reach an accuracy within its budget has "> budget" th
 import argparse
 import math
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from controlled_study.records import Records, area, best_learning_rate, tokens_to  # noqa: E402
-from controlled_study.settings import (  # noqa: E402
+from benchmarks.controlled_study.records import Records, area, best_learning_rate, tokens_to
+from benchmarks.controlled_study.settings import (
     ARMS,
     COMPLETIONS_PER_UPDATE,
     DIALS,
@@ -31,7 +26,7 @@ from controlled_study.settings import (  # noqa: E402
     TUNING_CHECK_SEEDS,
     TUNING_SEEDS,
 )
-from controlled_study.tables import (  # noqa: E402
+from benchmarks.controlled_study.tables import (
     AREA,
     COMMON_RATE,
     GUARDS,
@@ -45,10 +40,10 @@ from controlled_study.tables import (  # noqa: E402
     THREE,
     TUNING_BUDGET,
 )
+from trl_sgpo.tasks.rewrite_chain import AXES
 
-from trl_sgpo.tasks.rewrite_chain import AXES  # noqa: E402
 
-
+HERE = Path(__file__).parent
 COLORS = {"grpo": "#8a8f98", "sgpo": "#1f6feb", RECOMMENDED: "#d1480a"}
 DRAWN = ("75", "95", "99")  # below, all arms lie over each other
 

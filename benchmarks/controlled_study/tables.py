@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from controlled_study.records import tuning_runs
-from controlled_study.settings import (
+from benchmarks.controlled_study.records import tuning_runs
+from benchmarks.controlled_study.settings import (
     AXIS_LEARNING_RATE,
     AXIS_NOISE,
     AXIS_SEEDS,
@@ -15,7 +15,6 @@ from controlled_study.settings import (
     TUNING_SEEDS,
     Run,
 )
-
 from trl_sgpo.tasks.rewrite_chain import AXES
 
 

@@ -2,13 +2,11 @@
 When does SGPO learn faster than GRPO, and when does per-token prefix credit? The tables and the plots of docs/theory.md, from
 exact population gradients. One core, no GPU.
 
-    python benchmarks/dynamics/run.py
+    python -m benchmarks.dynamics.run
 """
 
 import argparse
-import json
 import platform
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,28 +17,28 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.provenance import commit
-from trl_sgpo.analysis.dynamics import (
+from benchmarks.common import commit, write_results
+from benchmarks.dynamics.learning import (
+    adam_step,
+    adam_step_per_logit,
+    learn,
+    mean_until,
+    noise_limited_step,
+    sgd_step,
+    simulate,
+    updates_until,
+)
+from benchmarks.dynamics.world import (
     ARMS,
     JUDGED,
     Moments,
-    adam_step,
-    adam_step_per_logit,
     false_credit,
-    learn,
-    mean_until,
     moments,
     noise_behind,
-    noise_limited_step,
     one_skill,
     prepare,
-    sgd_step,
-    simulate,
     start_probability,
     two_step_accuracy,
-    updates_until,
 )
 
 
@@ -321,7 +319,7 @@ def main() -> None:
         sweep[rule] = {
             arm: [time_to_half(arm, share, rule) / b for share, b in zip(SWEEP, base, strict=True)] for arm in ARMS
         }
-    (HERE / "results.json").write_text(json.dumps(rounded(results), indent=1) + "\n")
+    write_results(HERE / "results.json", rounded(results))
     plot_theorem(PLOTS / "theorem.png")
     plot_sweep(PLOTS / "sweep.png", sweep)
     plot_gradient(PLOTS / "gradient.png", share=0.95)

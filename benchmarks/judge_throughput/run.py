@@ -1,7 +1,7 @@
 """
 How much of what a server can serve does `OpenAIJudge` get out of it?
 
-    python benchmarks/judge_throughput/run.py
+    python -m benchmarks.judge_throughput.run
 
 The server works on 64 requests at a time and takes 50 ms for each; others wait in its queue. What it can serve is measured and
 not computed: a load generator of bare sockets, with requests written beforehand, asks it the same number of times. The two take
@@ -23,9 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.provenance import commit
+from benchmarks.common import commit, write_results
 from trl_sgpo import JudgeItem
 from trl_sgpo.judges.openai import OpenAIJudge
 
@@ -186,7 +184,8 @@ def bootstrap(values, draws=2000):
 
 def measure(repeats: int) -> dict:
     items = make_items()
-    server = subprocess.Popen([sys.executable, __file__, "--serve"], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "benchmarks.judge_throughput.run", "--serve"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1])
     try:
         port = int(server.stdout.readline())
         url = f"http://127.0.0.1:{port}/v1"
@@ -266,7 +265,7 @@ def main():
         "repeats": args.repeats,
         **measure(args.repeats),
     }
-    (HERE / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_results(HERE / "results.json", result)
     print(json.dumps(result, indent=2))
 
 

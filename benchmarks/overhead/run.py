@@ -1,7 +1,7 @@
 """
 What a training step costs with SGPO, as a ratio to GRPO's step on the same rollouts.
 
-    python benchmarks/overhead/run.py
+    python -m benchmarks.overhead.run
 
 The learning rate is 0, so that both trainers see the same completions in every step, and step i of one is compared with
 step i of the other. Rounds of the two alternate, in an order that alternates too, so that a machine that slows down slows
@@ -21,9 +21,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.provenance import provenance
+from benchmarks.common import provenance, write_results
 from trl_sgpo import SGPOConfig, SGPOTrainer, StepwiseJudge
 from trl_sgpo.tasks.rewrite_chain import (
     PretrainConfig,
@@ -188,7 +186,7 @@ def main():
             "judge_share_of_step": statistics.median(judge_shares),
         }
         print(f"{case}: SGPO / GRPO step time {median:.4f} [{low:.4f}, {high:.4f}]", file=sys.stderr)
-    (HERE / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_results(HERE / "results.json", result)
     print(json.dumps(result, indent=2))
 
 

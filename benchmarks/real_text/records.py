@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import provenance
+from benchmarks.common import provenance
 
 
 def write_json(path: Path, value: Any) -> None:

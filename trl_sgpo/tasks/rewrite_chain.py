@@ -250,35 +250,6 @@ def right_prefix(prompt: str, completion: str) -> float:
     return right / len(gold)
 
 
-def noise_for_failed_share(failed_share: float, n_operations: int, n_generations: int = 8) -> float:
-    """
-    The noise at which traces themselves, drawn in groups, fail a given share of the groups: the inverse of
-    `P(failed group) = (1 - (1 - noise) ** k) ** G`.
-
-    A model that was taught clean first and noisy last has not learnt the noise to the full, so it fails fewer groups
-    than this; `benchmarks/difficulty_dial` has measured how many.
-
-    Args:
-        failed_share (`float`):
-            The share of failed groups to aim for, in (0, 1).
-        n_operations (`int`):
-            Operations per problem, `k`.
-        n_generations (`int`, *optional*, defaults to `8`):
-            Completions per group, `G`.
-
-    Example:
-
-    ```python
-    >>> round(noise_for_failed_share(0.95, n_operations=5), 3)
-    0.636
-    ```
-    """
-    if not 0 < failed_share < 1:
-        raise ValueError(f"failed_share={failed_share} must lie strictly between 0 and 1: it is a share of groups.")
-    pass_at_1 = 1 - failed_share ** (1 / n_generations)
-    return 1 - pass_at_1 ** (1 / n_operations)
-
-
 def build_tokenizer() -> "PreTrainedTokenizerBase":
     """The word-level tokenizer of the task: both alphabets, the operations, `;`, `=` and two special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
