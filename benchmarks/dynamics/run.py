@@ -62,6 +62,14 @@ STYLE = {
 }
 
 
+# What is computed for which optimizers: the area and the plots; group sizes; luck
+SWEPT = ("sgd", "noisy", "noisy_one_skill")
+NOISY = ("noisy", "noisy_one_skill")
+LUCKY = ("sgd", "adam_8", *NOISY)
+# Arm, groups per update, whether all steps are one skill
+SIMULATED = tuple((arm, n, shared) for shared in (False, True) for n in (1, 8) for arm in ("grpo", "sgpo", "prefix"))
+
+
 class Rule(NamedTuple):
     """How a gradient becomes a step, with a learning rate that is small enough for curves to be smooth."""
 
@@ -216,7 +224,7 @@ def plot_theorem(path: Path) -> None:
 
 
 def plot_sweep(path: Path, sweep: dict[str, dict[str, list[float]]]) -> None:
-    made, axes = figure(3)
+    made, axes = figure(len(sweep))
     logit = np.log(np.array(SWEEP) / (1 - np.array(SWEEP)))
     ticks = np.array([0.05, 0.2, 0.5, 0.75, 0.95, 0.99])
     for ax, (rule, by_arm) in zip(axes, sweep.items(), strict=True):
@@ -273,8 +281,6 @@ def main() -> None:
     parser.parse_args()
     PLOTS.mkdir(exist_ok=True)
     arms = [(arm, settings) for arm in ARMS for settings in settings_of(arm)]
-    swept = ("sgd", "noisy", "noisy_one_skill")
-    noisy = ("noisy", "noisy_one_skill")
     results: dict[str, Any] = {
         "commit": commit(),
         "versions": {
@@ -296,25 +302,23 @@ def main() -> None:
     }
     with tqdm(total=len(RULES) * len(SHARES) * len(arms), desc="updates until .5") as bar:
         results["updates"] = {rule: {str(share): ratios(share, rule, bar) for share in SHARES} for rule in RULES}
-    results["area"] = {rule: {str(share): areas(share, rule) for share in SHARES} for rule in tqdm(swept, desc="area")}
+    results["area"] = {rule: {str(share): areas(share, rule) for share in SHARES} for rule in tqdm(SWEPT, desc="area")}
     results["group_sizes"] = {
         rule: {str(share): group_sizes(share, rule) for share in (0.75, 0.95)}
-        for rule in tqdm(noisy, desc="group sizes")
+        for rule in tqdm(NOISY, desc="group sizes")
     }
     results["coefficients"] = {
-        rule: {str(share): coefficients(share, rule) for share in SHARES} for rule in tqdm(swept, desc="coefficients")
+        rule: {str(share): coefficients(share, rule) for share in SHARES} for rule in tqdm(SWEPT, desc="coefficients")
     }
     results["luck"] = {
-        rule: {str(share): lucky(share, rule) for share in (0.75, 0.90, 0.95)}
-        for rule in tqdm(("sgd", "adam_8", *noisy), desc="luck")
+        rule: {str(share): lucky(share, rule) for share in (0.75, 0.90, 0.95)} for rule in tqdm(LUCKY, desc="luck")
     }
-    cases = [(arm, n, shared) for shared in (False, True) for n in (1, 8) for arm in ("grpo", "sgpo", "prefix")]
     results["simulated_adam"] = {
         f"{arm}, {n} groups, {'one skill' if shared else 'a skill per step'}": simulation(arm, 0.95, n, shared)
-        for arm, n, shared in tqdm(cases, desc="simulated Adam")
+        for arm, n, shared in tqdm(SIMULATED, desc="simulated Adam")
     }
     sweep: dict[str, dict[str, list[float]]] = {}
-    for rule in tqdm(swept, desc="plots"):
+    for rule in tqdm(SWEPT, desc="plots"):
         base = [time_to_half("grpo", share, rule) for share in SWEEP]
         sweep[rule] = {
             arm: [time_to_half(arm, share, rule) / b for share, b in zip(SWEEP, base, strict=True)] for arm in ARMS

@@ -53,6 +53,7 @@ RECIPE = HERE.parents[1] / "recipes" / "quickstart"
 OUTPUT = Path("outputs/sharpening")
 
 N_SAMPLES, EVERY = 64, 140
+N_PROMPTS = (32, 8, 8)  # of the three domains
 KS = [1, 2, 4, 8, 16, 32, 64]
 # arm: recipe, problems, tokens
 ARMS = {
@@ -63,10 +64,11 @@ ARMS = {
 
 
 def probe_set() -> list[dict]:
+    trained, longer, unseen = N_PROMPTS
     domains = {
-        "trained": make_dataset(32, N_OPERATIONS, seed=2, length=BASE.length),
-        "one_operation_more": make_dataset(8, N_OPERATIONS + 1, seed=3, length=BASE.length),
-        "unseen_letters": make_dataset(8, N_OPERATIONS, seed=4, length=BASE.length, alphabet=SECOND_ALPHABET),
+        "trained": make_dataset(trained, N_OPERATIONS, seed=2, length=BASE.length),
+        "one_operation_more": make_dataset(longer, N_OPERATIONS + 1, seed=3, length=BASE.length),
+        "unseen_letters": make_dataset(unseen, N_OPERATIONS, seed=4, length=BASE.length, alphabet=SECOND_ALPHABET),
     }
     return [{**row, "domain": domain} for domain, rows in domains.items() for row in rows]
 

@@ -40,14 +40,10 @@ from benchmarks.dynamics.world import (
     two_step_gradient,
     verdict_matrix,
 )
-from trl_sgpo.credit import StepTokens, prefix_credit
-from trl_sgpo.groups import (
-    fill_failed_groups,
-    fill_mixed_groups,
-    group_advantages,
-    group_kinds,
-    rts_to_reward,
-)
+from trl_sgpo.credit import StepTokens
+from trl_sgpo.groups import group_advantages, group_kinds, rts_to_reward
+from trl_sgpo.treatments.prefix import prefix_credit
+from trl_sgpo.treatments.sequence import fill_failed_groups, fill_mixed_groups
 
 
 P = np.array([0.6, 0.3, 0.5])
