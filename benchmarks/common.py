@@ -52,17 +52,13 @@ def write_results(path: Path, record: Mapping[str, Any]) -> None:
     Writes a record as JSON with few lines and readable diffs: one line per entry of the record, and one per item of an entry
     that holds lists or dicts itself. NaN and infinity, which JSON does not know, become null.
 
-    ```python
-    >>> write_results(Path("/tmp/results.json"), {"commit": "abc", "runs": [{"seed": 0}, {"seed": 1}]})
-    >>> print(Path("/tmp/results.json").read_text(), end="")
-    {
-     "commit": "abc",
-     "runs": [
-      {"seed": 0},
-      {"seed": 1}
-     ]
-    }
-    ```
+        {
+         "commit": "abc",
+         "runs": [
+          {"seed": 0},
+          {"seed": 1}
+         ]
+        }
     """
 
     def plain(value: Any) -> Any:

@@ -47,7 +47,7 @@ def test_quickstart(base, tmp_path):
     assert "SGPO 0" in printed
     assert (tmp_path / "curves.png").stat().st_size > 0
     for arm in ("grpo", "sgpo"):
-        assert "trl_sgpo" in (tmp_path / f"{arm}-seed0" / "README.md").read_text()
+        assert f"model_name: {arm}-seed0" in (tmp_path / f"{arm}-seed0" / "README.md").read_text()
 
 
 def test_judge(base, tmp_path):

@@ -1,5 +1,5 @@
 """
-How often the report finds a change where there is none: base against base, simulated, with the rules of the report.
+How often the report finds a change although there is none: base against base, simulated, with the rules of the report.
 
     python -m benchmarks.base_against_base.run
 

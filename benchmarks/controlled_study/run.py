@@ -5,8 +5,8 @@ The controlled study: GRPO, SGPO, per-token credit and the methods without a jud
     python -m benchmarks.controlled_study.run all                      # everything: a night on 2 cores
     python -m benchmarks.controlled_study.run tune main --arms grpo sgpo prefix --tokens-factor 0.1 --output trial     # a look
 
-Each finished run is one line of results/runs.jsonl; what is recorded there is not run again, so a study that was broken off
-goes on where it stopped. `report.py` makes the tables and pictures.
+Each finished run is one line of results/runs.jsonl. What is recorded there is not run again, so an interrupted study continues
+where it stopped. `report.py` makes the tables and pictures.
 """
 
 import argparse

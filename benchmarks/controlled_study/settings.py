@@ -1,8 +1,8 @@
 """
-What the study compares: the base models (dials), the arms, and the tables made of them. Nothing runs here.
+What the study compares: the base models (dials) and the methods (arms). Nothing runs here.
 
-A run is one arm on one dial with one judge, learning rate, group size and seed. Its key, made of these, is the name under
-which it is recorded.
+A run is one arm on one dial with one judge, learning rate, group size and seed. Its key is made of these. It is the name of its
+record.
 """
 
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""One run of the study: an arm trained from a base model until its tokens are spent. Returns the record of the run."""
+"""One run of the study: a method trains a base model until its tokens are spent. Returns the record of the run."""
 
 import contextlib
 import io
@@ -60,7 +60,7 @@ EVALUATE_EVERY = 25_000  # tokens
 N_EVALUATED, SAMPLES_PER_PROBLEM = 128, 4
 N_DESCRIBED = 256
 N_PROBED, SAMPLES_PER_PROBE = 32, 64
-MATCHED_ACCURACY = 0.5  # where the diversity of arms is compared
+MATCHED_ACCURACY = 0.5  # at which the diversity of methods is compared
 
 
 def problems(dial: str, n: int, seed: int) -> Dataset:

@@ -1,6 +1,6 @@
 """
-When does SGPO learn faster than GRPO, and when does per-token prefix credit? The tables and the plots of docs/theory.md, from
-exact population gradients. One core, no GPU.
+When does SGPO learn faster than GRPO, and when does prefix credit? The tables and the plots of docs/theory.md, from exact
+population gradients. One core, no GPU.
 
     python -m benchmarks.dynamics.run
 """
@@ -49,7 +49,7 @@ SHARES = (0.05, 0.20, 0.75, 0.95, 0.99)
 SWEEP = (0.02, 0.05, 0.10, 0.20, 0.35, 0.50, 0.65, 0.75, 0.85, 0.90, 0.95, 0.98, 0.99, 0.995)
 LUCK = 1 / 216
 COEFFICIENTS = ((0.3, 1.0), (1.0, 1.0), (1.0, 0.5), (1.0, 0.0))
-# Told apart by the colour-blind too
+# The colour-blind can tell them apart too
 STYLE = {
     "grpo": ("GRPO", "#000000", "-"),
     "grpo_live": ("GRPO, live groups only", "#999999", "--"),
@@ -124,7 +124,7 @@ def theorem() -> dict[str, Any]:
 
 
 def coefficients(share: float, rule: str) -> dict[str, float]:
-    """Prefix credit's updates until .5 over GRPO's, by its two coefficients."""
+    """Prefix credit's updates until 0.5 over GRPO's, by its two coefficients."""
     base = time_to_half("grpo", share, rule)
     return {
         f"+{reward} / -{penalty}": time_to_half("prefix", share, rule, prefix_reward=reward, error_penalty=penalty)
@@ -166,7 +166,7 @@ def ratios(share: float, rule: str, bar: tqdm) -> dict[str, Any]:
 
 
 def areas(share: float, rule: str) -> dict[str, float]:
-    """Mean accuracy until GRPO is at .9, over GRPO's."""
+    """Mean accuracy until GRPO is at 0.9, over GRPO's."""
     curves = {arm: curve(arm, share, rule, until=0.995) for arm in ARMS}
     horizon = updates_until(curves["grpo"], 0.9)
     base = mean_until(curves["grpo"], horizon)
@@ -174,13 +174,13 @@ def areas(share: float, rule: str) -> dict[str, float]:
 
 
 def lucky(share: float, rule: str) -> dict[str, dict[str, float]]:
-    """Updates until .5, and their ratio to GRPO's, where some wrong solutions pass."""
+    """Updates until 0.5, and their ratio to GRPO's, if some wrong solutions pass."""
     updates = {arm: time_to_half(arm, share, rule, luck=LUCK) for arm in ARMS}
     return {arm: {"updates": found, "ratio": found / updates["grpo"]} for arm, found in updates.items()}
 
 
 def group_sizes(share: float, rule: str) -> dict[str, dict[str, float]]:
-    """Updates of 64 completions until .5, over those of GRPO with groups of eight, from one and the same base model."""
+    """Updates of 64 completions until 0.5, over those of GRPO with groups of eight, from the same base model."""
     base = time_to_half("grpo", share, rule, group_size=8)
     return {
         str(size): {arm: time_to_half(arm, share, rule, group_size=size) / base for arm in ("grpo", "sgpo", "prefix")}
@@ -189,7 +189,7 @@ def group_sizes(share: float, rule: str) -> dict[str, dict[str, float]]:
 
 
 def simulation(arm: str, share: float, n_groups: int, shared: bool) -> dict[str, float]:
-    """Sampled Adam against the mean step: updates until .5."""
+    """Sampled Adam against the mean step: updates until 0.5."""
     start, rate = np.full(N_STEPS, start_probability(share, N_STEPS, GROUP_SIZE)), 0.05
     expected = updates_until(learn(prepare(arm), start, n_groups, adam_step, rate, 0.5, shared=shared), 0.5)
     runs = simulate(prepare(arm), start, n_groups, int(2.5 * expected), rate, n_runs=16, shared=shared)
@@ -300,7 +300,7 @@ def main() -> None:
             for share in SHARES
         },
     }
-    with tqdm(total=len(RULES) * len(SHARES) * len(arms), desc="updates until .5") as bar:
+    with tqdm(total=len(RULES) * len(SHARES) * len(arms), desc="updates until 0.5") as bar:
         results["updates"] = {rule: {str(share): ratios(share, rule, bar) for share in SHARES} for rule in RULES}
     results["area"] = {rule: {str(share): areas(share, rule) for share in SHARES} for rule in tqdm(SWEPT, desc="area")}
     results["group_sizes"] = {

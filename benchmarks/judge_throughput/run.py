@@ -3,10 +3,10 @@ How much of what a server can serve does `OpenAIJudge` get out of it?
 
     python -m benchmarks.judge_throughput.run
 
-The server works on 64 requests at a time and takes 50 ms for each; others wait in its queue. What it can serve is measured and
-not computed: a load generator of bare sockets, with requests written beforehand, asks it the same number of times. The two take
-turns, in an order that alternates too, and so does the `openai` package's client for comparison. The server is a process of its own.
-512 completions of 64 problems; the server also checks that the completions of a problem come one after the other.
+The server works on 64 requests at a time and takes 50 ms for each. Others wait in its queue. What it can serve is measured, not
+computed: a load generator of bare sockets sends the same number of requests, written beforehand. The two take turns, in an order
+that alternates too, and so does the client of the `openai` package. The server is a process of its own. There are 512 completions
+of 64 problems. The server also checks that the completions of a problem come one after the other.
 """
 
 import argparse

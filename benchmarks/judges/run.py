@@ -3,8 +3,7 @@ The judges that need no model, on annotated solutions.
 
     python -m benchmarks.judges.run --data Qwen/ProcessBench mrben_math.jsonl
 
-Run it in the root of the repository. Everything goes to `outputs/judges`, a compact record to `results.json` in this
-folder.
+Everything goes to `outputs/judges`, and a compact record to `results.json` in this folder.
 """
 
 import argparse

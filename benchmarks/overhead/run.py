@@ -3,10 +3,10 @@ What a training step costs with SGPO, as a ratio to GRPO's step on the same roll
 
     python -m benchmarks.overhead.run
 
-The learning rate is 0, so that both trainers see the same completions in every step, and step i of one is compared with
-step i of the other. Rounds of the two alternate, in an order that alternates too, so that a machine that slows down slows
-both. Cases: no failed group (the judge is never asked); every group failed (a function judges all completions); the same
-with credit per token. What the package itself does in its hooks is timed as well: it is a smaller number, and a steadier one.
+The learning rate is 0, so both trainers see the same completions in every step, and step i of one is compared with step i of
+the other. Their rounds alternate, in an order that alternates too, so a machine that slows down slows both. Cases: no failed
+group (the judge is never asked); every group failed (a function judges all completions); the same with prefix credit. The
+package's own time in its hooks is measured as well. It is a smaller number, and a steadier one.
 """
 
 import json

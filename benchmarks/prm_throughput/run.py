@@ -1,11 +1,11 @@
 """
-What `PRMJudge.judge` takes beside the forward passes that it makes, and beside one forward pass per step.
+The time of `PRMJudge.judge`, compared with that of its forward passes alone, and with one forward pass per step.
 
     python -m benchmarks.prm_throughput.run
 
 Three ways to score the same 16 completions with the same model: the judge (tokenising, batching, one pass per completion,
 verdicts); the bare forward passes over the judge's own padded batches; and one pass per prefix, batched under the same
-token budget. Measured in CPU seconds, in rounds that alternate, in an order that alternates too.
+token budget. Measured in CPU seconds, in alternating rounds, in an order that alternates too.
 """
 
 import json

@@ -1,13 +1,13 @@
 """
-Does SGPO expand what its base model can do, or sharpen it? And what happens where the base has nothing to sharpen?
+Does SGPO expand what its base model can do, or sharpen it? And what happens if the base has nothing to sharpen?
 
     python -m benchmarks.sharpening.run
 
-The quickstart's two arms, three seeds, with SharpeningCallback: 64 samples per prompt every 140 updates
-and at the end. The probe set has three domains: problems like those trained on, and two that lie outside of the base's support
-(one operation more than it ever saw; letters that it never saw). A third arm trains SGPO on the latter.
+GRPO and SGPO of the quickstart, three seeds each, with SharpeningCallback: 64 samples per prompt every 140 updates and at the end. The
+probe set has three domains: problems like the trained ones, and two that lie outside of the base's support (one operation more than it
+ever saw; letters that it never saw). A third method trains SGPO on these letters.
 
-Every run is kept in outputs/sharpening/<arm>-seed<n> when it is done, so that a study that was broken off goes on.
+Every finished run is kept in outputs/sharpening/<arm>-seed<n>. A study that was interrupted continues with the next run.
 """
 
 import argparse

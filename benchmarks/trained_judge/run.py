@@ -5,10 +5,10 @@ SGPO with a trained judge, against SGPO with the task's own step checker and aga
     python -m trl_sgpo.scripts.judge_train --config recipes/judge/rewrite_chain.yaml
     python -m benchmarks.trained_judge.run
 
-The setup is the quickstart's. Recorded beside the accuracies: how often the judge agrees with the checker on the very
-completions that it is asked about, how good it is on fresh solutions, what it costs, and whether it could solve the
-problems itself. As the judge is a fine-tuned copy of the base policy, its own solve rate is that of the base before the
-training, and after it that of the judge's body under the output embeddings that it still has.
+The setup is the quickstart's. The record also has: how often the judge agrees with the checker on the completions that it
+judges, how good it is on fresh solutions, what it costs, and whether it could solve the problems itself. The judge is a
+fine-tuned copy of the base policy. So its own solve rate before the training is that of the base. After the training it is
+that of the judge's body with the output embeddings that it still has.
 """
 
 import argparse
@@ -131,9 +131,8 @@ def fresh_numbers(judge: PRMJudge, folder: Path) -> dict:
 
 def solved_in_its_layout(judge: PRMJudge, folder: Path, prompts: list[str], temperature: float) -> float:
     """
-    Share of problems that the judge's body solves when it is led through the layout that it was trained in: what it writes is
-    cut after every block, and the separator is put in for it. It never learnt to end, so its answer is what it writes in the
-    place of the last block.
+    Share of problems that the judge's body solves in the layout of its training: its text is cut after every block, and the
+    separator is put in for it. It never learnt to end, so its answer is what it writes as the last block.
     """
     tokenizer = judge.tokenizer
     model = LlamaForCausalLM.from_pretrained(folder).eval()

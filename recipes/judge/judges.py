@@ -1,4 +1,4 @@
-"""The trained judge of RewriteChain, together with a rule that a judge which reads from left to right cannot know."""
+"""The trained judge of RewriteChain, together with a rule that a judge cannot know if it reads from left to right."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +10,9 @@ from trl_sgpo.tasks.rewrite_chain import SEPARATOR, Problem
 
 def unfinished(problem: str, steps: Sequence[str], **row: Any) -> int | None:
     """
-    A solution that does not have one block per operation is wrong from its first block on: it has no answer. This counts
-    blocks and computes nothing. Without it a policy is paid for stopping early, for fewer steps make the right ones a
-    larger share.
+    A solution that does not have one block per operation is wrong from its first block on, because it has no answer. This rule
+    counts blocks and computes nothing. Without it a policy is rewarded for stopping early: if there are fewer steps, the right
+    ones are a larger share.
     """
     finished = len(steps) == len(Problem.from_prompt(problem).operations)
     return None if finished and not steps[-1].rstrip().endswith(SEPARATOR) else 0

@@ -3,9 +3,9 @@ Annotated RewriteChain solutions for `judge_train`: where is the first wrong ste
 
     python recipes/judge/make_data.py
 
-Writes `train.jsonl`, `test_noise.jsonl` and `test_policy.jsonl` to outputs/judge. Half of the training solutions are drawn
-by corrupting right ones, half are sampled from the quickstart's base model, which is what the judge will see; they are
-made here if need be. The annotator is the task itself. The judge never sees it.
+Writes `train.jsonl`, `test_noise.jsonl` and `test_policy.jsonl` to outputs/judge. Half of the training solutions are corrupted
+right ones. Half are samples of the quickstart's base model, which is what the judge will see. The base model is made here if it
+is missing. The annotator is the task itself. The judge never sees it.
 """
 
 import argparse
@@ -36,12 +36,11 @@ TEMPERATURES = (0.0, 0.3, 0.6, 1.0)  # 0 is greedy: the right solutions of the p
 
 def first_error(problem: Problem, steps: Sequence[str]) -> int:
     """
-    The annotation: the first block that is not the right one, or that stands where the solution should have ended. If
-    the solution ends too early, its last block; -1 if nothing is wrong.
+    The annotation: the first block that is not the right one, or that comes after the place where the solution should have
+    ended. If the solution ends too early, its last block. -1 if nothing is wrong.
 
-    The task's own checker (`first_wrong_block`) calls a solution with the wrong number of blocks wrong from its first
-    block on. Whoever reads from left to right cannot know that at the first block, so a judge that scores steps one by
-    one can only be taught what it can see.
+    If a solution has the wrong number of blocks, the task's own checker (`first_wrong_block`) calls it wrong from its first
+    block on. A judge that scores steps from left to right cannot know this at the first block, so it is taught what it can see.
     """
     gold = problem.gold_blocks()
     for i, step in enumerate(steps):
