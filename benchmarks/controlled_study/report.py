@@ -467,7 +467,7 @@ def main() -> None:
     large = speed_table(records, "95", THREE, completions_per_update=LARGE_UPDATE)
     sections.append((f"Updates of {LARGE_UPDATE} completions", large))
     sections.append((TABLES["axes"].question, axes_table(records)))
-    sections.append(("What training outside does to the inside, and to the entropy", drift_table(records)))
+    sections.append(("Training outside of the pretraining: accuracy inside, and entropy", drift_table(records)))
     sections.append(("Diversity: 64 samples for each of 32 problems", probes_table(records)))
     sections.append((TABLES["reports"].question, reports_table(records)))
     text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections)
