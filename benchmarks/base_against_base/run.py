@@ -1,23 +1,19 @@
 """
-How often the report finds a change where there is none: base against base, simulated, with the rules of the report.
+How often the report finds a change although there is none: base against base, simulated, with the rules of the report.
 
-    python benchmarks/base_against_base/run.py
+    python -m benchmarks.base_against_base.run
 
 Prompts differ in difficulty (normal logits of pass@1); both sides are drawn from the same pass rates.
 """
 
 import argparse
-import json
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.provenance import commit
+from benchmarks.common import commit, write_results
 from trl_sgpo.analysis.metrics import mean_estimate, pass_at_k, support_table
 from trl_sgpo.analysis.report.finding import LEVEL, Evidence, decide
 
@@ -63,7 +59,7 @@ def main() -> None:
         results["probes"].append(
             {"prompts": n_prompts, "samples": n_samples, "verdicts": kinds, "support_table_alarms": alarms}
         )
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_results(HERE / "results.json", results)
 
 
 if __name__ == "__main__":

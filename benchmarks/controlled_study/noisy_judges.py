@@ -17,8 +17,8 @@ def noisy_judge(kind: str, probability: float, seed: int) -> Callable[..., int |
     Args:
         kind (`str`):
             What a wrong verdict is. `"random"`: any step of the completion, the right one included, all equally likely.
-            `"early"`: a step before the first wrong one (where there is none, the verdict stays right). `"late"`: a step
-            behind it (where there is none, it stays right). `"stubborn"`: as `"random"`, but the same text is always misjudged
+            `"early"`: a step before the first wrong one (if there is none, the verdict stays right). `"late"`: a step
+            after it (if there is none, it stays right). `"stubborn"`: as `"random"`, but the same text is always misjudged
             in the same way, whatever the seed, so that asking again does not help.
         probability (`float`):
             Share of the verdicts that are replaced, in [0, 1].

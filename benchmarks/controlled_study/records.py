@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from controlled_study.settings import COMPLETIONS_PER_UPDATE, LEARNING_RATES, TUNING_SEEDS, Run
+from benchmarks.controlled_study.settings import COMPLETIONS_PER_UPDATE, LEARNING_RATES, TUNING_SEEDS, Run
 
 
 class Records:

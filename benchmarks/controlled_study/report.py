@@ -1,27 +1,22 @@
 """
 Tables and pictures of what the study has recorded so far.
 
-    python benchmarks/controlled_study/report.py
+    python -m benchmarks.controlled_study.report
 
 writes results/tables.md and results/*.png, and prints the tables. Intervals are the smallest and the largest value of the
-seeds; an arm that did not reach an accuracy within its budget has "> budget" there, and counts as infinite in the median.
+seeds. A method that did not reach an accuracy within its budget has "> budget" there, and counts as infinite in the median.
 """
 
 import argparse
 import math
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from controlled_study.records import Records, area, best_learning_rate, tokens_to  # noqa: E402
-from controlled_study.settings import (  # noqa: E402
+from benchmarks.controlled_study.records import Records, area, best_learning_rate, tokens_to
+from benchmarks.controlled_study.settings import (
     ARMS,
     COMPLETIONS_PER_UPDATE,
     DIALS,
@@ -31,7 +26,7 @@ from controlled_study.settings import (  # noqa: E402
     TUNING_CHECK_SEEDS,
     TUNING_SEEDS,
 )
-from controlled_study.tables import (  # noqa: E402
+from benchmarks.controlled_study.tables import (
     AREA,
     COMMON_RATE,
     GUARDS,
@@ -45,12 +40,12 @@ from controlled_study.tables import (  # noqa: E402
     THREE,
     TUNING_BUDGET,
 )
+from trl_sgpo.tasks.rewrite_chain import AXES
 
-from trl_sgpo.tasks.rewrite_chain import AXES  # noqa: E402
 
-
+HERE = Path(__file__).parent
 COLORS = {"grpo": "#8a8f98", "sgpo": "#1f6feb", RECOMMENDED: "#d1480a"}
-DRAWN = ("75", "95", "99")  # below, all arms lie over each other
+DRAWN = ("75", "95", "99")  # below, all curves lie over each other
 
 Row = dict[str, Any]
 
@@ -159,7 +154,7 @@ def tune_table(records: Records) -> str:
             cells.append(f"**{cell}**" if rate == chosen else cell)
         dial, arm, judge, completions = condition
         rows.append([dial, ARMS[arm].label, judge, str(completions), *cells])
-    return markdown(["dial", "arm", "judge", "completions per update", *(f"{rate:g}" for rate in rates)], rows)
+    return markdown(["dial", "method", "judge", "completions per update", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def tune_check_table(records: Records) -> str:
@@ -179,7 +174,7 @@ def tune_check_table(records: Records) -> str:
                 cells = [found.get(rate) for rate in LEARNING_RATES]
                 shown = ["-" if c is None else (f"**{c:.3f}**" if c == best else f"{c:.3f}") for c in cells]
                 rows.append([ARMS[arm].label, str(seed), *shown])
-    return markdown(["arm", "seed", *(f"{rate:g}" for rate in LEARNING_RATES)], rows)
+    return markdown(["method", "seed", *(f"{rate:g}" for rate in LEARNING_RATES)], rows)
 
 
 def budget_of(runs: Sequence[Row]) -> int:
@@ -230,7 +225,7 @@ def speed_table(records: Records, dial: str, arms: Sequence[str], **others: Any)
         )
     return markdown(
         [
-            "arm",
+            "method",
             "learning rate",
             "tokens to 50 %",
             "of GRPO's",
@@ -269,7 +264,7 @@ def judges_table(records: Records) -> str:
             cells.append(cell)
         if any(cell != "-" for cell in cells):
             rows.append([ARMS[arm].label, *cells])
-    return markdown(["arm", "exact", *NOISY_JUDGES], rows)
+    return markdown(["method", "exact", *NOISY_JUDGES], rows)
 
 
 def records_arms(records: Records, judge: str) -> set[str]:
@@ -337,7 +332,7 @@ def drift_table(records: Records) -> str:
                     for before, after in (inside, entropy, prefix)
                 ]
                 rows.append([axis, f"{exposure:.0%}", ARMS[arm].label, *cells])
-    return markdown(["axis", "exposure", "arm", "accuracy inside", "entropy", "RTS outside"], rows)
+    return markdown(["axis", "exposure", "method", "accuracy inside", "entropy", "RTS outside"], rows)
 
 
 def probes_table(records: Records) -> str:
@@ -376,7 +371,7 @@ def probes_table(records: Records) -> str:
                         ]
                     )  # fmt: skip
     return markdown(
-        ["dial", "arm", "when", "pass@1", "pass@64", "every step right: pass@64", "distinct of 64", "entropy"], rows
+        ["dial", "method", "when", "pass@1", "pass@64", "every step right: pass@64", "distinct of 64", "entropy"], rows
     )
 
 
@@ -400,7 +395,7 @@ def reports_table(records: Records) -> str:
                 " ".join(verdict["groups"]),
             ]
         )
-    header = ["dial", "arm", "tokens: accuracy", "verdict", "evidence", "the base's perplexity on the samples"]
+    header = ["dial", "method", "tokens: accuracy", "verdict", "evidence", "the base's perplexity on the samples"]
     return markdown([*header, "what it says of the groups"], rows)
 
 
@@ -436,7 +431,7 @@ def draw_curves(records: Records, dial: str, arms: Sequence[str], path: Path) ->
         fontsize=8,
         loc="center left",
         bbox_to_anchor=(1.0, 0.5),
-        title="arm (learning rate)",
+        title="method (learning rate)",
         title_fontsize=8,
     )
     figure.savefig(path, dpi=130)
@@ -472,7 +467,7 @@ def main() -> None:
     large = speed_table(records, "95", THREE, completions_per_update=LARGE_UPDATE)
     sections.append((f"Updates of {LARGE_UPDATE} completions", large))
     sections.append((TABLES["axes"].question, axes_table(records)))
-    sections.append(("What training outside does to the inside, and to the entropy", drift_table(records)))
+    sections.append(("Training outside of the pretraining: accuracy inside, and entropy", drift_table(records)))
     sections.append(("Diversity: 64 samples for each of 32 problems", probes_table(records)))
     sections.append((TABLES["reports"].question, reports_table(records)))
     text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections)

@@ -1,37 +1,35 @@
 """
 The controlled study: GRPO, SGPO, per-token credit and the methods without a judge, at equal generated tokens.
 
-    python benchmarks/controlled_study/run.py bases tune main          # one table after the other
-    python benchmarks/controlled_study/run.py all                      # everything: a night on 2 cores
-    python benchmarks/controlled_study/run.py tune main --arms grpo sgpo prefix --tokens-factor 0.1 --output trial     # a look
+    python -m benchmarks.controlled_study.run bases tune main          # one table after the other
+    python -m benchmarks.controlled_study.run all                      # everything: a night on 2 cores
+    python -m benchmarks.controlled_study.run tune main --arms grpo sgpo prefix --tokens-factor 0.1 --output trial     # a look
 
-Each finished run is one line of results/runs.jsonl; what is recorded there is not run again, so a study that was broken off
-goes on where it stopped. `report.py` makes the tables and pictures.
+Each finished run is one line of results/runs.jsonl. What is recorded there is not run again, so an interrupted study continues
+where it stopped. `report.py` makes the tables and pictures.
 """
 
 import argparse
 import multiprocessing
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import provenance
+from benchmarks.controlled_study.records import Records, best_learning_rate
+from benchmarks.controlled_study.settings import ARMS, DIALS, TUNING_SEEDS, Run, base_folder
+from benchmarks.controlled_study.tables import TABLES
+
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from controlled_study.records import Records, best_learning_rate  # noqa: E402
-from controlled_study.settings import ARMS, DIALS, TUNING_SEEDS, Run, base_folder  # noqa: E402
-from controlled_study.tables import TABLES  # noqa: E402
-from provenance import provenance  # noqa: E402
 
 
 def _work(task: tuple[str, Any, Path, dict[str, Any]]) -> dict[str, Any]:
     """In a process of its own: one run, or the description of one base."""
     kind, what, folder, made_with = task
-    from controlled_study import training
+    from benchmarks.controlled_study import training
 
     if kind == "base":
         return {"base": what, **training.describe_base(what, folder), **made_with}

@@ -1,8 +1,8 @@
 """
-What the study compares: the base models (dials), the arms, and the tables made of them. Nothing runs here.
+What the study compares: the base models (dials) and the methods (arms). Nothing runs here.
 
-A run is one arm on one dial with one judge, learning rate, group size and seed. Its key, made of these, is the name under
-which it is recorded.
+A run is one arm on one dial with one judge, learning rate, group size and seed. Its key is made of these. It is the name of its
+record.
 """
 
 from dataclasses import dataclass, field, replace
@@ -88,7 +88,7 @@ ARMS = {
         Arm("sgpo_exclude", "SGPO, dead groups out of the denominator", {"exclude_dead_groups": True}, judge=True),
         Arm("sgpo_all_incorrect", "SGPO on every wrong completion", {"judge_scope": "all_incorrect"}, judge=True),
         Arm("sgpo_quarter", "SGPO, off after 100k tokens", {"judge_until": 0.25}, judge=True),
-        Arm("sgpo_spread", "SGPO, RTS spread of at least .3", judge=True, retired=True),
+        Arm("sgpo_spread", "SGPO, RTS spread of at least 0.3", judge=True, retired=True),
         Arm("sgpo_half", "SGPO, failed groups at half weight", {"failed_group_weight": 0.5}, judge=True),
         Arm("sgpo_handover", "SGPO, weight = share of failed groups", judge=True, retired=True),
         Arm("prefix", "prefix credit", PREFIX, judge=True),
@@ -97,11 +97,11 @@ ARMS = {
         Arm("prefix_exclude", "prefix credit, dead groups out of the denominator", {**PREFIX, "exclude_dead_groups": True}, judge=True),
         Arm("prefix_all_incorrect", "prefix credit, also in mixed groups", {**PREFIX, "judge_scope": "all_incorrect"}, judge=True),
         Arm("prefix_handover", "prefix credit, weight = share of failed groups", judge=True, retired=True),
-        Arm("prefix_.3_1", "prefix credit, +.3 / -1", _coefficients(0.3, 1.0), judge=True),
+        Arm("prefix_.3_1", "prefix credit, +0.3 / -1", _coefficients(0.3, 1.0), judge=True),
         Arm("prefix_1_1", "prefix credit, +1 / -1", _coefficients(1.0, 1.0), judge=True),
         Arm("prefix_1_0", "prefix credit, +1 / 0", _coefficients(1.0, 0.0), judge=True),
         Arm("sign", "NSR: -1 in failed groups", {"failed_groups": "nsr"}),
-        Arm("sign_.1", "NSR: -.1 in failed groups", {"failed_groups": "nsr", "failed_group_weight": 0.1}),
+        Arm("sign_.1", "NSR: -0.1 in failed groups", {"failed_groups": "nsr", "failed_group_weight": 0.1}),
         Arm("ngrpo", "NGRPO's advantages in failed groups", {"failed_groups": "ngrpo", "epsilon": 0.16, "epsilon_high": 0.24}),
         Arm("zvp", "RL-ZVP in failed groups", {"failed_groups": "zvp"}),
         Arm("lens", "LENS in failed groups", {"failed_groups": "lens"}),

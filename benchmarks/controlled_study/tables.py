@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from controlled_study.records import tuning_runs
-from controlled_study.settings import (
+from benchmarks.controlled_study.records import tuning_runs
+from benchmarks.controlled_study.settings import (
     AXIS_LEARNING_RATE,
     AXIS_NOISE,
     AXIS_SEEDS,
@@ -15,7 +15,6 @@ from controlled_study.settings import (
     TUNING_SEEDS,
     Run,
 )
-
 from trl_sgpo.tasks.rewrite_chain import AXES
 
 
@@ -212,15 +211,15 @@ def _reports() -> list[Run]:
 
 
 TABLES = {
-    "tune": Table("Which learning rate suits each arm?", _tune),
+    "tune": Table("Which learning rate suits each method?", _tune),
     "tune_check": Table("Would two more seeds have chosen the same?", _tune_check),
-    "main": Table("At about 95 % failed groups, how many tokens does each arm need to 50 % accuracy?", _main),
+    "main": Table("At about 95 % failed groups, how many tokens does each method need to 50 % accuracy?", _main),
     "dials": Table("And at 5, 20, 75 and 99 %?", _dials),
-    "common_rate": Table("How much of it is the learning rate that an arm bears? All at GRPO's:", _common_rate),
-    "tune_other_bases": Table("Which learning rate suits each arm on other base models?", _tune_other_bases),
+    "common_rate": Table("How much of the gain is the learning rate? All methods at GRPO's:", _common_rate),
+    "tune_other_bases": Table("Which learning rate suits each method on other base models?", _tune_other_bases),
     "other_bases": Table("And from base models of other pretraining seeds?", _other_bases),
-    "tune_judges": Table("Which learning rate suits each arm under a judge that errs?", _tune_judges),
-    "judges": Table("What does a judge that errs leave of it?", _judges),
+    "tune_judges": Table("Which learning rate suits each method under a judge with errors?", _tune_judges),
+    "judges": Table("What does a judge with errors leave of the gain?", _judges),
     "group_sizes": Table("And with 4 or 16 completions per group?", _group_sizes),
     "tune_large_updates": Table(
         "Which learning rate suits updates of four times as many prompts?", _tune_large_updates
@@ -229,6 +228,6 @@ TABLES = {
     "axes": Table(
         f"And outside of what pretraining showed? (pretraining noise {AXIS_NOISE})", lambda: _axes((0.0, 0.1))
     ),
-    "axes_rare": Table("And where pretraining showed it rarely?", lambda: _axes((0.02,))),
+    "axes_rare": Table("And if pretraining showed it rarely?", lambda: _axes((0.02,))),
     "reports": Table("What does the sharpening report say of each?", _reports),
 }

@@ -1,4 +1,4 @@
-"""One run of the study: an arm trained from a base model until its tokens are spent. Returns the record of the run."""
+"""One run of the study: a method trains a base model until its tokens are spent. Returns the record of the run."""
 
 import contextlib
 import io
@@ -14,8 +14,18 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from controlled_study.noisy_judges import noisy_judge
-from controlled_study.settings import (
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+)
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks.controlled_study.noisy_judges import noisy_judge
+from benchmarks.controlled_study.settings import (
     ARMS,
     LENGTH,
     MAX_COMPLETION_LENGTH,
@@ -25,18 +35,7 @@ from controlled_study.settings import (
     base_config,
     base_folder,
 )
-from controlled_study.tables import NOISY_JUDGES
-from datasets import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainerCallback,
-)
-from trl import SFTConfig, SFTTrainer
-
+from benchmarks.controlled_study.tables import NOISY_JUDGES
 from trl_sgpo import SGPOConfig, SGPOTrainer, StepwiseJudge
 from trl_sgpo.analysis import SharpeningCallback
 from trl_sgpo.analysis.metrics import pass_at_k
@@ -54,13 +53,14 @@ from trl_sgpo.tasks.rewrite_chain import (
     right_prefix,
     segment_blocks,
 )
+from trl_sgpo.tasks.token_budget import TokenBudget
 
 
 EVALUATE_EVERY = 25_000  # tokens
 N_EVALUATED, SAMPLES_PER_PROBLEM = 128, 4
 N_DESCRIBED = 256
 N_PROBED, SAMPLES_PER_PROBE = 32, 64
-MATCHED_ACCURACY = 0.5  # where the diversity of arms is compared
+MATCHED_ACCURACY = 0.5  # at which the diversity of methods is compared
 
 
 def problems(dial: str, n: int, seed: int) -> Dataset:
@@ -82,15 +82,15 @@ def base_model(dial: str, folder: Path) -> Path:
     return load_or_pretrain(base_folder(dial, folder), base_config(dial), progress=False)
 
 
-class Watcher(TrainerCallback):
-    """Evaluates on held-out problems as tokens are generated, and ends the run."""
+class Watcher(TokenBudget):
+    """Evaluates on held-out problems every 25,000 tokens, and also ends the run when its accuracy has reached its goal."""
 
     def __init__(self, run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(run.tokens)
         self.run, self.model, self.tokenizer = run, model, tokenizer
         self.held_out = problems(run.dial, N_EVALUATED, seed=2)["prompt"]
         # For a dial that trains outside of the pretraining: what becomes of the inside
         self.inside = inside(run.dial, N_EVALUATED, seed=3) if base_config(run.dial).axis is not None else None
-        self.tokens, self.next_evaluation, self.updates = 0, 0, 0
         self.curve: list[dict[str, Any]] = []
         self.window: dict[str, list[float]] = {}
         self.probes: dict[str, dict[str, Any]] = {}
@@ -99,7 +99,7 @@ class Watcher(TrainerCallback):
         settings = {"n_samples": SAMPLES_PER_PROBLEM, "max_new_tokens": MAX_COMPLETION_LENGTH + 24}
         result = evaluate(self.model, self.tokenizer, self.held_out, **settings)
         point = {
-            "tokens": self.tokens,
+            "tokens": self.generated,
             "accuracy": round(result.accuracy, 4),
             "greedy": round(result.greedy_accuracy, 4),
             "right_prefix": round(result.right_prefix, 4),
@@ -110,31 +110,17 @@ class Watcher(TrainerCallback):
         self.curve.append(point)
         self.window = {}
         if self.run.probe and result.accuracy >= MATCHED_ACCURACY and "matched" not in self.probes:
-            self.probes["matched"] = {"tokens": self.tokens, **probe(self.model, self.tokenizer, self.run.dial)}
+            self.probes["matched"] = {"tokens": self.generated, **probe(self.model, self.tokenizer, self.run.dial)}
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.evaluate()
-        self.next_evaluation = EVALUATE_EVERY
+    def due(self) -> bool:
+        return self.generated // EVALUATE_EVERY > self.curve[-1]["tokens"] // EVALUATE_EVERY
 
-    def count(self, tokens: int, control: Any) -> None:
-        """After each update: `tokens` more were generated."""
-        self.tokens += tokens
-        self.updates += 1
-        if self.tokens >= min(self.next_evaluation, self.run.tokens):
-            self.next_evaluation = (self.tokens // EVALUATE_EVERY + 1) * EVALUATE_EVERY
-            self.evaluate()
-            goal = self.run.stop_at
-            reached = goal is not None and all(point["accuracy"] >= goal for point in self.curve[-2:])
-            if self.tokens >= self.run.tokens or reached:
-                control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.tokens > self.curve[-1]["tokens"]:  # it ran out of updates before its tokens
-            self.evaluate()
+    def finished(self) -> bool:
+        goal = self.run.stop_at
+        reached = goal is not None and all(point["accuracy"] >= goal for point in self.curve[-2:])
+        return reached or super().finished()
 
     def on_log(self, args, state, control, logs, **kwargs):
-        if "completions/mean_length" not in logs:
-            return
         names = {
             "entropy": "entropy",
             "sgpo/accuracy": "train_accuracy",
@@ -144,9 +130,9 @@ class Watcher(TrainerCallback):
             "completions/mean_length": "length",
         }
         for name, short in names.items():
-            if name in logs and not math.isnan(logs[name]):
+            if "completions/mean_length" in logs and name in logs and not math.isnan(logs[name]):
                 self.window.setdefault(short, []).append(logs[name])
-        self.count(round(logs["completions/mean_length"] * args.generation_batch_size), control)
+        super().on_log(args, state, control, logs, **kwargs)
 
 
 class SFTWatcher(Watcher):
@@ -351,11 +337,14 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     if run.report:
         trainer.save_state()
     if run.probe:
-        watcher.probes["end"] = {"tokens": watcher.tokens, **probe(trainer.model, trainer.processing_class, run.dial)}
+        watcher.probes["end"] = {
+            "tokens": watcher.generated,
+            **probe(trainer.model, trainer.processing_class, run.dial),
+        }
     return {
         "seconds": round(time.perf_counter() - start, 1),
         "updates": watcher.updates,
-        "tokens_generated": watcher.tokens,
+        "tokens_generated": watcher.generated,
         "curve": watcher.curve,
         **({"probes": watcher.probes} if run.probe else {}),
         **({"verdict": _verdict(run, folder)} if run.report else {}),

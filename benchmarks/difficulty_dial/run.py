@@ -2,20 +2,17 @@
 The difficulty dial of RewriteChain, measured: the share of groups of eight that fail, by pretraining noise, number of
 letters and number of operations.
 
-    python benchmarks/difficulty_dial/run.py
+    python -m benchmarks.difficulty_dial.run
 """
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.provenance import provenance
+from benchmarks.common import provenance, write_results
 from trl_sgpo.tasks.rewrite_chain import PretrainConfig, evaluate, load_or_pretrain, make_dataset
 
 
@@ -44,7 +41,7 @@ def main():
         "config": asdict(PretrainConfig()),
         "rows": rows,
     }
-    (HERE / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_results(HERE / "results.json", record)
 
 
 if __name__ == "__main__":

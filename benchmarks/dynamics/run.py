@@ -1,14 +1,12 @@
 """
-When does SGPO learn faster than GRPO, and when does per-token prefix credit? The tables and the plots of docs/theory.md, from
-exact population gradients. One core, no GPU.
+When does SGPO learn faster than GRPO, and when does prefix credit? The tables and the plots of docs/theory.md, from exact
+population gradients. One core, no GPU.
 
-    python benchmarks/dynamics/run.py
+    python -m benchmarks.dynamics.run
 """
 
 import argparse
-import json
 import platform
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,28 +17,28 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.provenance import commit
-from trl_sgpo.analysis.dynamics import (
+from benchmarks.common import commit, write_results
+from benchmarks.dynamics.learning import (
+    adam_step,
+    adam_step_per_logit,
+    learn,
+    mean_until,
+    noise_limited_step,
+    sgd_step,
+    simulate,
+    updates_until,
+)
+from benchmarks.dynamics.world import (
     ARMS,
     JUDGED,
     Moments,
-    adam_step,
-    adam_step_per_logit,
     false_credit,
-    learn,
-    mean_until,
     moments,
     noise_behind,
-    noise_limited_step,
     one_skill,
     prepare,
-    sgd_step,
-    simulate,
     start_probability,
     two_step_accuracy,
-    updates_until,
 )
 
 
@@ -51,7 +49,7 @@ SHARES = (0.05, 0.20, 0.75, 0.95, 0.99)
 SWEEP = (0.02, 0.05, 0.10, 0.20, 0.35, 0.50, 0.65, 0.75, 0.85, 0.90, 0.95, 0.98, 0.99, 0.995)
 LUCK = 1 / 216
 COEFFICIENTS = ((0.3, 1.0), (1.0, 1.0), (1.0, 0.5), (1.0, 0.0))
-# Told apart by the colour-blind too
+# The colour-blind can tell them apart too
 STYLE = {
     "grpo": ("GRPO", "#000000", "-"),
     "grpo_live": ("GRPO, live groups only", "#999999", "--"),
@@ -62,6 +60,14 @@ STYLE = {
     "sign": ("-1 for failed groups", "#CC79A7", ":"),
     "ngrpo": ("NGRPO", "#009E73", ":"),
 }
+
+
+# What is computed for which optimizers: the area and the plots; group sizes; luck
+SWEPT = ("sgd", "noisy", "noisy_one_skill")
+NOISY = ("noisy", "noisy_one_skill")
+LUCKY = ("sgd", "adam_8", *NOISY)
+# Arm, groups per update, whether all steps are one skill
+SIMULATED = tuple((arm, n, shared) for shared in (False, True) for n in (1, 8) for arm in ("grpo", "sgpo", "prefix"))
 
 
 class Rule(NamedTuple):
@@ -118,7 +124,7 @@ def theorem() -> dict[str, Any]:
 
 
 def coefficients(share: float, rule: str) -> dict[str, float]:
-    """Prefix credit's updates until .5 over GRPO's, by its two coefficients."""
+    """Prefix credit's updates until 0.5 over GRPO's, by its two coefficients."""
     base = time_to_half("grpo", share, rule)
     return {
         f"+{reward} / -{penalty}": time_to_half("prefix", share, rule, prefix_reward=reward, error_penalty=penalty)
@@ -160,7 +166,7 @@ def ratios(share: float, rule: str, bar: tqdm) -> dict[str, Any]:
 
 
 def areas(share: float, rule: str) -> dict[str, float]:
-    """Mean accuracy until GRPO is at .9, over GRPO's."""
+    """Mean accuracy until GRPO is at 0.9, over GRPO's."""
     curves = {arm: curve(arm, share, rule, until=0.995) for arm in ARMS}
     horizon = updates_until(curves["grpo"], 0.9)
     base = mean_until(curves["grpo"], horizon)
@@ -168,13 +174,13 @@ def areas(share: float, rule: str) -> dict[str, float]:
 
 
 def lucky(share: float, rule: str) -> dict[str, dict[str, float]]:
-    """Updates until .5, and their ratio to GRPO's, where some wrong solutions pass."""
+    """Updates until 0.5, and their ratio to GRPO's, if some wrong solutions pass."""
     updates = {arm: time_to_half(arm, share, rule, luck=LUCK) for arm in ARMS}
     return {arm: {"updates": found, "ratio": found / updates["grpo"]} for arm, found in updates.items()}
 
 
 def group_sizes(share: float, rule: str) -> dict[str, dict[str, float]]:
-    """Updates of 64 completions until .5, over those of GRPO with groups of eight, from one and the same base model."""
+    """Updates of 64 completions until 0.5, over those of GRPO with groups of eight, from the same base model."""
     base = time_to_half("grpo", share, rule, group_size=8)
     return {
         str(size): {arm: time_to_half(arm, share, rule, group_size=size) / base for arm in ("grpo", "sgpo", "prefix")}
@@ -183,7 +189,7 @@ def group_sizes(share: float, rule: str) -> dict[str, dict[str, float]]:
 
 
 def simulation(arm: str, share: float, n_groups: int, shared: bool) -> dict[str, float]:
-    """Sampled Adam against the mean step: updates until .5."""
+    """Sampled Adam against the mean step: updates until 0.5."""
     start, rate = np.full(N_STEPS, start_probability(share, N_STEPS, GROUP_SIZE)), 0.05
     expected = updates_until(learn(prepare(arm), start, n_groups, adam_step, rate, 0.5, shared=shared), 0.5)
     runs = simulate(prepare(arm), start, n_groups, int(2.5 * expected), rate, n_runs=16, shared=shared)
@@ -218,7 +224,7 @@ def plot_theorem(path: Path) -> None:
 
 
 def plot_sweep(path: Path, sweep: dict[str, dict[str, list[float]]]) -> None:
-    made, axes = figure(3)
+    made, axes = figure(len(sweep))
     logit = np.log(np.array(SWEEP) / (1 - np.array(SWEEP)))
     ticks = np.array([0.05, 0.2, 0.5, 0.75, 0.95, 0.99])
     for ax, (rule, by_arm) in zip(axes, sweep.items(), strict=True):
@@ -275,8 +281,6 @@ def main() -> None:
     parser.parse_args()
     PLOTS.mkdir(exist_ok=True)
     arms = [(arm, settings) for arm in ARMS for settings in settings_of(arm)]
-    swept = ("sgd", "noisy", "noisy_one_skill")
-    noisy = ("noisy", "noisy_one_skill")
     results: dict[str, Any] = {
         "commit": commit(),
         "versions": {
@@ -296,32 +300,30 @@ def main() -> None:
             for share in SHARES
         },
     }
-    with tqdm(total=len(RULES) * len(SHARES) * len(arms), desc="updates until .5") as bar:
+    with tqdm(total=len(RULES) * len(SHARES) * len(arms), desc="updates until 0.5") as bar:
         results["updates"] = {rule: {str(share): ratios(share, rule, bar) for share in SHARES} for rule in RULES}
-    results["area"] = {rule: {str(share): areas(share, rule) for share in SHARES} for rule in tqdm(swept, desc="area")}
+    results["area"] = {rule: {str(share): areas(share, rule) for share in SHARES} for rule in tqdm(SWEPT, desc="area")}
     results["group_sizes"] = {
         rule: {str(share): group_sizes(share, rule) for share in (0.75, 0.95)}
-        for rule in tqdm(noisy, desc="group sizes")
+        for rule in tqdm(NOISY, desc="group sizes")
     }
     results["coefficients"] = {
-        rule: {str(share): coefficients(share, rule) for share in SHARES} for rule in tqdm(swept, desc="coefficients")
+        rule: {str(share): coefficients(share, rule) for share in SHARES} for rule in tqdm(SWEPT, desc="coefficients")
     }
     results["luck"] = {
-        rule: {str(share): lucky(share, rule) for share in (0.75, 0.90, 0.95)}
-        for rule in tqdm(("sgd", "adam_8", *noisy), desc="luck")
+        rule: {str(share): lucky(share, rule) for share in (0.75, 0.90, 0.95)} for rule in tqdm(LUCKY, desc="luck")
     }
-    cases = [(arm, n, shared) for shared in (False, True) for n in (1, 8) for arm in ("grpo", "sgpo", "prefix")]
     results["simulated_adam"] = {
         f"{arm}, {n} groups, {'one skill' if shared else 'a skill per step'}": simulation(arm, 0.95, n, shared)
-        for arm, n, shared in tqdm(cases, desc="simulated Adam")
+        for arm, n, shared in tqdm(SIMULATED, desc="simulated Adam")
     }
     sweep: dict[str, dict[str, list[float]]] = {}
-    for rule in tqdm(swept, desc="plots"):
+    for rule in tqdm(SWEPT, desc="plots"):
         base = [time_to_half("grpo", share, rule) for share in SWEEP]
         sweep[rule] = {
             arm: [time_to_half(arm, share, rule) / b for share, b in zip(SWEEP, base, strict=True)] for arm in ARMS
         }
-    (HERE / "results.json").write_text(json.dumps(rounded(results), indent=1) + "\n")
+    write_results(HERE / "results.json", rounded(results))
     plot_theorem(PLOTS / "theorem.png")
     plot_sweep(PLOTS / "sweep.png", sweep)
     plot_gradient(PLOTS / "gradient.png", share=0.95)

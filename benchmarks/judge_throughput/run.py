@@ -1,7 +1,7 @@
 """
 What does the HTTP client cost a judged round, and how much of what a server can serve does `OpenAIJudge` get out of it?
 
-    python benchmarks/judge_throughput/run.py
+    python -m benchmarks.judge_throughput.run
 
 A round is 512 completions of 64 problems, judged by `OpenAIJudge`. Only the transport differs: aiohttp itself, or the `openai`
 package's `AsyncOpenAI.post` on its default transport (httpx2) or on its aiohttp transport. The transports take turns, and every
@@ -28,9 +28,7 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.provenance import commit
+from benchmarks.common import commit, write_results
 from trl_sgpo import JudgeItem
 from trl_sgpo.judges import servers
 from trl_sgpo.judges.background import close_in_background, own
@@ -241,8 +239,8 @@ def measure(setting: str, repeats: int) -> dict:
     """The wall time of a round over every transport, and its ratio to that of aiohttp in the same repeat."""
     latency, slots, under_way = SETTINGS[setting]
     items = make_items()
-    command = [sys.executable, __file__, "--serve", str(latency), str(slots)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "benchmarks.judge_throughput.run", "--serve", str(latency), str(slots)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1])
     try:
         port = int(server.stdout.readline())
         url = f"http://127.0.0.1:{port}/v1"
@@ -335,7 +333,7 @@ def main():
         result["settings"][setting] = measure(setting, args.repeats)
         print(table({setting: result["settings"][setting]}), flush=True)
     result["load_average_after"] = os.getloadavg()[0]
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_results(args.output, result)
     print(table(result["settings"]))
 
 

@@ -1,21 +1,16 @@
 """
 The judges that need no model, on annotated solutions.
 
-    python benchmarks/judges/run.py --data Qwen/ProcessBench mrben_math.jsonl
+    python -m benchmarks.judges.run --data Qwen/ProcessBench mrben_math.jsonl
 
-Run it in the root of the repository. Everything goes to `outputs/judges`, a compact record to `results.json` in this
-folder.
+Everything goes to `outputs/judges`, and a compact record to `results.json` in this folder.
 """
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.provenance import commit
-from trl_sgpo.analysis.jsonable import write_json
+from benchmarks.common import commit, write_results
 from trl_sgpo.judge_evaluation.evaluation import evaluate
 from trl_sgpo.judge_evaluation.tables import show
 from trl_sgpo.scripts.judge_eval import JudgeEvalArguments
@@ -76,7 +71,7 @@ def main():
         if name == "arithmetic":
             shutil.copy(output / "judge.png", HERE / "arithmetic.png")
     head |= {key: results[key] for key in ("data", "versions", "hardware", "settings")}
-    write_json(HERE / "results.json", {**head, "judges": record})
+    write_results(HERE / "results.json", {**head, "judges": record})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """
 What a training step costs with SGPO, as a ratio to GRPO's step on the same rollouts.
 
-    python benchmarks/overhead/run.py
+    python -m benchmarks.overhead.run
 
-The learning rate is 0, so that both trainers see the same completions in every step, and step i of one is compared with
-step i of the other. Rounds of the two alternate, in an order that alternates too, so that a machine that slows down slows
-both. Cases: no failed group (the judge is never asked); every group failed (a function judges all completions); the same
-with credit per token. What the package itself does in its hooks is timed as well: it is a smaller number, and a steadier one.
+The learning rate is 0, so both trainers see the same completions in every step, and step i of one is compared with step i of
+the other. Their rounds alternate, in an order that alternates too, so a machine that slows down slows both. Cases: no failed
+group (the judge is never asked); every group failed (a function judges all completions); the same with prefix credit. The
+package's own time in its hooks is measured as well. It is a smaller number, and a steadier one.
 """
 
 import json
@@ -21,9 +21,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.provenance import provenance
+from benchmarks.common import provenance, write_results
 from trl_sgpo import SGPOConfig, SGPOTrainer, StepwiseJudge
 from trl_sgpo.tasks.rewrite_chain import (
     PretrainConfig,
@@ -188,7 +186,7 @@ def main():
             "judge_share_of_step": statistics.median(judge_shares),
         }
         print(f"{case}: SGPO / GRPO step time {median:.4f} [{low:.4f}, {high:.4f}]", file=sys.stderr)
-    (HERE / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_results(HERE / "results.json", result)
     print(json.dumps(result, indent=2))
 
 

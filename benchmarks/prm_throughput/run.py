@@ -1,11 +1,11 @@
 """
-What `PRMJudge.judge` takes beside the forward passes that it makes, and beside one forward pass per step.
+The time of `PRMJudge.judge`, compared with that of its forward passes alone, and with one forward pass per step.
 
-    python benchmarks/prm_throughput/run.py
+    python -m benchmarks.prm_throughput.run
 
 Three ways to score the same 16 completions with the same model: the judge (tokenising, batching, one pass per completion,
 verdicts); the bare forward passes over the judge's own padded batches; and one pass per prefix, batched under the same
-token budget. Measured in CPU seconds, in rounds that alternate, in an order that alternates too.
+token budget. Measured in CPU seconds, in alternating rounds, in an order that alternates too.
 """
 
 import json
@@ -13,7 +13,6 @@ import os
 import platform
 import random
 import statistics
-import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -23,9 +22,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.provenance import commit
+from benchmarks.common import commit, write_results
 from trl_sgpo import JudgeItem
 from trl_sgpo.judges.batches import pad, token_batches
 from trl_sgpo.judges.prm import PRMJudge
@@ -200,7 +197,7 @@ def main():
         "cpu_seconds": {name: summary(values) for name, values in {**seconds, "encoding": encoding}.items()},
         "tokens_per_cpu_second": sum(length) / statistics.median(seconds["judge"]),
     }
-    (HERE / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_results(HERE / "results.json", result)
     print(json.dumps(result, indent=2))
 
 

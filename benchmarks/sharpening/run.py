@@ -1,13 +1,13 @@
 """
-Does SGPO expand what its base model can do, or sharpen it? And what happens where the base has nothing to sharpen?
+Does SGPO expand what its base model can do, or sharpen it? And what happens if the base has nothing to sharpen?
 
-    python benchmarks/sharpening/run.py
+    python -m benchmarks.sharpening.run
 
-The quickstart's two arms, three seeds, with SharpeningCallback: 64 samples per prompt every 140 updates
-and at the end. The probe set has three domains: problems like those trained on, and two that lie outside of the base's support
-(one operation more than it ever saw; letters that it never saw). A third arm trains SGPO on the latter.
+GRPO and SGPO of the quickstart, three seeds each, with SharpeningCallback: 64 samples per prompt every 140 updates and at the end. The
+probe set has three domains: problems like the trained ones, and two that lie outside of the base's support (one operation more than it
+ever saw; letters that it never saw). A third method trains SGPO on these letters.
 
-Every run is kept in outputs/sharpening/<arm>-seed<n> when it is done, so that a study that was broken off goes on.
+Every finished run is kept in outputs/sharpening/<arm>-seed<n>. A study that was interrupted continues with the next run.
 """
 
 import argparse
@@ -21,11 +21,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import transformers
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.provenance import provenance
+from benchmarks.common import provenance, write_results
+from recipes.quickstart.run import BASE, N_OPERATIONS, TOKENS, quiet_trainer
 from trl_sgpo import StepwiseJudge
 from trl_sgpo.analysis import SharpeningCallback
 from trl_sgpo.analysis.metrics import (
@@ -40,27 +38,22 @@ from trl_sgpo.analysis.metrics import (
     tilt_fit,
     tilt_line,
 )
-from trl_sgpo.scripts.sgpo import make_parser, make_trainer
 from trl_sgpo.tasks.rewrite_chain import (
     SECOND_ALPHABET,
-    PretrainConfig,
     first_wrong_block,
     load_or_pretrain,
     make_dataset,
     segment_blocks,
 )
+from trl_sgpo.tasks.token_budget import TokenBudget
 
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parents[1] / "recipes" / "quickstart"
 OUTPUT = Path("outputs/sharpening")
 
-# The quickstart's setting
-BASE = PretrainConfig(noise=0.85)
-N_OPERATIONS = 5
-TOKENS = 130_000
-
 N_SAMPLES, EVERY = 64, 140
+N_PROMPTS = (32, 8, 8)  # of the three domains
 KS = [1, 2, 4, 8, 16, 32, 64]
 # arm: recipe, problems, tokens
 ARMS = {
@@ -71,24 +64,13 @@ ARMS = {
 
 
 def probe_set() -> list[dict]:
+    trained, longer, unseen = N_PROMPTS
     domains = {
-        "trained": make_dataset(32, N_OPERATIONS, seed=2, length=BASE.length),
-        "one_operation_more": make_dataset(8, N_OPERATIONS + 1, seed=3, length=BASE.length),
-        "unseen_letters": make_dataset(8, N_OPERATIONS, seed=4, length=BASE.length, alphabet=SECOND_ALPHABET),
+        "trained": make_dataset(trained, N_OPERATIONS, seed=2, length=BASE.length),
+        "one_operation_more": make_dataset(longer, N_OPERATIONS + 1, seed=3, length=BASE.length),
+        "unseen_letters": make_dataset(unseen, N_OPERATIONS, seed=4, length=BASE.length, alphabet=SECOND_ALPHABET),
     }
     return [{**row, "domain": domain} for domain, rows in domains.items() for row in rows]
-
-
-class Tokens(TrainerCallback):
-    """Ends the run when its tokens are spent."""
-
-    def __init__(self, tokens: int):
-        self.tokens, self.generated = tokens, 0
-
-    def on_log(self, args, state, control, logs, **kwargs):
-        if "completions/mean_length" in logs:
-            self.generated += round(logs["completions/mean_length"] * args.generation_batch_size)
-            control.should_training_stop = self.generated >= self.tokens
 
 
 def train(arm: str, seed: int, base: Path) -> dict:
@@ -105,14 +87,9 @@ def train(arm: str, seed: int, base: Path) -> dict:
         "num_completions_to_print": 1,
         "per_device_eval_batch_size": 256,  # rows per forward pass of a probe
     }
-    arguments = ["--config", str(RECIPE / f"{recipe}.yaml")]
-    for name, value in overrides.items():
-        arguments += [f"--{name}", str(value)]
-    trainer = make_trainer(*make_parser().parse_args_and_config(arguments))
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    counter = Tokens(tokens)
-    trainer.add_callback(counter)
+    trainer = quiet_trainer(RECIPE / f"{recipe}.yaml", overrides)
+    budget = TokenBudget(tokens)
+    trainer.add_callback(budget)
     trainer.add_callback(
         SharpeningCallback(
             trainer=trainer,
@@ -142,7 +119,7 @@ def train(arm: str, seed: int, base: Path) -> dict:
         "seed": seed,
         "learning_rate": trainer.args.learning_rate,
         "updates": len(training),
-        "generated_tokens": counter.generated,
+        "generated_tokens": budget.generated,
         "seconds": round(seconds, 1),
         "probe_seconds": round(sum(entry["sharpening/seconds/total"] for entry in probes), 1),
         "parameters_moved": f"{moved} of {len(before)}",
@@ -175,10 +152,14 @@ def train(arm: str, seed: int, base: Path) -> dict:
 
 def overhead(base: Path, updates: int = 40) -> dict:
     """What the metrics of training batches cost that need no forward pass, as a share of a training step."""
-    arguments = ["--config", str(RECIPE / "sgpo.yaml"), "--model_name_or_path", str(base), "--disable_tqdm", "true"]
-    arguments += ["--dataset_name", str(OUTPUT / "problems.jsonl"), "--output_dir", str(OUTPUT / "overhead")]
-    trainer = make_trainer(*make_parser().parse_args_and_config([*arguments, "--max_steps", str(updates)]))
-    trainer.remove_callback(PrinterCallback)
+    overrides = {
+        "model_name_or_path": base,
+        "dataset_name": OUTPUT / "problems.jsonl",
+        "output_dir": OUTPUT / "overhead",
+        "disable_tqdm": "true",
+        "max_steps": updates,
+    }
+    trainer = quiet_trainer(RECIPE / "sgpo.yaml", overrides)
     no_probe = {"every": 10**9, "at_begin": False, "at_end": False, "sample_base": False, "base_logps": False}
     callback = SharpeningCallback(trainer=trainer, prompts=probe_set(), n_samples=1, **no_probe)
     trainer.add_callback(callback)
@@ -302,12 +283,12 @@ def main() -> None:
             )
     record = {
         **provenance(("trl", "transformers", "torch", "accelerate"), threads=torch.get_num_threads()),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", "-m", "benchmarks.sharpening.run", *sys.argv[1:]]),
         "batch_metrics": overhead(base),
         "sampling": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_completion_length": 40, "n": N_SAMPLES},
         "runs": runs,
     }
-    (HERE / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_results(HERE / "results.json", record)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@ SGPO with a trained judge, against SGPO with the task's own step checker and aga
 
     python recipes/judge/make_data.py
     python -m trl_sgpo.scripts.judge_train --config recipes/judge/rewrite_chain.yaml
-    python benchmarks/trained_judge/run.py
+    python -m benchmarks.trained_judge.run
 
-The setup is the quickstart's. Recorded beside the accuracies: how often the judge agrees with the checker on the very
-completions that it is asked about, how good it is on fresh solutions, what it costs, and whether it could solve the
-problems itself. As the judge is a fine-tuned copy of the base policy, its own solve rate is that of the base before the
-training, and after it that of the judge's body under the output embeddings that it still has.
+The setup is the quickstart's. The record also has: how often the judge agrees with the checker on the completions that it
+judges, how good it is on fresh solutions, what it costs, and whether it could solve the problems itself. The judge is a
+fine-tuned copy of the base policy. So its own solve rate before the training is that of the base. After the training it is
+that of the judge's body with the output embeddings that it still has.
 """
 
 import argparse
@@ -22,20 +22,15 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PrinterCallback, ProgressCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "quickstart"))
-from run import BASE, GROUP_SIZE, N_OPERATIONS, TOKENS, LearningCurve  # the quickstart's
-
-from benchmarks.provenance import provenance
+from benchmarks.common import provenance, write_results
 from recipes.judge.judges import FinishedPRMJudge
+from recipes.quickstart.run import BASE, GROUP_SIZE, N_EVALUATED, N_OPERATIONS, TOKENS, LearningCurve, quiet_trainer
 from trl_sgpo.judge_evaluation.data import read_rows
 from trl_sgpo.judge_evaluation.metrics import NO_ERROR, first_error_f1
 from trl_sgpo.judges import JudgeItem, StepJudge, Verdict
 from trl_sgpo.judges.prm import PRMJudge
-from trl_sgpo.scripts.sgpo import make_parser, make_trainer
 from trl_sgpo.tasks.rewrite_chain import Problem, evaluate, first_wrong_block, load_or_pretrain, make_dataset
 
 
@@ -79,12 +74,7 @@ def train(arm: str, seed: int, args: argparse.Namespace, base: Path, problems: P
         "disable_tqdm": "true",
         "max_steps": 10_000,  # the run ends when its tokens are spent
     }
-    words = ["--config", str(config)]
-    for name, value in overrides.items():
-        words += [f"--{name}", str(value)]
-    trainer = make_trainer(*make_parser().parse_args_and_config(words))
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
+    trainer = quiet_trainer(config, overrides)
     witness = None
     if arm != "grpo":
         if arm != "oracle":
@@ -92,8 +82,7 @@ def train(arm: str, seed: int, args: argparse.Namespace, base: Path, problems: P
             trainer.stepwise_judge.judge = judge
         witness = Witness(trainer.stepwise_judge.judge)
         trainer.stepwise_judge.judge = witness
-    curve = LearningCurve(arm, prompts, args.tokens)
-    curve.trainer = trainer
+    curve = LearningCurve(arm, trainer, prompts, args.tokens)
     trainer.add_callback(curve)
     start = time.perf_counter()
     trainer.train()
@@ -142,9 +131,8 @@ def fresh_numbers(judge: PRMJudge, folder: Path) -> dict:
 
 def solved_in_its_layout(judge: PRMJudge, folder: Path, prompts: list[str], temperature: float) -> float:
     """
-    Share of problems that the judge's body solves when it is led through the layout that it was trained in: what it writes is
-    cut after every block, and the separator is put in for it. It never learnt to end, so its answer is what it writes in the
-    place of the last block.
+    Share of problems that the judge's body solves in the layout of its training: its text is cut after every block, and the
+    separator is put in for it. It never learnt to end, so its answer is what it writes as the last block.
     """
     tokenizer = judge.tokenizer
     model = LlamaForCausalLM.from_pretrained(folder).eval()
@@ -208,11 +196,11 @@ def main() -> None:
     base = load_or_pretrain(args.base, BASE)
     problems = args.output / "problems.jsonl"
     make_dataset(4000, N_OPERATIONS, seed=1, length=BASE.length).to_json(problems)
-    prompts = make_dataset(128, N_OPERATIONS, seed=2, length=BASE.length)["prompt"]
+    prompts = make_dataset(N_EVALUATED, N_OPERATIONS, seed=2, length=BASE.length)["prompt"]
     judge = PRMJudge(args.judge, device="cpu")
     record = {
         **provenance(("trl", "transformers", "torch", "accelerate"), threads=torch.get_num_threads()),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", "-m", "benchmarks.trained_judge.run", *sys.argv[1:]]),
         "judge": {
             "threshold": judge.threshold,
             "training": json.loads((args.judge / "judge_train.json").read_text()),
@@ -232,7 +220,7 @@ def main() -> None:
                 f"length {run['mean_length_last_updates']:.1f}, {run['seconds']:.0f} s, judge {run.get('judge')}",
                 flush=True,
             )
-            args.record.write_text(json.dumps(record, indent=1) + "\n")  # after each: a run that ends early is kept
+            write_results(args.record, record)  # after each: a run that ends early is kept
 
 
 if __name__ == "__main__":

@@ -9,14 +9,10 @@ from pathlib import Path
 
 import pytest
 
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from controlled_study import report, settings, tables, training
-from controlled_study.noisy_judges import noisy_judge
-from controlled_study.records import Records, area, best_learning_rate, tokens_to
-from controlled_study.settings import ARMS, Run
-
+from benchmarks.controlled_study import report, settings, tables, training
+from benchmarks.controlled_study.noisy_judges import noisy_judge
+from benchmarks.controlled_study.records import Records, area, best_learning_rate, tokens_to
+from benchmarks.controlled_study.settings import ARMS, Run
 from trl_sgpo import SGPOConfig
 from trl_sgpo.tasks.rewrite_chain import first_wrong_block, sample_problem
 

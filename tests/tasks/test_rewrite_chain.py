@@ -18,7 +18,6 @@ from trl_sgpo.tasks.rewrite_chain import (
     first_wrong_block,
     load_or_pretrain,
     make_dataset,
-    noise_for_failed_share,
     right_prefix,
     sample_problem,
     segment_blocks,
@@ -107,15 +106,7 @@ def test_segmenter_and_checkers_take_any_text(text):
     assert 0 <= right_prefix(problem.prompt, text) <= 1
 
 
-@pytest.mark.parametrize("share", [0.05, 0.5, 0.95, 0.99])
-def test_the_dial_in_closed_form(share):
-    noise = noise_for_failed_share(share, n_operations=6, n_generations=8)
-    assert (1 - (1 - noise) ** 6) ** 8 == pytest.approx(share)
-
-
 def test_bad_input():
-    with pytest.raises(ValueError, match="failed_share=1 must lie strictly between 0 and 1"):
-        noise_for_failed_share(1, 6)
     with pytest.raises(ValueError, match="prompt='a b c' is not a RewriteChain prompt"):
         Problem.from_prompt("a b c")
     with pytest.raises(ValueError, match="operation='X' is unknown"):

@@ -1,22 +1,23 @@
 """
 RewriteChain: letters rewritten by a chain of operations. The controlled task of this package.
 
-A problem is a row of letters and a chain of operations. A solution is one block per operation, separated by `;`: the
-letters after that operation, followed by the operations that are left. The last block has no operations left: it is
-the answer.
+A problem is a row of letters and a chain of operations. A solution has one block per operation, separated by `;`. A block is
+the letters after that operation, followed by the remaining operations. The last block has no operations left. It is the
+answer.
 
     prompt      a b c d [R] [V] =
     completion  b c d e [V] ; e d c b
 
 Every step can be checked, so the task has an exact outcome reward ([`accuracy_reward`]) and an exact step judge
-([`first_wrong_block`]). The difficulty is a dial: a small Llama is pretrained from scratch, first on clean traces,
-which teaches the skill, then on traces whose steps are corrupted with probability `noise`, which buries the skill
-under failed groups. Greedy decoding still knows the task; sampling fails. With three letters of six there are 216
-answers, so that now and then a wrong solution ends right by luck, as it does in multiple choice: the outcome reward is
-noisy where true successes are rare. This is the situation in which GRPO sees little and a step-wise judge sees much.
+([`first_wrong_block`]).
 
-After DataAlchemy (arXiv 2508.01191), with the operations that are left carried along. Left out on purpose: any second
-model family, any natural language. Text is split at spaces, so a token is a letter, an operation, `;` or `=`.
+The difficulty is a dial. A small Llama is pretrained from scratch. Clean traces teach the skill first. Then traces whose steps
+are corrupted with probability `noise` bury the skill under failed groups. Greedy decoding still solves the task, sampling
+fails. With three letters of six there are 216 answers, so a wrong solution sometimes has the right answer by luck, as in
+multiple choice. The outcome reward is then noisy while true successes are rare: GRPO sees little, a step-wise judge much.
+
+After DataAlchemy (arXiv 2508.01191), but each block carries the remaining operations. Left out on purpose: a second model
+family, natural language. Text is split at spaces, so a token is a letter, an operation, `;` or `=`.
 """
 
 import json
@@ -136,9 +137,9 @@ def sample_unseen(rng: random.Random, axis: str, n_operations: int, length: int)
         rng (`random.Random`):
             Source of randomness.
         axis (`str`):
-            In which way it lies outside. `"depth"`: two operations more. `"length"`: one letter more. `"representation"`:
-            the letters of the second alphabet. `"composition"`: a chain of `n_operations` with the operation
-            `LONE_OPERATION` among them, which a pretraining with this axis shows only by itself.
+            How it lies outside. `"depth"`: two operations more. `"length"`: one letter more. `"representation"`: the letters of
+            the second alphabet. `"composition"`: a chain of `n_operations` with `LONE_OPERATION`, an operation that a
+            pretraining with this axis shows only by itself.
         n_operations, length (`int`):
             The most operations, and the letters, of the pretraining.
     """
@@ -204,10 +205,10 @@ def first_wrong_block(problem: str, steps: Sequence[str], **row: Any) -> int | N
     """
     The step checker: an exact judge for [`StepwiseJudge`].
 
-    A step is right if and only if its whole block equals the gold block, and the solution has as many blocks as there
-    are operations; with too few or too many it has no answer, and counts as wrong from its first block on. Otherwise a
-    policy is paid for stopping early: one right block of two is an RTS of 1/2, one of five is 1/5, and in training the
-    solutions shrank to three quarters of their length while the accuracy stayed where it was.
+    A step is right if its whole block equals the gold block. A solution with too few or too many blocks has no answer. It
+    counts as wrong from its first block on. Otherwise a policy is rewarded for stopping early, because one right block of two
+    is an RTS of 1/2 and one of five is 1/5. In training the solutions then shrank to three quarters of their length, and the
+    accuracy stayed the same.
 
     Args:
         problem (`str`):
@@ -230,7 +231,7 @@ def first_wrong_block(problem: str, steps: Sequence[str], **row: Any) -> int | N
 def accuracy_reward(prompts: Sequence[str], completions: Sequence[str], **kwargs: Any) -> list[float]:
     """
     The verifier, as a reward function: 1.0 if a completion has exactly one block per operation and its last block is
-    right, else 0.0. The steps on the way are not looked at.
+    right, else 0.0. It does not look at the other steps.
     """
     rewards = []
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -248,35 +249,6 @@ def right_prefix(prompt: str, completion: str) -> float:
     while right < min(len(gold), len(blocks)) and blocks[right] == gold[right].split():
         right += 1
     return right / len(gold)
-
-
-def noise_for_failed_share(failed_share: float, n_operations: int, n_generations: int = 8) -> float:
-    """
-    The noise at which traces themselves, drawn in groups, fail a given share of the groups: the inverse of
-    `P(failed group) = (1 - (1 - noise) ** k) ** G`.
-
-    A model that was taught clean first and noisy last has not learnt the noise to the full, so it fails fewer groups
-    than this; `benchmarks/difficulty_dial` has measured how many.
-
-    Args:
-        failed_share (`float`):
-            The share of failed groups to aim for, in (0, 1).
-        n_operations (`int`):
-            Operations per problem, `k`.
-        n_generations (`int`, *optional*, defaults to `8`):
-            Completions per group, `G`.
-
-    Example:
-
-    ```python
-    >>> round(noise_for_failed_share(0.95, n_operations=5), 3)
-    0.636
-    ```
-    """
-    if not 0 < failed_share < 1:
-        raise ValueError(f"failed_share={failed_share} must lie strictly between 0 and 1: it is a share of groups.")
-    pass_at_1 = 1 - failed_share ** (1 / n_generations)
-    return 1 - pass_at_1 ** (1 / n_operations)
 
 
 def build_tokenizer() -> "PreTrainedTokenizerBase":
@@ -315,10 +287,10 @@ class PretrainConfig:
         learning_rate (`float`, *optional*, defaults to `3e-3`):
             Peak learning rate of AdamW: linear warm-up over 50 updates, then cosine to a tenth.
         axis (`str`, *optional*):
-            One of `AXES`: what lies outside of the pretraining, see [`sample_unseen`]. It matters for `exposure`, and with
-            `"composition"` chains of several operations do without `LONE_OPERATION`.
+            One of `AXES`: what lies outside of the pretraining, see [`sample_unseen`]. It is needed for `exposure`. With
+            `"composition"` no chain of several operations has `LONE_OPERATION`.
         exposure (`float`, *optional*, defaults to `0.0`):
-            Share of the traces that are drawn from outside all the same.
+            Share of the traces that are nevertheless drawn from outside.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the weights and of the traces.
     """
@@ -431,8 +403,7 @@ def pretrain(config: PretrainConfig, progress: bool = True) -> tuple["PreTrained
 
 def load_or_pretrain(path: str | Path, config: PretrainConfig, progress: bool = True) -> Path:
     """
-    Makes the base model once: a folder that holds a model made with the same `config` is used as it is, any other is
-    replaced.
+    Makes the base model once. If the folder has a model with the same `config`, it is used as it is. Any other is replaced.
 
     Returns:
         `Path`: The folder, loadable with `AutoModelForCausalLM.from_pretrained`.
@@ -451,7 +422,7 @@ def load_or_pretrain(path: str | Path, config: PretrainConfig, progress: bool = 
 @dataclass(frozen=True)
 class Evaluation:
     """
-    What sampled completions of a policy are worth.
+    How good the sampled completions of a policy are.
 
     Args:
         accuracy (`float`):
@@ -461,7 +432,7 @@ class Evaluation:
         right_prefix (`float`):
             Mean share of leading right blocks.
         failed_groups (`float`):
-            Share of problems none of whose samples is correct.
+            Share of problems without a correct sample.
     """
 
     accuracy: float
@@ -481,8 +452,8 @@ def evaluate(
     batch_size: int = 512,
 ) -> Evaluation:
     """
-    Samples `n_samples` completions for every prompt and decodes each once greedily. The random state of torch is left
-    as it was found, so an evaluation in the middle of a training changes nothing.
+    Samples `n_samples` completions for every prompt, and decodes each prompt once greedily. The random state of torch is
+    restored, so an evaluation does not change a training.
     """
     import torch
     from transformers import GenerationConfig

@@ -8,50 +8,52 @@ import numpy as np
 import pytest
 import torch
 
-from trl_sgpo import groups
-from trl_sgpo.analysis import dynamics
-from trl_sgpo.analysis.dynamics import (
+from benchmarks.dynamics import learning, world
+from benchmarks.dynamics.learning import (
+    adam_step,
+    adam_step_per_logit,
+    learn,
+    mean_until,
+    noise_limited_step,
+    sample_gradients,
+    simulate,
+    updates_until,
+)
+from benchmarks.dynamics.world import (
     ARMS,
     JUDGED,
     NOISE_KINDS,
-    adam_step,
-    adam_step_per_logit,
     advantages,
     batch,
-    failed_share,
     false_credit,
-    learn,
     logit,
-    mean_until,
     moments,
     multisets,
     noise_behind,
-    noise_limited_step,
     normalised,
     one_skill,
     prefix_lengths,
     prepare,
-    sample_gradients,
     scores,
-    simulate,
     start_probability,
     two_step_accuracy,
     two_step_gradient,
-    updates_until,
     verdict_matrix,
 )
-from trl_sgpo.credit import StepTokens, prefix_credit
-from trl_sgpo.groups import (
-    fill_failed_groups,
-    fill_mixed_groups,
-    group_advantages,
-    group_kinds,
-    rts_to_reward,
-)
+from trl_sgpo.credit import StepTokens
+from trl_sgpo.groups import group_advantages, group_kinds, rts_to_reward
+from trl_sgpo.treatments.prefix import prefix_credit
+from trl_sgpo.treatments.sequence import fill_failed_groups, fill_mixed_groups
 
 
 P = np.array([0.6, 0.3, 0.5])
 BEHIND = np.array([0.5, 0.7, 0.2])
+
+
+def failed_share(p_H, group_size, luck=0.0):
+    """The share of groups in which no outcome is right: `(1 - P)^G`."""
+    right = float(np.prod(p_H))
+    return (1 - right - luck * (1 - right)) ** group_size
 
 
 def sampled(arm, p, behind, group_size, n_groups, noise=0.0, kind="uniform", luck=0.0, seed=0):
@@ -259,16 +261,14 @@ class TestPieces:
 
     def test_worked_examples(self):
         parser, runner = doctest.DocTestParser(), doctest.DocTestRunner(verbose=False)
-        for name, value in vars(dynamics).items():
-            if getattr(value, "__module__", None) == dynamics.__name__ and value.__doc__:
+        names = {**vars(world), **vars(learning)}
+        for name, value in names.items():
+            if getattr(value, "__module__", None) in (world.__name__, learning.__name__) and value.__doc__:
                 text = value.__doc__.replace("```python", "").replace("```", "")
-                runner.run(parser.get_doctest(text, dict(vars(dynamics)), name, None, 0))
+                runner.run(parser.get_doctest(text, dict(names), name, None, 0))
         found = runner.summarize(verbose=False)
         assert found.attempted > 15
         assert found.failed == 0
-
-    def test_epsilon_is_the_trainer_s(self):
-        assert dynamics.STD_EPSILON == groups.STD_EPSILON
 
     def test_errors(self):
         with pytest.raises(ValueError, match=r"guesses alone leave at most 0\.964"):

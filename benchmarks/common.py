@@ -1,0 +1,82 @@
+"""The two halves of a record: where it comes from (commit, versions, hardware), and the file that it is written to."""
+
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def commit() -> str:
+    """
+    The commit of this checkout. It ends in "-dirty" if tracked files other than recorded results differ from it. "unknown"
+    without git or outside of a repository.
+    """
+
+    def git(*arguments: str) -> str:
+        root = Path(__file__).parents[1]
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root, check=True).stdout.strip()
+
+    try:
+        name = git("rev-parse", "--short=7", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/*/results*")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{name}-dirty" if changed else name
+
+
+def hardware(threads: int | None = None) -> str:
+    """The CUDA device if there is one, otherwise the CPU with torch's threads. With `threads`: the CPU with so many."""
+    import torch
+
+    if threads is None and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    threads = threads or torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def provenance(packages: Sequence[str], threads: int | None = None) -> dict[str, Any]:
+    """What a record begins with. Give `threads` for work that never goes to a CUDA device: the hardware is then the CPU."""
+    return {
+        "commit": commit(),
+        "versions": {name: version(name) for name in packages},
+        "hardware": hardware(threads),
+    }
+
+
+def write_results(path: Path, record: Mapping[str, Any]) -> None:
+    """
+    Writes a record as JSON with few lines and readable diffs: one line per entry of the record, and one per item of an entry
+    that holds lists or dicts itself. NaN and infinity, which JSON does not know, become null.
+
+        {
+         "commit": "abc",
+         "runs": [
+          {"seed": 0},
+          {"seed": 1}
+         ]
+        }
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    def lines(value: Any, depth: int) -> str:
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if depth == 0 or not any(isinstance(item, dict | list) for item in items):
+            return json.dumps(value)
+        inner, outer = "\n" + " " * (3 - depth), "\n" + " " * (2 - depth)
+        if isinstance(value, dict):
+            parts = [f"{json.dumps(key)}: {lines(item, depth - 1)}" for key, item in value.items()]
+            return "{" + inner + ("," + inner).join(parts) + outer + "}"
+        return "[" + inner + ("," + inner).join(lines(item, depth - 1) for item in value) + outer + "]"
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(lines(plain(record), depth=2) + "\n")

@@ -1,0 +1,44 @@
+"""Where records come from and how they are written, and that what is recorded is written so."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.common import provenance, write_results
+
+
+RECORDS = sorted(Path(__file__).parents[2].glob("benchmarks/**/results.json"))
+
+
+def test_a_record_has_a_line_per_entry(tmp_path):
+    record = {"commit": "abc", "runs": [{"seed": 0, "curve": [1, 2]}, {"seed": 1, "curve": []}], "sizes": [4, 8]}
+    write_results(tmp_path / "new" / "results.json", record)
+    assert (tmp_path / "new" / "results.json").read_text() == (
+        "{\n"
+        ' "commit": "abc",\n'
+        ' "runs": [\n'
+        '  {"seed": 0, "curve": [1, 2]},\n'
+        '  {"seed": 1, "curve": []}\n'
+        " ],\n"
+        ' "sizes": [4, 8]\n'
+        "}\n"
+    )
+
+
+def test_what_json_does_not_know_is_null(tmp_path):
+    write_results(tmp_path / "results.json", {"judges": {1: {"f1": float("nan"), "ends": (0.5, float("inf"))}}})
+    assert json.loads((tmp_path / "results.json").read_text()) == {"judges": {"1": {"f1": None, "ends": [0.5, None]}}}
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.name)
+def test_the_records_are_written_so(path, tmp_path):
+    write_results(tmp_path / "results.json", json.loads(path.read_text()))
+    assert path.read_text() == (tmp_path / "results.json").read_text()
+
+
+def test_provenance():
+    found = provenance(("trl", "torch"), threads=1)
+    assert set(found["versions"]) == {"trl", "torch"}
+    assert found["hardware"].endswith("CPU, 1 thread")
+    assert found["commit"]
