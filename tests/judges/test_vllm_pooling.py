@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from prm_families import make_family, prm_tokenizer
+from prm_families import byte_tokenizer, make_family
 
 from trl_sgpo import JudgeItem
 from trl_sgpo.judges.prm import PRMJudge, PRMSpec
@@ -133,7 +133,7 @@ def test_heads_with_one_output_and_verdict_tokens(family):
         (verdicts, [0.75, 0.25], {"positive_index": 1}, 0.25),
     ):
         with serving(lambda body, handler, row=row: data([row] * len(body["input"][0]))) as server:
-            judge = VLLMPoolingJudge("m", server.url, spec, prm_tokenizer(), **options)
+            judge = VLLMPoolingJudge("m", server.url, spec, byte_tokenizer(), **options)
             assert judge.scores([item]) == [[expected, expected]]
 
 
@@ -255,7 +255,7 @@ def test_errors_name_the_argument(family, tmp_path):
     with pytest.raises(ValueError, match=r"could not be loaded: .*Give `tokenizer`"):
         VLLMPoolingJudge("m", tokenizer=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="Give `spec`"):
-        VLLMPoolingJudge("m", tokenizer=prm_tokenizer())
+        VLLMPoolingJudge("m", tokenizer=byte_tokenizer())
     judge = VLLMPoolingJudge("m", tokenizer=folder, threshold=0.25)
     assert judge.name == "VLLMPoolingJudge(m)"
     assert judge.threshold == 0.25
