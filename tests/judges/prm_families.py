@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import toys
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-from toys import CHATML, byte_tokenizer
+from toys import CHATML
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
@@ -39,11 +40,11 @@ SIZES = {
 }
 
 
-def prm_tokenizer(template=CHATML, special=("<extra_0>",), added=("<tool_call>",)) -> PreTrainedTokenizerFast:
+def byte_tokenizer(template=CHATML, special=("<extra_0>",), added=("<tool_call>",)) -> PreTrainedTokenizerFast:
     """One token per byte, so that pieces and the whole text have the same ids; BOS, chat tokens, a step tag."""
     chat = ("<|end|>", "<|bos|>", "<|im_start|>", "<|im_end|>", "<|header|>", "<|/header|>", "<|eot|>")
     names = {"bos_token": "<|bos|>", "eos_token": "<|end|>", "pad_token": "<|end|>"}
-    return byte_tokenizer(template, (*chat, *special), added, **names)
+    return toys.byte_tokenizer(template, (*chat, *special), added, **names)
 
 
 def prefix_space_tokenizer() -> PreTrainedTokenizerFast:
@@ -127,7 +128,7 @@ def make_family(name: str, root: Path, **sizes) -> Family:
 
 
 def _qwen(root, sizes):
-    tokenizer = prm_tokenizer()
+    tokenizer = byte_tokenizer()
     model = Qwen2ForProcessRewardModel(Qwen2Config(vocab_size=len(tokenizer), **sizes)).eval()
     folder = save(
         model,
@@ -155,7 +156,7 @@ def _qwen(root, sizes):
 
 
 def _trl(root, sizes):
-    tokenizer = prm_tokenizer()
+    tokenizer = byte_tokenizer()
     folder = root / "my-model"
     model = Qwen2ForTokenClassification(Qwen2Config(vocab_size=len(tokenizer), num_labels=2, **sizes))
     save(model, tokenizer, folder)
@@ -189,7 +190,7 @@ def _math_shepherd(root, sizes):
 
 
 def _rlhflow(root, sizes):
-    tokenizer = prm_tokenizer(template=LLAMA3)
+    tokenizer = byte_tokenizer(template=LLAMA3)
     folder = root / "RLHFlow" / "Llama3.1-8B-PRM-Deepseek-Data"
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes))
     save(model, tokenizer, folder)
@@ -214,7 +215,7 @@ def _rlhflow(root, sizes):
 
 
 def _skywork(root, sizes, prefix="", shards=False, binary=False):
-    tokenizer = prm_tokenizer()
+    tokenizer = byte_tokenizer()
     folder = root / "Skywork-o1-Open-PRM-Qwen-2.5-1.5B"
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), **sizes)).eval()
     head = torch.nn.Linear(sizes["hidden_size"], 1)

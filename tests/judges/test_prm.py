@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from prm_families import FAMILIES, SIZES, _skywork, make_family, prefix_space_tokenizer, prm_tokenizer, save
+from prm_families import FAMILIES, SIZES, _skywork, byte_tokenizer, make_family, prefix_space_tokenizer, save
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -155,7 +155,7 @@ def test_text_full_of_separators_and_chat_tokens_is_text(families, name):
 
 
 def test_a_step_tag_that_is_no_special_token_is_cut(families):
-    tokenizer = prm_tokenizer(special=(), added=("<extra_0>", "<tool_call>"))
+    tokenizer = byte_tokenizer(special=(), added=("<extra_0>", "<tool_call>"))
     assert len(tokenizer("<extra_0>", split_special_tokens=True)["input_ids"]) == 1  # why it has to be cut
     encoder = PRMEncoder(tokenizer, PRMSpec.preset("qwen2.5-math-prm"))
     steps = ("<extra_0>" * 3000, "<extra_<extra_0>0>", "a<tool_call>")
@@ -168,7 +168,7 @@ def test_a_step_tag_that_is_no_special_token_is_cut(families):
 
 
 def test_a_spec_of_ones_own(families):
-    tokenizer = prm_tokenizer()
+    tokenizer = byte_tokenizer()
     spec = PRMSpec(separator="##", read_at="step", add_bos=False, before_first_step=" ", step_label="{number}. ")
     encoded = PRMEncoder(tokenizer, spec).encode([JudgeItem("Q?", ("one", "two"))])[0]
     text = tokenizer.decode(encoded.ids)
@@ -183,7 +183,7 @@ def test_a_spec_of_ones_own(families):
 
 def test_a_label_that_the_policy_wrote_is_not_written_twice():
     spec = PRMSpec.preset("math-shepherd", add_bos=False)
-    tokenizer = prm_tokenizer()
+    tokenizer = byte_tokenizer()
     encoded = PRMEncoder(tokenizer, spec).encode([JudgeItem("Q?", ("Step 1: add", "then"))])[0]
     assert tokenizer.decode(encoded.ids) == "Q? Step 1: add ки\nStep 2: then ки"
 
@@ -562,7 +562,7 @@ def test_errors_of_the_judge(families, tmp_path):
 
 
 def test_errors_of_the_tokenizer():
-    tokenizer = prm_tokenizer()
+    tokenizer = byte_tokenizer()
     model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **SIZES))
     with pytest.raises(ValueError, match="outside the vocabulary"):
         PRMJudge((model, tokenizer), PRMSpec.preset("math-shepherd", positive="A", negative="B"))
@@ -581,7 +581,7 @@ def test_a_model_that_changes_its_logits_is_refused():
     model = LlamaForCausalLM(LlamaConfig(vocab_size=300, **SIZES))
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match=r"final_logit_softcapping=30.0"):
-        PRMJudge((model, prm_tokenizer()), PRMSpec.preset("math-shepherd"))
+        PRMJudge((model, byte_tokenizer()), PRMSpec.preset("math-shepherd"))
 
 
 # In training

@@ -52,8 +52,8 @@ class PRMSpec:
         before_first_step, before_next_steps (`str`, *optional*, default to `""`):
             Text put between the problem and the first step, and before every further step.
         step_label (`str`, *optional*, defaults to `""`):
-            Text put before every step, for instance `"Step {number}: "`. `{number}` stands for the step's number, counted
-            from 1. A step that begins with such a label itself gets none.
+            Text put before every step, for instance `"Step {number}: "`. `{number}` stands for the step's number,
+            counted from 1. A step that begins with such a label itself gets none.
         add_bos (`bool`, *optional*, defaults to `True`):
             Whether the text begins with the tokenizer's BOS token, if it has one. For the template `"plain"` only.
         keep_prefix_space (`bool`, *optional*, defaults to `False`):
