@@ -18,6 +18,7 @@ from trl_sgpo.scripts.judge_train import main as judge_train
 from trl_sgpo.tasks.rewrite_chain import PretrainConfig
 
 
+pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[2]
 TINY = PretrainConfig(clean_updates=2, noisy_updates=2, layers=1, width=16, heads=2)
 
