@@ -206,11 +206,12 @@ def outcomes_of(trainer: Any, given: Any) -> tuple[list[Any], list[int]]:
             f"outcome_reward={type(given).__name__} is neither a name nor a reward function. Give one of {names}, or a "
             "function `f(prompts, completions, **columns) -> list[float]`."
         )
-    judge_index = getattr(trainer, "judge_index", None)
-    if judge_index is None:
-        judge_index = next((i for i, func in enumerate(funcs) if isinstance(func, StepwiseJudge)), None)
     indices = getattr(trainer, "outcome_indices", []) if given is None else []
-    indices = indices or find_outcomes(names, judge_index, given, needed_by="SharpeningCallback")
+    if not indices:
+        own_judge = getattr(trainer, "judge_index", None)
+        others = [i for i, func in enumerate(funcs) if i != own_judge and not isinstance(func, StepwiseJudge)]
+        found = find_outcomes([names[i] for i in others], None, given, needed_by="SharpeningCallback")
+        indices = [others[i] for i in found]
     models = [names[i] for i in indices if isinstance(funcs[i], nn.Module)]
     if models:
         raise ValueError(
