@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from prm_families import make_family, prm_tokenizer
+from prm_families import byte_tokenizer, make_family
 from server import Clock
 
 from trl_sgpo import JudgeItem
@@ -139,7 +139,7 @@ def test_heads_with_one_output_and_verdict_tokens(family):
         (verdicts, [0.75, 0.25], {"positive_index": 1}, 0.25),
     ):
         with serving(lambda body, handler, row=row: data([row] * len(body["input"][0]))) as server:
-            judge = VLLMPoolingJudge("m", server.url, spec, prm_tokenizer(), **options)
+            judge = VLLMPoolingJudge("m", server.url, spec, byte_tokenizer(), **options)
             assert judge.scores([item]) == [[expected, expected]]
 
 
@@ -236,7 +236,7 @@ def test_two_servers_share_the_work_and_stand_in_for_each_other():
     options = {"max_concurrency": 2, "max_retries": 0, "breaker_failures": 2}
     with serving(scores) as first, serving(scores) as second:
         urls = [f"{first.url}/v1", second.url]
-        judge = VLLMPoolingJudge("m", urls, PRMSpec.preset("skywork"), prm_tokenizer(), **options)
+        judge = VLLMPoolingJudge("m", urls, PRMSpec.preset("skywork"), byte_tokenizer(), **options)
         assert judge.servers.base_urls == (first.url, second.url)
         assert judge.scores(items) == [[0.25, 0.25]] * 24
         assert len(first.seen) + len(second.seen) == 24
@@ -244,7 +244,7 @@ def test_two_servers_share_the_work_and_stand_in_for_each_other():
     four.abort()
     with serving(lambda body, handler: (500, "no")) as bad, serving(scores) as good:
         urls = [bad.url, good.url]
-        judge = VLLMPoolingJudge("m", urls, PRMSpec.preset("skywork"), prm_tokenizer(), **options)
+        judge = VLLMPoolingJudge("m", urls, PRMSpec.preset("skywork"), byte_tokenizer(), **options)
         for _ in range(2):
             assert judge.scores(items) == [[0.25, 0.25]] * 24
         assert len(bad.seen) <= 3  # the breaker opened at the second failure; one more may have been under way
@@ -260,7 +260,7 @@ def test_a_server_that_is_down_is_left_alone_and_tried_again(clock):
 
     with serving(answer) as server:
         options = {"max_concurrency": 1, "max_retries": 0, "breaker_failures": 3, "breaker_seconds": 30.0}
-        judge = VLLMPoolingJudge("m", server.url, PRMSpec.preset("skywork"), prm_tokenizer(), **options)
+        judge = VLLMPoolingJudge("m", server.url, PRMSpec.preset("skywork"), byte_tokenizer(), **options)
         reasons = [verdict.reason for verdict in judge.judge([item] * 10)]
         assert len(server.seen) == 3
         assert "HTTP 503" in reasons[0]
@@ -281,7 +281,7 @@ def test_this_machine_is_not_asked_through_a_proxy(monkeypatch):
     monkeypatch.delenv("NO_PROXY", raising=False)
     with serving(lambda body, handler: data([0.25] * len(body["input"][0]))) as server:
         for url in (server.url, server.url.replace("127.0.0.1", "localhost")):
-            judge = VLLMPoolingJudge("m", url, PRMSpec.preset("skywork"), prm_tokenizer(), max_retries=0)
+            judge = VLLMPoolingJudge("m", url, PRMSpec.preset("skywork"), byte_tokenizer(), max_retries=0)
             assert judge.scores([JudgeItem(PROBLEM, ("a", "b"))]) == [[0.25, 0.25]]
 
 
@@ -313,7 +313,7 @@ def test_what_is_too_long_is_not_sent(family):
 def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(ImportError, match=r"pip install trl-sgpo\[api\]"):
-        VLLMPoolingJudge("m", spec=PRMSpec.preset("skywork"), tokenizer=prm_tokenizer())
+        VLLMPoolingJudge("m", spec=PRMSpec.preset("skywork"), tokenizer=byte_tokenizer())
 
 
 def test_errors_name_the_argument(family, tmp_path):
@@ -329,7 +329,7 @@ def test_errors_name_the_argument(family, tmp_path):
     with pytest.raises(ValueError, match=r"could not be loaded: .*Give `tokenizer`"):
         VLLMPoolingJudge("m", tokenizer=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="Give `spec`"):
-        VLLMPoolingJudge("m", tokenizer=prm_tokenizer())
+        VLLMPoolingJudge("m", tokenizer=byte_tokenizer())
     judge = VLLMPoolingJudge("m", tokenizer=folder, threshold=0.25)
     assert judge.name == "VLLMPoolingJudge(m)"
     assert judge.threshold == 0.25
