@@ -24,7 +24,7 @@ SLOW_FOLDERS = {"benchmarks"}
 def pytest_collection_modifyitems(items):
     """
     Sorts the tests into two tiers by what they use. `make test` runs what is not slow, `make test-all` the rest. A test marked
-    `essential` is in the first one whatever it uses; a file whose tests start processes marks itself `slow`.
+    `essential` is in the first one whatever it uses. Whole commands, other processes and simulations mark themselves `slow`.
     """
     for item in items:
         slow = SLOW_FIXTURES.intersection(item.fixturenames) or SLOW_FOLDERS.intersection(item.path.parts)

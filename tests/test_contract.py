@@ -13,6 +13,9 @@ import pytest
 import torch
 
 
+pytestmark = pytest.mark.essential
+
+
 SYMBOLS = [
     "accelerate.utils.gather",
     "huggingface_hub.ModelCard.load",

@@ -18,7 +18,7 @@ from recipes.quickstart.run import BASE
 from trl_sgpo.tasks.rewrite_chain import build_model, build_tokenizer
 
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[1]
 
 

@@ -18,6 +18,9 @@ from trl_sgpo.judges.prompt import JudgePrompt
 from trl_sgpo.judges.server_settings import RequestFormat
 
 
+pytestmark = pytest.mark.slow  # whole commands
+
+
 for package in ("fastapi", "uvicorn", "openai"):
     pytest.importorskip(package, reason=f"`transformers serve` needs {package}: pip install transformers[serving]")
 

@@ -18,6 +18,7 @@ from trl_sgpo.scripts import judge_train
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_command(make_model, tokenizer, tmp_path):
     config = {
         "data": [str(write_solutions(tmp_path / "train.jsonl"))],

@@ -16,6 +16,9 @@ from trl_sgpo.scripts.report import main
 from trl_sgpo.tasks.rewrite_chain import accuracy_reward
 
 
+pytestmark = pytest.mark.slow  # whole commands
+
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -90,6 +90,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 def test_gsm8k_questions_from_a_path(workplace, gsm8k_path):
     """The whole script: conversational prompts, TRL's accuracy reward, a judge function, save, card, resume."""
     (workplace / "tiny.yaml").write_text(yaml.safe_dump(TINY))
@@ -113,6 +114,7 @@ def test_gsm8k_questions_from_a_path(workplace, gsm8k_path):
     assert json.loads((workplace / "out" / "trainer_state.json").read_text())["global_step"] == 4
 
 
+@pytest.mark.slow
 def test_a_bad_argument_ends_the_run_before_it_begins(workplace, gsm8k_path):
     (workplace / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     result = run("--config", "tiny.yaml", "--judge", "my_judges.missing", "--output_dir", "out", cwd=workplace)

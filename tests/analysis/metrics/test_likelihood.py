@@ -87,6 +87,7 @@ class TestTilt:
         assert fit.beta.value == pytest.approx(1.7)
         assert max(fit.sd_correct, fit.sd_incorrect) == pytest.approx(0, abs=1e-7)
 
+    @pytest.mark.slow
     def test_recovers_a_noisy_tilt_within_its_interval(self):
         rng, hits = np.random.default_rng(1), []
         for _ in range(300):

@@ -87,6 +87,7 @@ class TestCounts:
         assert math.isnan(answer_entropy([]))
 
 
+@pytest.mark.slow
 class TestIntervals:
     @pytest.mark.parametrize("n_prompts", [20, 60])
     @pytest.mark.parametrize(

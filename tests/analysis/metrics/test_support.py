@@ -23,6 +23,7 @@ def simulate(rng, n_prompts, beta=0.0, slope=1.0, n=64, spread=1.5, mean=-1.0):
     return size, rng.binomial(n, sigmoid(logit)), size, rng.binomial(n, sigmoid(beta + slope * logit))
 
 
+@pytest.mark.slow
 class TestTiltLine:
     @pytest.mark.parametrize(("beta", "slope"), [(0.0, 1.0), (1.5, 1.0), (1.0, 0.5)])
     def test_line_is_covered_by_its_interval(self, beta, slope):
@@ -98,6 +99,7 @@ class TestSupport:
         )
         assert table.p_expanded == pytest.approx(chance)
 
+    @pytest.mark.slow
     def test_base_against_base_is_no_change(self):
         rng, alarms = np.random.default_rng(0), 0
         for _ in range(200):
@@ -115,6 +117,7 @@ class TestSupport:
         assert support_table(base, policy, 32).changes() == ["expanded", "shrunk"]
         assert support_table(base, policy, 32).unseen_rate == pytest.approx(1 - 0.05 ** (1 / 32))
 
+    @pytest.mark.slow
     def test_unequal_numbers_of_samples_are_no_change(self):
         rng, alarms = np.random.default_rng(2), 0
         for _ in range(100):

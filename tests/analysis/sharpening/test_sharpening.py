@@ -725,6 +725,7 @@ def without_times(log):
     return [{key: value for key, value in entry.items() if "seconds" not in key} for entry in log["with"]["probes"]]
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path):
     """Two ranks draw what one draws; and where one fails, both skip the probe."""
     single = {"with": sharpening_ranks.train(tmp_path / "single", "plain")}
