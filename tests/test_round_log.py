@@ -1,6 +1,7 @@
 """The completions table, in the terminal and as files, beside a user's own columns."""
 
 import json
+import threading
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,7 @@ from toys import FixedJudge, all_failed, stepwise
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
-from trl_sgpo import Verdict
+from trl_sgpo import StepwiseJudge, Verdict
 from trl_sgpo.analysis.report import completions
 from trl_sgpo.round_log import JUDGE_COLUMNS, _verdict
 
@@ -124,6 +125,48 @@ def test_a_users_own_columns_are_not_overwritten(make_trainer, dataset):
         "error",
         "no_error",
     ]
+
+
+def test_a_users_column_of_the_judges_name_is_refused(make_trainer):
+    def logs(prompts, completions, log_extra, **kwargs):
+        log_extra("judge_reason", ["mine"] * len(completions))
+        return [0.0] * len(completions)
+
+    trainer = make_trainer([logs, stepwise()], **CONFIG)
+    with pytest.raises(ValueError, match="has logged the column 'judge_reason' with log_extra"):
+        trainer.train()
+    assert "judge_status" not in trainer._pending_extra_logs
+
+
+def test_two_trainers_that_log_at_once_put_trls_function_back(make_trainer):
+    printer = grpo_trainer.print_prompt_completions_sample
+    logs = [make_trainer([all_failed, stepwise()], **CONFIG)._round_log for _ in range(2)]
+    inside, leave = threading.Event(), threading.Event()
+
+    def first():
+        with logs[0].readable_table():
+            inside.set()
+            leave.wait(10)
+
+    def second():
+        with logs[1].readable_table():
+            pass
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads[0].start()
+    assert inside.wait(10)
+    threads[1].start()
+    leave.set()
+    for thread in threads:
+        thread.join(10)
+    assert grpo_trainer.print_prompt_completions_sample is printer
+
+
+def test_completions_of_one_step_are_said_once(make_trainer, caplog):
+    judge = StepwiseJudge(lambda problem, steps: 0, segmenter=lambda text: [(0, len(text))] if text.strip() else [])
+    trainer = make_trainer([all_failed, judge], max_steps=2)
+    trainer.train()
+    assert caplog.text.count("has a single step") == 1
 
 
 def test_the_file_beside_the_table_names_all_outcomes(make_trainer):

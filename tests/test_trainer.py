@@ -580,7 +580,32 @@ class TestLogs:
         assert caplog.text.count("mask_truncated_completions=True:") == 1
 
 
+def named(name):
+    def reward(prompts, completions, **kwargs):
+        return [0.0] * len(completions)
+
+    reward.__name__ = name
+    return reward
+
+
 class TestErrors:
+    @pytest.mark.parametrize("judge", [CountingJudge(), StepwiseJudge])
+    def test_a_judge_that_nothing_wraps(self, make_trainer, judge):
+        with pytest.raises(TypeError, match=r"which is no reward function. Wrap the judge: `StepwiseJudge\(judge\)`"):
+            make_trainer([by_kind, judge])
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("failed_group_weight", -1.0), ("judge_scope", "all"), ("failed_groups", "typo")]
+    )
+    def test_settings_that_were_set_later_are_checked(self, make_trainer, name, value):
+        class Late(GRPOConfig):
+            def __post_init__(self):
+                super().__post_init__()
+                setattr(self, name, value)
+
+        with pytest.raises(ValueError, match=f"{name}={value!r}"):
+            make_trainer([by_kind, stepwise()], SGPOTrainer, Late)
+
     @pytest.mark.parametrize(
         ("funcs", "config", "message"),
         [
@@ -607,6 +632,11 @@ class TestErrors:
                 [stepwise()],
                 {"failed_groups": "nsr"},
                 "failed_groups='nsr' has to know .* no outcome reward",
+            ),
+            (
+                [by_kind, named("stepwise_judge"), stepwise()],
+                {},
+                "a function called 'stepwise_judge' beside the StepwiseJudge",
             ),
             ([by_kind], {"failed_groups": "prefix"}, "failed_groups='prefix' asks a judge, and reward_funcs holds no"),
             ([by_kind, stepwise()], {"reward_weights": [1.0, -0.5]}, "gives the judge a negative weight"),

@@ -102,7 +102,7 @@ class SGPOConfig(GRPOConfig):
         metadata={
             "help": "Name of the reward function that says whether a completion is right or wrong. With a single "
             "reward function beside the judge it is that one; with several it must be given. A run with several tasks "
-            "gives several names."
+            "gives a list of names, in YAML or Python."
         },
     )
     success_threshold: float = field(
@@ -144,38 +144,43 @@ class SGPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if math.isnan(self.success_threshold):
+        _check(self)
+
+
+def _check(args: SGPOConfig) -> None:
+    """Raises for values out of their range."""
+    if math.isnan(args.success_threshold):
+        raise ValueError(
+            "success_threshold=nan: no outcome reward can reach it, so every group would count as failed. Give "
+            "the smallest outcome reward that means 'correct', for instance 0.5 for rewards in {0, 1}."
+        )
+    if args.judge_scope not in JUDGE_SCOPES:
+        raise ValueError(
+            f"judge_scope={args.judge_scope!r} is unknown: it must be one of {list(JUDGE_SCOPES)}. Use "
+            "'failed_groups' for the paper's setting."
+        )
+    if not 0 < args.judge_until <= 1:
+        raise ValueError(
+            f"judge_until={args.judge_until} must lie in (0, 1]: it is the fraction of the run's updates during "
+            "which the judge is asked. To train without a judge, leave `StepwiseJudge` out of `reward_funcs`."
+        )
+    if not (args.failed_group_weight >= 0 and math.isfinite(args.failed_group_weight)):
+        raise ValueError(
+            f"failed_group_weight={args.failed_group_weight} must be a finite number of at least 0: it scales what "
+            "failed groups are given, and a negative one would reward what is wrong. Use 1 for the paper's setting."
+        )
+    for name in ("prefix_reward", "error_penalty"):
+        value = getattr(args, name)
+        if not (value >= 0 and math.isfinite(value)):
             raise ValueError(
-                "success_threshold=nan: no outcome reward can reach it, so every group would count as failed. Give "
-                "the smallest outcome reward that means 'correct', for instance 0.5 for rewards in {0, 1}."
+                f"{name}={value} must be a finite number of at least 0: a negative one would blame what is right or "
+                "reward what is wrong. Use 0 to leave those tokens alone."
             )
-        if self.judge_scope not in JUDGE_SCOPES:
-            raise ValueError(
-                f"judge_scope={self.judge_scope!r} is unknown: it must be one of {list(JUDGE_SCOPES)}. Use "
-                "'failed_groups' for the paper's setting."
-            )
-        if not 0 < self.judge_until <= 1:
-            raise ValueError(
-                f"judge_until={self.judge_until} must lie in (0, 1]: it is the fraction of the run's updates during "
-                "which the judge is asked. To train without a judge, leave `StepwiseJudge` out of `reward_funcs`."
-            )
-        if not (self.failed_group_weight >= 0 and math.isfinite(self.failed_group_weight)):
-            raise ValueError(
-                f"failed_group_weight={self.failed_group_weight} must be a finite number of at least 0: it scales what "
-                "failed groups are given, and a negative one would reward what is wrong. Use 1 for the paper's setting."
-            )
-        for name in ("prefix_reward", "error_penalty"):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(
-                    f"{name}={value} must be a finite number of at least 0: a negative one would blame what is right or "
-                    "reward what is wrong. Use 0 to leave those tokens alone."
-                )
-        if self.failed_groups not in TREATMENTS:
-            raise ValueError(
-                f"failed_groups={self.failed_groups!r} is unknown: it must be one of {list(TREATMENTS)}. Use 'sgpo' for "
-                "the paper's setting, and 'none' for GRPO. An own treatment is passed as `SGPOTrainer(..., treatment=...)`."
-            )
+    if args.failed_groups not in TREATMENTS:
+        raise ValueError(
+            f"failed_groups={args.failed_groups!r} is unknown: it must be one of {list(TREATMENTS)}. Use 'sgpo' for "
+            "the paper's setting, and 'none' for GRPO. An own treatment is passed as `SGPOTrainer(..., treatment=...)`."
+        )
 
 
 def with_own_fields(args: GRPOConfig) -> SGPOConfig:
@@ -183,4 +188,6 @@ def with_own_fields(args: GRPOConfig) -> SGPOConfig:
     for own in fields(SGPOConfig):
         if own.name not in GRPOConfig.__dataclass_fields__ and not hasattr(args, own.name):
             setattr(args, own.name, own.default)
-    return cast(SGPOConfig, args)
+    settings = cast(SGPOConfig, args)
+    _check(settings)  # attributes may have been set after the config was made
+    return settings

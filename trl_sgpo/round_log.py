@@ -7,7 +7,8 @@ TRL's own log is kept true here, too: after a treatment has changed advantages, 
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from trl_sgpo.rounds import STATUSES, Judged, Round
 
 
 logger = logging.getLogger(__name__)
+
+# Two trainers of a process may log at once, and what they replace in TRL's module is one function
+_ONE_AT_A_TIME = threading.RLock()
 
 # Columns that the judge adds to the parquet files of the completions
 JUDGE_COLUMNS = ("judge_first_error", "judge_n_steps", "judge_rts", "judge_status", "judge_reason")
@@ -83,10 +87,27 @@ class RoundLog:
                 self._log(round, f"sgpo/{name}", 0.0)
             self._log(round, "sgpo/groups/unjudged", round.kinds.failed_P.float().mean().item())
 
-    def write_table(self, round: Round) -> None:
-        """One value per local row in every round, judged or not: TRL appends columns, and a skipped call shifts them."""
+    def write_table(self, round: Round, taken: Collection[str] = ()) -> None:
+        """
+        One value per local row in every round, judged or not: TRL appends columns, and a skipped call shifts them.
+
+        Args:
+            round ([`~trl_sgpo.rounds.Round`]):
+                The round.
+            taken (`Collection[str]`, *optional*):
+                Columns that reward functions have logged.
+
+        Raises:
+            ValueError: If a reward function has logged a column of the judge's name.
+        """
         if self.judge is None:
             return
+        both = sorted(set(JUDGE_COLUMNS) & set(taken))
+        if both:
+            raise ValueError(
+                f"A reward function has logged the column {both[0]!r} with log_extra, which is one of the judge's "
+                f"{list(JUDGE_COLUMNS)}. Give it another name."
+            )
         scores = round.judged.scores if round.judged is not None else [None] * (round.rows.stop - round.rows.start)
         rows = [_table_row(score, self.judge) for score in scores]
         for name, column in zip(JUDGE_COLUMNS, zip(*rows, strict=True), strict=True):
@@ -106,7 +127,12 @@ class RoundLog:
                 would show them.
         """
         for key, value in round.metrics.items():
-            self._log(round, key, value)
+            try:
+                self._log(round, key, float(value))
+            except (TypeError, ValueError) as error:
+                raise TypeError(
+                    f"round.metrics[{key!r}]={value!r} is not a number, so it cannot be logged."
+                ) from error
         if round.judge_rewards_PG is not None:
             rewards_PG = round.judge_rewards_PG
             values = self.metrics["train"]
@@ -186,6 +212,13 @@ class RoundLog:
         self._log(round, "sgpo/abstain_rate", rates["abstain"])
         self._log(round, "sgpo/no_error_rate", rates["no_error"])
         self._log(round, "sgpo/steps_per_completion", judged.n_steps_PG[asked_PG].mean().item())
+        if judged.n_steps_PG[asked_PG].max() == 1 and self.main_process:
+            self._say_once(
+                "one step",
+                "Every completion that was judged in this round has a single step, so an error in it gives all of them the same "
+                "score, and their groups teach nothing. Give StepwiseJudge a segmenter that cuts your task's completions into "
+                "steps (the default one cuts at headings, blank lines, lines or sentences). This is said once.",
+            )
         if torch.isnan(judged.rts_PG[asked_PG]).all():
             self._silent_rounds += 1
             # At the 1st, 2nd, 4th, 8th ... such round: loud, and yet the log stays readable
@@ -255,10 +288,14 @@ class RoundLog:
         While it lasts, TRL prints completions with one column `verdict` in place of the judge's six, which would squeeze
         prompt and completion to three letters. The files keep all columns.
         """
-        printer = getattr(grpo_trainer, "print_prompt_completions_sample", None)
-        if self.judge is None or printer is None:
+        if self.judge is None or not hasattr(grpo_trainer, "print_prompt_completions_sample"):
             yield
             return
+        with _ONE_AT_A_TIME:
+            yield from self._printing_verdicts(grpo_trainer.print_prompt_completions_sample)
+
+    def _printing_verdicts(self, printer: Callable[..., None]) -> Iterator[None]:
+        """Replaces TRL's function, and puts it back."""
 
         def print_sample(
             prompts: Any, completions: Any, rewards: dict, advantages: Any, *args: Any, extra: dict | None = None

@@ -24,10 +24,10 @@ from trl.trainer.utils import get_config_model_id
 from trl_sgpo import __version__
 from trl_sgpo.config import SGPOConfig, with_own_fields
 from trl_sgpo.judges import StepwiseJudge
-from trl_sgpo.judges.stepwise import REWARD_NAME
+from trl_sgpo.judges.stepwise import take_judge
 from trl_sgpo.outcome import find_outcomes, join_outcomes, reward_name
 from trl_sgpo.policy import Policy
-from trl_sgpo.round_log import RoundLog
+from trl_sgpo.round_log import JUDGE_COLUMNS, RoundLog
 from trl_sgpo.rounds import Round, judge_round
 from trl_sgpo.treatments import NoTreatment, SequenceReward, Treatment, choose_treatment
 from trl_sgpo.treatments.dead_groups import check_loss_type, without_dead_groups, without_residue
@@ -44,28 +44,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def _empty_judge_column(prompts: list, **kwargs: Any) -> list[None]:
-    """Stands where the judge stands while super computes the other rewards."""
-    return [None] * len(prompts)
-
-
-_empty_judge_column.__name__ = REWARD_NAME
-
-
-def _take_judge(funcs: list[Any]) -> tuple[StepwiseJudge | None, int | None]:
-    """The judge among the reward functions, and its index; a stand-in takes its place in the list."""
-    indices = [i for i, func in enumerate(funcs) if isinstance(func, StepwiseJudge)]
-    if len(indices) > 1:
-        raise ValueError(
-            f"reward_funcs holds {len(indices)} StepwiseJudges, at the positions {indices}, and a group can be judged by one. "
-            "To combine judges, combine them inside one `StepwiseJudge`."
-        )
-    if not indices:
-        return None, None
-    judge, funcs[indices[0]] = funcs[indices[0]], _empty_judge_column
-    return judge, indices[0]
-
-
 class SGPOTrainer(GRPOTrainer):
     """
     Trainer for Stepwise Guided Policy Optimization (SGPO), introduced in [Stepwise Guided Policy Optimization: Coloring
@@ -73,7 +51,8 @@ class SGPOTrainer(GRPOTrainer):
 
     GRPO learns nothing from a group of completions that are all wrong. Here a step-wise judge finds the first wrong step
     of each completion of such a group, and the correct prefix is rewarded. Groups with a correct completion keep GRPO's
-    advantages bit for bit, and without a [`StepwiseJudge`] in `reward_funcs` this *is* [`~trl.GRPOTrainer`].
+    advantages bit for bit, and without a [`StepwiseJudge`] in `reward_funcs` this *is* [`~trl.GRPOTrainer`]. A subclass
+    must not change what `_calculate_rewards` returns: groups are sorted and judged by then. Change a reward function instead.
 
     Example:
 
@@ -157,7 +136,7 @@ class SGPOTrainer(GRPOTrainer):
         if reward_funcs is None:
             reward_funcs = []
         funcs: list[Any] = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-        self.stepwise_judge, self.judge_index = _take_judge(funcs)
+        self.stepwise_judge, self.judge_index = take_judge(funcs)
         self.treatment, setting = choose_treatment(treatment, self._settings, self.stepwise_judge)
         self.treatment.setup(self._settings)
         if self._settings.exclude_dead_groups:
@@ -256,7 +235,7 @@ class SGPOTrainer(GRPOTrainer):
                 groups = self.treatment.sort(round)
         self._round_log.write(round, groups)
         if self.log_completions:
-            self._round_log.write_table(round)
+            self._round_log.write_table(round, taken=self._pending_extra_logs)
             if self.outcome_indices:
                 folder = Path(cast(str, self.args.output_dir))
                 self._round_log.describe_table(folder, round.success_threshold, self.treatment.name)
@@ -271,6 +250,8 @@ class SGPOTrainer(GRPOTrainer):
             output = super()._generate_and_score_completions(inputs)
         finally:
             self._round = None
+            for column in JUDGE_COLUMNS:  # what TRL has not flushed belongs to a round that failed
+                self._pending_extra_logs.pop(column, None)
         round.output = dict(output)
         if round.training:
             output["advantages"] = self._treat(round)
@@ -287,7 +268,13 @@ class SGPOTrainer(GRPOTrainer):
             output["advantages"] = without_residue(round, self.multi_objective_aggregation)
         advantages, treats = round.advantages_B, self.treatment.treats(round)
         if treats:
-            advantages = self.treatment.advantages(round, self._policy).to(round.advantages_B)
+            advantages = self.treatment.advantages(round, self._policy)
+            if not isinstance(advantages, Tensor):
+                raise TypeError(
+                    f"The treatment {self.treatment.name!r} returned {type(advantages).__name__}, not a tensor of advantages. "
+                    "Its method `advantages` has to return one."
+                )
+            advantages = advantages.detach().to(round.advantages_B)
             if advantages.shape not in (round.advantages_B.shape, output["completion_ids"].shape):
                 raise ValueError(
                     f"The treatment {self.treatment.name!r} returned advantages of shape {tuple(advantages.shape)}. They must be "

@@ -1,4 +1,5 @@
 import threading
+from asyncio import CancelledError
 from functools import partial
 
 import pytest
@@ -116,3 +117,17 @@ def test_bad_arguments():
 def test_name():
     assert CallableJudge(status).name == f"{__name__}.status"
     assert CallableJudge(partial(status)).name == f"{__name__}.status"
+
+
+def test_a_cancelled_call_is_one_abstention():
+    """Clients that work asynchronously raise it."""
+    answers = iter([0, CancelledError(), 1])
+
+    def judge(problem, steps):
+        answer = next(answers)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    items = [ITEM] * 3
+    assert [verdict.status for verdict in CallableJudge(judge).judge(items)] == ["error", "abstain", "error"]

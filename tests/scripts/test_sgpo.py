@@ -50,7 +50,7 @@ def run(*arguments, cwd):
     result = subprocess.run(
         [sys.executable, "-m", "trl_sgpo.scripts.sgpo", *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CI": "true", "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CI": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=280,

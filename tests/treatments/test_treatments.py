@@ -428,6 +428,34 @@ class TestOwnTreatment:
         with pytest.raises(ValueError, match="The treatment 'ByScore' returned advantages that are not finite"):
             trainer.train()
 
+    def test_a_forgotten_return(self, make_trainer):
+        class Forgets(Treatment):
+            def advantages(self, round, policy):
+                round.local(round.outcome_PG)
+
+        trainer = make_trainer([all_failed], trainer_args={"treatment": Forgets()}, max_steps=1)
+        with pytest.raises(TypeError, match="The treatment 'Forgets' returned NoneType, not a tensor"):
+            trainer.train()
+
+    def test_metrics_are_numbers(self, make_trainer):
+        class Logging(HalfBlame):
+            value = torch.tensor(2.0)
+
+            def advantages(self, round, policy):
+                round.metrics["own/value"] = self.value
+                return super().advantages(round, policy)
+
+        for value in (torch.tensor(2.0), [1, 2]):
+            Logging.value = value
+            trainer = make_trainer([all_failed, stepwise()], trainer_args={"treatment": Logging()}, max_steps=1)
+            if isinstance(value, list):
+                with pytest.raises(TypeError, match=r"round.metrics\['own/value'\]=\[1, 2\] is not a number"):
+                    trainer.train()
+            else:
+                trainer.train()
+                assert logged(trainer, "own/value") == [2.0]
+                assert isinstance(logged(trainer, "own/value")[0], float)
+
     def test_two_trainers_do_not_share_its_settings(self, make_trainer):
         treatment = HalfBlame()
         trainers = [

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import threading
+from asyncio import CancelledError
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -103,7 +104,7 @@ class CallableJudge(StepJudge):
         columns = {name: row[name] for name in names if name in row and name not in ("problem", "steps")}
         try:
             answer = self.function(item.problem, list(item.steps), **columns)
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, CancelledError) as error:
             self._log_once.traceback(
                 "The judge %s raised an exception. This completion counts as an abstention; further exceptions are "
                 "counted in the metric `sgpo/abstain_rate` and not shown.",

@@ -348,3 +348,44 @@ def _probe(segmenter: Segmenter) -> None:
 def _readable(reason: str) -> str:
     """A reason as the completions table can keep it: valid UTF-8 of a bounded length."""
     return reason[:_LONGEST_REASON].encode("utf-8", "replace").decode("utf-8")
+
+
+def _empty_column(prompts: Sequence[Any], **kwargs: Any) -> list[None]:
+    """Stands where the judge stands while a trainer computes the other rewards."""
+    return [None] * len(prompts)
+
+
+_empty_column.__name__ = REWARD_NAME
+
+
+def take_judge(funcs: list[Any]) -> tuple[StepwiseJudge | None, int | None]:
+    """
+    Takes the judge out of a list of reward functions, for a trainer that asks it itself. A function that rewards nothing takes
+    its place.
+
+    Returns:
+        `tuple[StepwiseJudge | None, int | None]`: The judge and its index, `None` if there is none.
+
+    Raises:
+        TypeError: If the list holds a judge that no `StepwiseJudge` wraps.
+        ValueError: If the list holds two judges, or another function of the judge's name.
+    """
+    indices = [i for i, func in enumerate(funcs) if isinstance(func, StepwiseJudge)]
+    bare = [func for func in funcs if isinstance(func, StepJudge) or func is StepwiseJudge]
+    if bare:
+        raise TypeError(
+            f"reward_funcs holds {bare[0]!r}, which is no reward function. Wrap the judge: `StepwiseJudge(judge)`."
+        )
+    if len(indices) > 1:
+        raise ValueError(
+            f"reward_funcs holds {len(indices)} StepwiseJudges, at the positions {indices}, and a group can be judged by one. "
+            "To combine judges, combine them inside one `StepwiseJudge`."
+        )
+    if not indices:
+        return None, None
+    if any(getattr(func, "__name__", "") == REWARD_NAME for i, func in enumerate(funcs) if i != indices[0]):
+        raise ValueError(
+            f"reward_funcs holds a function called {REWARD_NAME!r} beside the StepwiseJudge, whose reward has that name. Rename it."
+        )
+    judge, funcs[indices[0]] = funcs[indices[0]], _empty_column
+    return judge, indices[0]

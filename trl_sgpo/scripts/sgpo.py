@@ -59,7 +59,7 @@ class SGPOScriptArguments(GRPOScriptArguments):
     stepwise_judge_args: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Arguments of StepwiseJudge, a mapping in YAML or JSON: for instance {'gamma': 0.3, 'include_thinking': true}. "
+            "help": 'Arguments of StepwiseJudge, a mapping in YAML, or JSON on the command line: {"gamma": 0.3, "include_thinking": true}. '
             "A segmenter is given by its dotted path."
         },
     )
