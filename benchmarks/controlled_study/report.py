@@ -35,10 +35,10 @@ from benchmarks.controlled_study.tables import (
     LARGE_UPDATE,
     NOISY_JUDGES,
     RECOMMENDED,
-    REMEDIES,
     TABLES,
     THREE,
     TUNING_BUDGET,
+    WITHOUT_JUDGE,
 )
 from trl_sgpo.tasks.rewrite_chain import AXES
 
@@ -453,7 +453,7 @@ def main() -> None:
         sections.append((title, speed_table(records, dial, arms)))
         if dial in DRAWN:
             # The variants of an arm would lie over each other
-            drawn = [arm for arm in arms if arm in (*THREE, "grpo_exclude", *REMEDIES)]
+            drawn = [arm for arm in arms if arm in (*THREE, "grpo_exclude", *WITHOUT_JUDGE)]
             draw_curves(records, dial, drawn, args.output / f"curves_{dial}.png")
     common = speed_table(records, "95", THREE, learning_rate=COMMON_RATE)
     sections.append((TABLES["common_rate"].question, common))

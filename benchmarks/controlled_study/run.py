@@ -92,6 +92,9 @@ def main() -> None:
         "--work", type=Path, default=Path("outputs/controlled_study"), help="folder of the base models"
     )
     args = parser.parse_args()
+    retired = [arm for arm in args.arms or () if ARMS[arm].retired]
+    if retired:
+        parser.error(f"--arms {retired[0]}: the package has lost the option that it tried. Its recorded runs stay.")
     if args.tokens_factor != 1 and args.output == HERE / "results":
         parser.error("--tokens-factor shortens the runs: give --output, so that they do not mix with the full ones.")
     os.environ["OMP_NUM_THREADS"] = "1"

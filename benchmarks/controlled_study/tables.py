@@ -32,11 +32,11 @@ COMMON_RATE = 2e-4  # GRPO's best
 LARGE_UPDATE = 256  # completions
 
 CREDIT_ARMS = ("prefix_.3_1", "prefix_1_1", "prefix_1_0")
-REMEDIES = ("sign", "sign_.1", "ngrpo", "zvp", "lens")
+WITHOUT_JUDGE = ("sign", "sign_.1", "ngrpo", "zvp", "lens")
 MAIN_ARMS = (
     *THREE,
     *CREDIT_ARMS,
-    *REMEDIES,
+    *WITHOUT_JUDGE,
     "grpo_exclude",
     "sgpo_exclude",
     "prefix_exclude",
@@ -95,7 +95,7 @@ def _tune_check() -> list[Run]:
 
 def _main() -> list[Run]:
     budget = dict.fromkeys(MAIN_ARMS, BUDGET["95"])
-    budget |= dict.fromkeys(REMEDIES, 400_000)  # twice what GRPO needs
+    budget |= dict.fromkeys(WITHOUT_JUDGE, 400_000)  # twice what GRPO needs
     budget["sgpo_quarter"] = 400_000  # off before SGPO is done
     return [
         Run("95", arm, TUNED, seed, budget[arm], stop_at=STOP_AT, probe=arm in THREE)
