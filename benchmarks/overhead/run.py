@@ -161,14 +161,17 @@ def bootstrap(rounds: list[list[float]], draws: int = 2000) -> tuple[float, floa
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of each case, each with a seed of its own")
+    rounds = parser.parse_args().rounds
     torch.set_num_threads(2)
     result = {
         **provenance(("trl", "transformers", "torch", "accelerate")),
-        "steps": ROUNDS * (STEPS - WARM_UP),
+        "steps": rounds * (STEPS - WARM_UP),
     }
     for case, outcome, treatment in CASES:
         ratios, shares, judge_shares, seconds = [], [], [], []
-        for seed in range(ROUNDS):
+        for seed in range(rounds):
             order = ("grpo", "sgpo") if seed % 2 == 0 else ("sgpo", "grpo")
             runs = {arm: train(arm, outcome, treatment, seed) for arm in order}
             ratios.append([a / b for a, b in zip(runs["sgpo"][0], runs["grpo"][0], strict=True)])

@@ -94,7 +94,7 @@ def test_judge_throughput(record, tmp_path):
 
 
 def test_overhead(record):
-    found = record("overhead", ROUNDS=1, STEPS=2, WARM_UP=1)
+    found = record("overhead", "--rounds", 1, STEPS=2, WARM_UP=1)
     for case in ("no_failed_group", "every_group_failed", "every_group_failed_prefix_credit"):
         assert math.isfinite(found[case]["ratio_median"])
         assert 0 < found[case]["own_share_of_step"] < 1
