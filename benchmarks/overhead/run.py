@@ -9,6 +9,7 @@ group (the judge is never asked); every group failed (a function judges all comp
 package's own time in its hooks is measured as well. It is a smaller number, and a steadier one.
 """
 
+import argparse
 import json
 import random
 import statistics
