@@ -64,7 +64,7 @@ class RoundLog:
         self._silent_rounds = 0
         self._said: set[str] = set()
 
-    def write(self, round: Round, groups: SortedGroups | None) -> None:
+    def write(self, round: Round) -> None:
         """
         Logs a round whose rewards and verdicts are there. It has to be called once in every round, before TRL flushes the
         table's columns.
@@ -72,14 +72,12 @@ class RoundLog:
         Args:
             round ([`~trl_sgpo.rounds.Round`]):
                 The round.
-            groups ([`~trl_sgpo.groups.SortedGroups`] or `None`):
-                What the verdicts make of its failed groups, if it was judged.
         """
         self._log_groups(round)
         if self.judge is None:
             return
-        if round.judged is not None and groups is not None:
-            self._log_failed_groups(round, groups)
+        if round.judged is not None and round.groups is not None:
+            self._log_failed_groups(round, round.groups)
             self._log_verdicts(round, round.judged, self.judge)
         elif round.training:
             # A round in which nobody was asked counts too: what is logged is the mean over rounds

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trl_sgpo.groups import GroupKinds, group_kinds, weighted_sum
+from trl_sgpo.groups import GroupKinds, SortedGroups, group_kinds, weighted_sum
 from trl_sgpo.judges.stepwise import StepScore, StepwiseJudge
 
 
@@ -86,6 +86,8 @@ class Round:
             Token ids of this rank's completions, without padding.
         judged ([`Judged`] or `None`):
             What the judge said; `None` if nobody was asked.
+        groups ([`~trl_sgpo.groups.SortedGroups`] or `None`):
+            What the verdicts make of the failed groups, by the treatment's `sort`; `None` if nobody was asked.
         output (`dict` or `None`):
             TRL's output for this rank's completions: ids, masks and GRPO's advantages (with `exclude_dead_groups` exactly 0 in
             groups of equal rewards). There after super only.
@@ -108,6 +110,7 @@ class Round:
     rows: slice = field(init=False)
     completion_ids: Sequence[Sequence[int]] = field(init=False, default=())
     judged: Judged | None = field(init=False, default=None)
+    groups: SortedGroups | None = field(init=False, default=None)
     output: dict[str, Any] | None = field(init=False, default=None)
     metrics: dict[str, float] = field(init=False, default_factory=dict)
     advantages_PG: Tensor | None = field(init=False, default=None)

@@ -227,13 +227,12 @@ class SGPOTrainer(GRPOTrainer):
             slice(first, first + len(prompts)),
             completion_ids_list,
         )
-        groups = None
         if self._judge_is_due(round):
             judge, to_judge_PG = cast(StepwiseJudge, self.stepwise_judge), self.treatment.to_judge(round)
             if to_judge_PG.any():
                 round.judged = judge_round(round, to_judge_PG, judge, prompts, completions, inputs, gather)
-                groups = self.treatment.sort(round)
-        self._round_log.write(round, groups)
+                round.groups = self.treatment.sort(round)
+        self._round_log.write(round)
         if self.log_completions:
             self._round_log.write_table(round, taken=self._pending_extra_logs)
             if self.outcome_indices:

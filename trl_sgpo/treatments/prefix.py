@@ -47,7 +47,7 @@ class PrefixCredit(Treatment):
         plain_B, length = round.advantages_B, round.own_BT.shape[1]
         places = self._locate(round, policy)
         credit_BT = prefix_credit(places, length, self.prefix_reward, self.error_penalty).to(plain_B)
-        credit_BT = self.weight * credit_BT * round.local(self.sort(round).rescued_P).unsqueeze(1)
+        credit_BT = self.weight * credit_BT * round.local((round.groups or self.sort(round)).rescued_P).unsqueeze(1)
         # In a mixed group GRPO blames the whole of a wrong completion: what was verified is spared
         verified_BT = prefix_credit(places, length, 1.0, 0.0).to(plain_B) > 0
         spared_BT = verified_BT & ~round.local(round.kinds.failed_P).unsqueeze(1)

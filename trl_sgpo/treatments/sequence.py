@@ -50,7 +50,7 @@ class SequenceReward(Treatment):
     def advantages(self, round: Round, policy: Policy) -> Tensor:
         assert round.judged is not None, "it treats judged rounds only"
         assert round.judge_index is not None, "a judged round has a judge"
-        groups = self.sort(round)
+        groups = round.groups if isinstance(round.groups, JudgedGroups) else self.sort(round)
         column_PG = groups.column_PG
         if self.judge_scope == "all_incorrect":
             mixed_PG = fill_mixed_groups(
