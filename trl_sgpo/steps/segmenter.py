@@ -424,8 +424,9 @@ def check_spans(text: str, spans: Sequence[Span], *, name: str = "segmenter") ->
     checked: list[Span] = []
     for number, span in enumerate(spans):
         try:
-            start, end = (index(position) for position in span)
-            is_pair = not any(isinstance(position, bool) for position in span)
+            first, last = span
+            start, end = index(first), index(last)
+            is_pair = not isinstance(first, bool) and not isinstance(last, bool)
         except (TypeError, ValueError):
             is_pair = False
         if not is_pair:
