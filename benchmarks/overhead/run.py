@@ -54,14 +54,17 @@ CASES = (
 
 
 class StepTimes(TrainerCallback):
+    """How long each step took, and what of it was the package's own."""
+
     def __init__(self):
-        self.times = []
+        self.times, self.own = [], []
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.times.append(time.perf_counter() - self.start)
+        self.own.append(getattr(self.trainer, "own_seconds", 0.0))
 
 
 HOOKS = ("_generate_and_score_completions", "_calculate_rewards", "log")
@@ -86,10 +89,6 @@ class TimedTrainer(SGPOTrainer):
                 self.own_seconds += sign * (time.perf_counter() - start)
 
         return run
-
-    @property
-    def judge_seconds(self):
-        return sum(entry.get("sgpo/judge_seconds", 0.0) for entry in self.state.log_history)
 
 
 @contextmanager
@@ -144,11 +143,14 @@ def train(arm, outcome, treatment, seed):
         processing_class=tokenizer,
         callbacks=[times],
     )
+    times.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     with inner_timed():
         trainer.train()
-    share = getattr(trainer, "own_seconds", 0.0) / sum(times.times)
-    return times.times[WARM_UP:], share, getattr(trainer, "judge_seconds", 0.0) / sum(times.times)
+    # The first steps pay for what is made once
+    steps, seconds = times.times[WARM_UP:], sum(times.times[WARM_UP:])
+    judged = [entry.get("sgpo/judge_seconds", 0.0) for entry in trainer.state.log_history if "loss" in entry]
+    return steps, (times.own[-1] - times.own[WARM_UP - 1]) / seconds, sum(judged[WARM_UP:]) / seconds
 
 
 def bootstrap(rounds: list[list[float]], draws: int = 2000) -> tuple[float, float]:
