@@ -18,6 +18,7 @@ from torch import Tensor
 from trl.trainer import grpo_trainer
 
 from trl_sgpo.groups import SortedGroups, group_pass_at_k, nanstd, value_range
+from trl_sgpo.judges.log_once import LogOnce
 from trl_sgpo.judges.stepwise import REWARD_NAME, StepScore, StepwiseJudge
 from trl_sgpo.rounds import STATUSES, Judged, Round
 
@@ -62,7 +63,8 @@ class RoundLog:
         self.metrics, self.logs, self.log_extra = metrics, logs, log_extra
         self.outcome_names, self.judge, self.main_process = outcome_names, judge, main_process
         self._silent_rounds = 0
-        self._said: set[str] = set()
+        self._log_once = LogOnce(logger)
+        self._table_described = False
 
     def write(self, round: Round) -> None:
         """
@@ -169,7 +171,7 @@ class RoundLog:
         share = no_outcome_P.float().mean().item()
         self._log(round, "sgpo/groups/no_outcome", share)
         if share > 0 and round.training and self.main_process:
-            self._say_once(
+            self._log_once(
                 "no outcome",
                 "%.0f %% of the groups of this round have another reward but no outcome: %s gave None for all of their "
                 "completions. They train as in GRPO, and are never counted as failed. If they belong to another task, name its "
@@ -211,7 +213,7 @@ class RoundLog:
         self._log(round, "sgpo/no_error_rate", rates["no_error"])
         self._log(round, "sgpo/steps_per_completion", judged.n_steps_PG[asked_PG].mean().item())
         if judged.n_steps_PG[asked_PG].max() == 1 and self.main_process:
-            self._say_once(
+            self._log_once(
                 "one step",
                 "Every completion that was judged in this round has a single step, so an error in it gives all of them the same "
                 "score, and their groups teach nothing. Give StepwiseJudge a segmenter that cuts your task's completions into "
@@ -235,12 +237,12 @@ class RoundLog:
 
     def warn_of_truncated(self, round: Round, ends: set[int]) -> None:
         """Says once that judged completions were truncated and are masked. `ends` are the ids that end a completion."""
-        if round.judged is None or "truncated" in self._said:
+        if round.judged is None or "truncated" in self._log_once:
             return
         judged_ids = [ids for score, ids in zip(round.judged.scores, round.completion_ids, strict=True) if score]
         n_truncated = sum(1 for ids in judged_ids if not len(ids) or int(ids[-1]) not in ends)
         if n_truncated:
-            self._say_once(
+            self._log_once(
                 "truncated",
                 "mask_truncated_completions=True: %d of the %d completions judged on this rank were truncated. They are "
                 "judged and count in their group's mean, but their tokens are masked, so their verdicts teach nothing. "
@@ -252,7 +254,7 @@ class RoundLog:
 
     def warn_of_rollouts(self) -> None:
         """Says once that a rollout function returns text of others, which cannot be told from the policy's."""
-        self._say_once(
+        self._log_once(
             "rollouts",
             "rollout_func returns env_mask: the completions hold text that the policy did not write. TRL hands them to reward "
             "functions as one text, so the judge takes that text for the policy's, and it counts in RTS. Give StepwiseJudge a "
@@ -260,16 +262,11 @@ class RoundLog:
             "said once.",
         )
 
-    def _say_once(self, what: str, message: str, *values: Any) -> None:
-        if what not in self._said:
-            self._said.add(what)
-            logger.warning(message, *values)
-
     def describe_table(self, folder: Path, success_threshold: float, treatment: str) -> None:
         """Says once, beside the completions' files, what their columns mean, for whoever reads them later."""
-        if "table" in self._said:
+        if self._table_described:
             return
-        self._said.add("table")
+        self._table_described = True
         if self.main_process:
             folder.mkdir(parents=True, exist_ok=True)
             names = self.outcome_names

@@ -33,6 +33,10 @@ class LogOnce:
             self._logged.add(kind)
             self._logger.log(level, message, *args, exc_info=exc_info)
 
+    def __contains__(self, kind: str) -> bool:
+        """Whether a message of this kind was logged."""
+        return kind in self._logged
+
     def traceback(self, message: str, *args: Any) -> None:
         """Logs the exception that is being handled, if it is the first one."""
         self("traceback", message, *args, exc_info=True)
