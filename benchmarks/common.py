@@ -1,13 +1,14 @@
 """The two halves of a record: where it comes from (commit, versions, hardware), and the file that it is written to."""
 
 import json
-import math
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from trl_sgpo.analysis.jsonable import jsonable
 
 
 def commit() -> str:
@@ -61,13 +62,6 @@ def write_results(path: Path, record: Mapping[str, Any]) -> None:
         }
     """
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     def lines(value: Any, depth: int) -> str:
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         if depth == 0 or not any(isinstance(item, dict | list) for item in items):
@@ -79,4 +73,4 @@ def write_results(path: Path, record: Mapping[str, Any]) -> None:
         return "[" + inner + ("," + inner).join(lines(item, depth - 1) for item in value) + outer + "]"
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(lines(plain(record), depth=2) + "\n")
+    path.write_text(lines(jsonable(record), depth=2) + "\n")

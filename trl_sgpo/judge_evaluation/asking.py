@@ -185,6 +185,7 @@ def ask_all(
     from tqdm.auto import tqdm
 
     from trl_sgpo.judges.base import ask
+    from trl_sgpo.judges.log_once import LogOnce
 
     judged = [item.for_judge(reference) for item in items]
     keys = [record.key(item) for item in judged]
@@ -194,15 +195,10 @@ def ask_all(
         if line is None or (retry_abstained and line["status"] == "abstain" and not line.get("asked_now")):
             waiting.setdefault(key, i)
     pending = list(waiting.values())
-    shown = False
+    log_once = LogOnce(logger)
 
     def show_traceback(failed: "StepJudge") -> None:
-        nonlocal shown
-        if not shown:
-            logger.warning(
-                "The judge %s raised an exception; its batch counts as abstained.", failed.name, exc_info=True
-            )
-        shown = True
+        log_once.traceback("The judge %s raised an exception; its batch counts as abstained.", failed.name)
 
     with tqdm(total=len(pending), desc=description, unit="completion", disable=not pending) as bar:
         try:

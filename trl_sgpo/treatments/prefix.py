@@ -48,11 +48,14 @@ class PrefixCredit(Treatment):
         places = self._locate(round, policy)
         credit_BT = prefix_credit(places, length, self.prefix_reward, self.error_penalty).to(plain_B)
         credit_BT = self.weight * credit_BT * round.local((round.groups or self.sort(round)).rescued_P).unsqueeze(1)
+        plain_BT = advantages_BT = plain_B.unsqueeze(1).expand(-1, length)
         # In a mixed group GRPO blames the whole of a wrong completion: what was verified is spared
-        verified_BT = prefix_credit(places, length, 1.0, 0.0).to(plain_B) > 0
-        spared_BT = verified_BT & ~round.local(round.kinds.failed_P).unsqueeze(1)
-        plain_BT = plain_B.unsqueeze(1).expand(-1, length)
-        advantages_BT = plain_BT.masked_fill(spared_BT & (plain_BT < 0), 0.0) + credit_BT
+        in_failed = round.local(round.kinds.failed_P).tolist()
+        elsewhere = [None if failed else place for failed, place in zip(in_failed, places, strict=True)]
+        if any(elsewhere):
+            spared_BT = prefix_credit(elsewhere, length, 1.0, 0.0).to(plain_B) > 0
+            advantages_BT = advantages_BT.masked_fill(spared_BT & (plain_BT < 0), 0.0)
+        advantages_BT = advantages_BT + credit_BT
         return advantages_BT if (advantages_BT != plain_BT).any() else plain_B
 
     @staticmethod

@@ -27,6 +27,7 @@ from trl_sgpo.analysis.sharpening.batches import TrainingBatches
 from trl_sgpo.analysis.sharpening.log import FILE_COLUMNS, log_numbers
 from trl_sgpo.analysis.sharpening.probe import Batch, Probe, Sample, Stopwatch, sampling_settings, undisturbed
 from trl_sgpo.analysis.sharpening.scoring import Scorer, ScoringError, in_order
+from trl_sgpo.judges.log_once import LogOnce
 
 
 logger = logging.getLogger(__name__)
@@ -175,7 +176,7 @@ class SharpeningCallback(TrainerCallback):
         self._base_scored = self._base_written = False
         self._watch = Stopwatch()
         self._last_probe: int | None = None
-        self._traceback_shown = False
+        self._log_once = LogOnce(logger)
 
     # Events
 
@@ -221,12 +222,10 @@ class SharpeningCallback(TrainerCallback):
             alone = self.trainer.accelerator.num_processes == 1
             if collective and not alone and not isinstance(error, ScoringError):
                 raise
-            if not self._traceback_shown and self.trainer.accelerator.is_main_process:
-                self._traceback_shown = True
-                logger.warning(
+            if self.trainer.accelerator.is_main_process:
+                self._log_once.traceback(
                     "A probe of SharpeningCallback failed and is skipped; training goes on. Further failures are not "
-                    "shown.",
-                    exc_info=True,
+                    "shown."
                 )
             return None
 
