@@ -230,7 +230,7 @@ class CutCompletion:
     @property
     def steps(self) -> tuple[str, ...]:
         """Texts of the steps."""
-        return tuple(self.text[start:end] for start, end in self.spans)
+        return tuple([self.text[start:end] for start, end in self.spans])
 
 
 def cut_completion(
@@ -281,7 +281,8 @@ def cut_completion(
             if cut and pending:
                 context[len(spans)] = "\n\n".join(pending)
                 pending = []
-            spans.extend((offset + start + left, offset + start + right) for left, right in cut)
+            shift = offset + start
+            spans.extend([(shift + left, shift + right) for left, right in cut] if shift else cut)
             texts.append(turn.text)
             offset += len(turn.text) + len("\n\n")
     return CutCompletion("\n\n".join(texts), tuple(spans), context, blank, tuple(turns))

@@ -422,25 +422,23 @@ def check_spans(text: str, spans: Sequence[Span], *, name: str = "segmenter") ->
     if isinstance(spans, (str, bytes)) or not isinstance(spans, Sequence):
         raise TypeError(f"`{name}` returned {spans!r:.200}, which is not a sequence of spans. {remedy}")
     checked: list[Span] = []
+    last = 0
     for number, span in enumerate(spans):
         try:
-            first, last = span
-            start, end = index(first), index(last)
-            is_pair = not isinstance(first, bool) and not isinstance(last, bool)
+            first, second = span
+            start, end = index(first), index(second)
+            is_pair = bool not in (type(first), type(second))
         except (TypeError, ValueError):
             is_pair = False
         if not is_pair:
             raise TypeError(f"`{name}` returned {span!r:.200} as span {number}, which is not two integers. {remedy}")
-        if not 0 <= start < end <= len(text):
-            reason = "it is empty or reversed" if 0 <= end <= start <= len(text) else "it reaches outside the text"
-            raise ValueError(
-                f"`{name}` returned {(start, end)} as span {number} of a text of {len(text)} characters, but "
-                f"{reason}. {remedy}"
-            )
-        if checked and start < checked[-1][1]:
-            raise ValueError(
-                f"`{name}` returned {(start, end)} as span {number} after {checked[-1]}, but steps neither overlap "
-                f"nor go back. {remedy}"
-            )
+        if not last <= start < end <= len(text):
+            if not 0 <= start < end <= len(text):
+                reason = "it is empty or reversed" if 0 <= end <= start <= len(text) else "it reaches outside the text"
+                where = f"of a text of {len(text)} characters, but {reason}"
+            else:
+                where = f"after {checked[-1]}, but steps neither overlap nor go back"
+            raise ValueError(f"`{name}` returned {(start, end)} as span {number} {where}. {remedy}")
         checked.append((start, end))
+        last = end
     return checked

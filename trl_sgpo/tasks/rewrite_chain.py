@@ -24,6 +24,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -201,6 +202,12 @@ def segment_blocks(text: str) -> list[tuple[int, int]]:
     return spans
 
 
+@lru_cache(maxsize=4096)  # the completions of a group share their prompt
+def _gold_blocks(prompt: str) -> tuple[tuple[str, ...], ...]:
+    """The right solution of a prompt, one tuple of tokens per block."""
+    return tuple(tuple(block.split()) for block in Problem.from_prompt(prompt).gold_blocks())
+
+
 def first_wrong_block(problem: str, steps: Sequence[str], **row: Any) -> int | None:
     """
     The step checker: an exact judge for [`StepwiseJudge`].
@@ -219,11 +226,11 @@ def first_wrong_block(problem: str, steps: Sequence[str], **row: Any) -> int | N
     Returns:
         `int` or `None`: The 0-based index of the first wrong block; `None` if the solution is right.
     """
-    gold = Problem.from_prompt(problem).gold_blocks()
+    gold = _gold_blocks(problem)
     if len(steps) != len(gold) or steps[-1].rstrip().endswith(SEPARATOR):
         return 0
     for i, (step, block) in enumerate(zip(steps, gold, strict=True)):
-        if step.strip().removesuffix(SEPARATOR).split() != block.split():
+        if tuple(step.strip().removesuffix(SEPARATOR).split()) != block:
             return i
     return None
 
@@ -235,18 +242,18 @@ def accuracy_reward(prompts: Sequence[str], completions: Sequence[str], **kwargs
     """
     rewards = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        gold = Problem.from_prompt(prompt).gold_blocks()
+        gold = _gold_blocks(prompt)
         blocks = completion.split(SEPARATOR)
-        rewards.append(float(len(blocks) == len(gold) and blocks[-1].split() == gold[-1].split()))
+        rewards.append(float(len(blocks) == len(gold) and tuple(blocks[-1].split()) == gold[-1]))
     return rewards
 
 
 def right_prefix(prompt: str, completion: str) -> float:
     """Leading right blocks over the number of gold blocks, in [0, 1]."""
-    gold = Problem.from_prompt(prompt).gold_blocks()
-    blocks = [block.split() for block in completion.split(SEPARATOR)]
+    gold = _gold_blocks(prompt)
+    blocks = [tuple(block.split()) for block in completion.split(SEPARATOR)]
     right = 0
-    while right < min(len(gold), len(blocks)) and blocks[right] == gold[right].split():
+    while right < min(len(gold), len(blocks)) and blocks[right] == gold[right]:
         right += 1
     return right / len(gold)
 
