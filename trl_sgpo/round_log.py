@@ -20,6 +20,7 @@ from trl.trainer import grpo_trainer
 from trl_sgpo.groups import SortedGroups, group_pass_at_k, nanstd, value_range
 from trl_sgpo.judges.log_once import LogOnce
 from trl_sgpo.judges.stepwise import REWARD_NAME, StepScore, StepwiseJudge
+from trl_sgpo.length_alarm import LengthAlarm
 from trl_sgpo.rounds import STATUSES, Judged, Round
 
 
@@ -63,6 +64,7 @@ class RoundLog:
         self.metrics, self.logs, self.log_extra = metrics, logs, log_extra
         self.outcome_names, self.judge, self.main_process = outcome_names, judge, main_process
         self._silent_rounds = 0
+        self._length_alarm = LengthAlarm()
         self._log_once = LogOnce(logger)
         self._table_described = False
 
@@ -80,6 +82,7 @@ class RoundLog:
             return
         if round.judged is not None and round.groups is not None:
             self._log_failed_groups(round, round.groups)
+            self._log_lengths(round, round.judged)
             self._log_verdicts(round, round.judged, self.judge)
         elif round.training:
             # A round in which nobody was asked counts too: what is logged is the mean over rounds
@@ -191,6 +194,19 @@ class RoundLog:
             ("unjudged", round.kinds.failed_P & ~groups.rescued_P & ~groups.tied_P),
         ):
             self._log(round, f"sgpo/groups/{name}", group_P.float().mean().item())
+
+    def _log_lengths(self, round: Round, judged: Judged) -> None:
+        """How long the completions of failed groups are; says once if they grow and accuracy does not."""
+        if not round.kinds.failed_P.any():
+            return
+        length = judged.length_PG[round.kinds.failed_P].mean().item()
+        self._log(round, "sgpo/failed/mean_length", length)
+        n_steps = torch.nanmean(judged.n_steps_PG[round.kinds.failed_P]).item()
+        if not math.isnan(n_steps):
+            self._log(round, "sgpo/failed/mean_steps", n_steps)
+        grown = self._length_alarm.add(length, self.metrics["train"]["sgpo/accuracy"][-1])
+        if grown is not None and self.main_process:
+            self._log_once("length", grown)
 
     def _log_verdicts(self, round: Round, judged: Judged, judge: StepwiseJudge) -> None:
         """Metrics of the judge, from what all ranks found; says loudly if it judged nothing."""

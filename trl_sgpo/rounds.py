@@ -20,7 +20,7 @@ from trl_sgpo.judges.stepwise import StepScore, StepwiseJudge
 
 STATUSES = ("error", "no_error", "abstain")
 
-_N_NUMBERS = 7  # of a score, as it is gathered
+_N_NUMBERS = 8  # of a score, as it is gathered
 
 
 class Judged(NamedTuple):
@@ -42,6 +42,8 @@ class Judged(NamedTuple):
             Index in `STATUSES`, NaN where there is no score.
         called_PG (`torch.Tensor` of shape `(P, G)`):
             1 if the judge was asked, 0 if the score needed no call, NaN where there is no score.
+        length_PG (`torch.Tensor` of shape `(P, G)`):
+            Tokens of every completion, judged or not; NaN where the round does not know them.
         seconds (`float`):
             What the slowest rank spent judging.
     """
@@ -54,6 +56,7 @@ class Judged(NamedTuple):
     n_steps_PG: Tensor
     status_PG: Tensor
     called_PG: Tensor
+    length_PG: Tensor
     seconds: float
 
 
@@ -248,9 +251,11 @@ def judge_round(
     wanted = round.local(to_judge_PG).nonzero().flatten().tolist()
     scores = ask_judge(judge, wanted, prompts, completions, rows)
     seconds = time.perf_counter() - start if wanted else 0.0
-    numbers_BN = torch.tensor([_numbers(score, judge, seconds) for score in scores], device=round.outcome_PG.device)
+    lengths = [float(len(ids)) for ids in round.completion_ids] or [math.nan] * len(scores)
+    rows_BN = [[*_numbers(score, judge), n, seconds] for score, n in zip(scores, lengths, strict=True)]
+    numbers_BN = torch.tensor(rows_BN, device=round.outcome_PG.device)
     numbers_NPG = gather(numbers_BN).T.reshape(_N_NUMBERS, *round.outcome_PG.shape)
-    rts_PG, rts_steps_PG, rts_characters_PG, n_steps_PG, status_PG, called_PG, seconds_PG = numbers_NPG
+    rts_PG, rts_steps_PG, rts_characters_PG, n_steps_PG, status_PG, called_PG, length_PG, seconds_PG = numbers_NPG
     return Judged(
         scores=scores,
         rts_PG=rts_PG,
@@ -260,19 +265,19 @@ def judge_round(
         n_steps_PG=n_steps_PG,
         status_PG=status_PG,
         called_PG=called_PG,
+        length_PG=length_PG,
         seconds=seconds_PG.max().item(),
     )
 
 
-def _numbers(score: StepScore | None, judge: StepwiseJudge, seconds: float) -> list[float]:
+def _numbers(score: StepScore | None, judge: StepwiseJudge) -> list[float]:
     """A score as a row of numbers that can be gathered; NaN for what is not there."""
     if score is None:
-        return [math.nan] * (_N_NUMBERS - 1) + [seconds]
+        return [math.nan] * (_N_NUMBERS - 2)
     rts = (judge.rts(score), score.rts_steps, score.rts_characters)
     return [
         *(math.nan if value is None else float(value) for value in rts),
         float(score.n_steps),
         float(STATUSES.index(score.status)),
         float(score.called),
-        seconds,
     ]

@@ -7,7 +7,7 @@ from typing import Any
 from trl_sgpo.tasks.rewrite_chain import first_wrong_block
 
 
-KINDS = ("random", "early", "late", "stubborn")
+KINDS = ("random", "early", "late", "stubborn", "last")
 
 
 def noisy_judge(kind: str, probability: float, seed: int) -> Callable[..., int | None]:
@@ -19,7 +19,8 @@ def noisy_judge(kind: str, probability: float, seed: int) -> Callable[..., int |
             What a wrong verdict is. `"random"`: any step of the completion, the right one included, all equally likely.
             `"early"`: a step before the first wrong one (if there is none, the verdict stays right). `"late"`: a step
             after it (if there is none, it stays right). `"stubborn"`: as `"random"`, but the same text is always misjudged
-            in the same way, whatever the seed, so that asking again does not help.
+            in the same way, whatever the seed, so that asking again does not help. `"last"`: the last step, so that a longer
+            completion has a higher score.
         probability (`float`):
             Share of the verdicts that are replaced, in [0, 1].
         seed (`int`):
@@ -39,6 +40,7 @@ def noisy_judge(kind: str, probability: float, seed: int) -> Callable[..., int |
             "stubborn": range(len(steps)),
             "early": range(true),
             "late": range(true + 1, len(steps)),
+            "last": range(len(steps) - 1, len(steps)),
         }[kind]
         return rng.choice(wrong) if len(wrong) else true
 

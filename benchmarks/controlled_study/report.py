@@ -28,6 +28,7 @@ from benchmarks.controlled_study.settings import (
 )
 from benchmarks.controlled_study.tables import (
     AREA,
+    BLAMES_LAST,
     COMMON_RATE,
     GUARDS,
     JUDGE_BUDGET,
@@ -267,6 +268,25 @@ def judges_table(records: Records) -> str:
     return markdown(["method", "exact", *NOISY_JUDGES], rows)
 
 
+def length_table(records: Records) -> str:
+    """What becomes of length and accuracy if the judge always blames the last step; GRPO, without a judge, beside it."""
+
+    def change(curve: list[Row], name: str, digits: int) -> str:
+        points = [point[name] for point in curve if name in point]
+        return f"{points[0]:.{digits}f} to {points[-1]:.{digits}f}" if points else "-"
+
+    rows = []
+    for arm, judge in (("sgpo", BLAMES_LAST), (RECOMMENDED, BLAMES_LAST), ("grpo", "exact")):
+        for r in select(records, dial="95", arm=arm, judge=judge, learning_rate=COMMON_RATE, group_size=8)[:3]:
+            curve, alarm = r["curve"], r.get("length_alarm")
+            label = ARMS[arm].label + (", last step blamed" if judge == BLAMES_LAST else "")
+            lengths = [change(curve, name, 1) for name in ("length", "failed_length", "failed_steps")]
+            said = f"update {alarm} of {r['updates']}" if alarm is not None else "silent"
+            rows.append([label, str(r["seed"]), *lengths, change(curve, "accuracy", 3), said])
+    header = ["method", "seed", "tokens per completion", "of failed groups", "steps there", "accuracy", "alarm"]
+    return markdown(header, rows)
+
+
 def records_arms(records: Records, judge: str) -> set[str]:
     """The arms that were run on the dial with 95 % failed groups with this judge."""
     return {r["arm"] for r in select(records, dial="95", judge=judge, group_size=8)}
@@ -462,6 +482,7 @@ def main() -> None:
         sections.append((title, speed_table(records, base, THREE)))
     sections.append((TABLES["judges"].question, judges_table(records)))
     sections.append(("Share of wrong verdicts on the bases' wrong solutions", judge_errors_table(records)))
+    sections.append((TABLES["length"].question, length_table(records)))
     for size in (4, 16):
         sections.append((f"Groups of {size}", speed_table(records, "95", THREE, group_size=size)))
     large = speed_table(records, "95", THREE, completions_per_update=LARGE_UPDATE)

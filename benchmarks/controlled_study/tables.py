@@ -30,6 +30,8 @@ TUNING_BUDGET = {"5": 100_000, "20": 150_000, "75": 250_000, "95": 350_000, "99"
 STOP_AT = 0.75
 COMMON_RATE = 2e-4  # GRPO's best
 LARGE_UPDATE = 256  # completions
+BLAMES_LAST = "last:1"
+LENGTH_BUDGET = 300_000
 
 CREDIT_ARMS = ("prefix_.3_1", "prefix_1_1", "prefix_1_0")
 WITHOUT_JUDGE = ("sign", "sign_.1", "ngrpo", "zvp", "lens")
@@ -201,6 +203,11 @@ def _axes(exposures: Sequence[float]) -> list[Run]:
     return runs
 
 
+def _length() -> list[Run]:
+    arms = ("sgpo", RECOMMENDED)
+    return [Run("95", arm, COMMON_RATE, s, LENGTH_BUDGET, judge=BLAMES_LAST) for s in SEEDS[:3] for arm in arms]
+
+
 def _reports() -> list[Run]:
     budgets = BUDGET | {f"{axis}@{exposure:g}": _axis_budget(exposure) for axis in AXES for exposure in (0.0, 0.1)}
     return [
@@ -229,5 +236,6 @@ TABLES = {
         f"And outside of what pretraining showed? (pretraining noise {AXIS_NOISE})", lambda: _axes((0.0, 0.1))
     ),
     "axes_rare": Table("And if pretraining showed it rarely?", lambda: _axes((0.02,))),
+    "length": Table("Does a judge that always blames the last step teach length, and is it noticed?", _length),
     "reports": Table("What does the sharpening report say of each?", _reports),
 }

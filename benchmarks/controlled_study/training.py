@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import math
 import statistics
 import time
@@ -128,11 +129,25 @@ class Watcher(TokenBudget):
             "sgpo/groups/tied": "tied",
             "sgpo/rts": "rts",
             "completions/mean_length": "length",
+            "sgpo/failed/mean_length": "failed_length",
+            "sgpo/failed/mean_steps": "failed_steps",
         }
         for name, short in names.items():
             if "completions/mean_length" in logs and name in logs and not math.isnan(logs[name]):
                 self.window.setdefault(short, []).append(logs[name])
         super().on_log(args, state, control, logs, **kwargs)
+
+
+class AlarmWatch(logging.Handler):
+    """Remembers the update in which the trainer first warned of length."""
+
+    def __init__(self, watcher: Watcher):
+        super().__init__(logging.WARNING)
+        self.watcher, self.update = watcher, None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.update is None and "have grown from" in record.getMessage():
+            self.update = self.watcher.updates
 
 
 class SFTWatcher(Watcher):
@@ -329,11 +344,14 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     trainer.add_callback(watcher)
     if run.report:
         _watch_sharpening(trainer, run, folder)
+    alarm = AlarmWatch(watcher)
+    logging.getLogger("trl_sgpo").addHandler(alarm)
     start = time.perf_counter()
     with (
         contextlib.redirect_stdout(io.StringIO()) if run.report else contextlib.nullcontext()
     ):  # tables of completions
         trainer.train()
+    logging.getLogger("trl_sgpo").removeHandler(alarm)
     if run.report:
         trainer.save_state()
     if run.probe:
@@ -346,6 +364,7 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
         "updates": watcher.updates,
         "tokens_generated": watcher.generated,
         "curve": watcher.curve,
+        **({"length_alarm": alarm.update} if alarm.update is not None else {}),
         **({"probes": watcher.probes} if run.probe else {}),
         **({"verdict": _verdict(run, folder)} if run.report else {}),
     }

@@ -65,6 +65,11 @@ class TestNoisyJudge:
         )  # a random step is the right one once in five times
         assert sum(wrong) / len(wrong) == pytest.approx(expected, abs=0.04)
 
+    def test_a_judge_that_blames_the_last_step(self):
+        judge = noisy_judge("last", 1, seed=0)
+        said = [(true, judge(prompt, blocks), len(blocks)) for prompt, blocks, true in self.problems()]
+        assert all(answer == (None if true is None else n - 1) for true, answer, n in said)
+
     def test_a_stubborn_judge_repeats_itself(self):
         one, other = noisy_judge("stubborn", 0.4, seed=1), noisy_judge("stubborn", 0.4, seed=2)
         assert all(one(prompt, blocks) == other(prompt, blocks) for prompt, blocks, _ in self.problems())

@@ -108,8 +108,16 @@ class TestReading:
             ({"problem": "p", "steps": ["a"], "labels": 1}, "line 1: labels=1 must be a list"),
             (
                 {"problem": "p", "steps": ["a"], "labels": ["+"]},
-                r"line 1: labels=\['\+'\] must be true, false or null",
+                r"line 1: labels=\['\+'\] must be true \(or 1\), false",
             ),
+            (
+                {"problem": "p", "steps": ["a", "b", "c"], "labels": [1, 0, -1]},
+                "In PRM800K's form 0 is neutral and -1 wrong",
+            ),
+            ({"problem": "p", "steps": ["a", "b", "c"], "labels": [0, 1, -1]}, "true for 1 and 0, false for -1"),
+            ({"problem": "p", "steps": ["a", "b", "c"], "labels": [0, 1, 2]}, r"labels=\[0, 1, 2\] must be true"),
+            ({"problem": "p", "steps": ["a", "b"], "labels": [False, float("nan")]}, "must be true"),
+            ({"problem": "p", "steps": ["a", "b"], "labels": [0.9, 0.2]}, "must be true"),
             ({"problem": "p", "steps": ["a"], "label": 0, "final_answer_correct": "no"}, "final_answer_correct='no'"),
             ("p", "line 1: it is str, not an object"),
         ],
@@ -117,6 +125,13 @@ class TestReading:
     def test_what_cannot_be_understood(self, tmp_path, row, message):
         with pytest.raises(ValueError, match=message):
             self.read(tmp_path, row)
+
+    @pytest.mark.parametrize("name", ["own.json", "own.jsonl"])
+    def test_a_file_that_begins_with_a_byte_order_mark(self, tmp_path, name):
+        row = {"problem": "p", "steps": ["a"], "label": 0}
+        text = json.dumps([row] if name == "own.json" else row)
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert read_rows([str(tmp_path / name)])[0][0].label == 0
 
     def test_json_list_and_broken_json(self, tmp_path):
         path = tmp_path / "own.json"

@@ -132,7 +132,7 @@ def _sources(name: str, split: str | None) -> Iterator[tuple[dict[str, Any], Ite
 
 
 def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
         try:
             yield from ((f"{path.name}, row {i}", record) for i, record in enumerate(json.loads(text)))
@@ -218,12 +218,17 @@ def _label(record: Mapping[str, Any], place: str, n_steps: int) -> int:
             raise ValueError(f"{place}: labels={_short(label)} must be a list, one boolean per step.")
         if len(label) != n_steps:
             raise _UnusableRow("labels and steps differ in number")
+        if not all(right is None or right in (0, 1) for right in label):
+            hint = " In PRM800K's form 0 is neutral and -1 wrong: write true for 1 and 0, false for -1." * (
+                -1 in label
+            )
+            raise ValueError(
+                f"{place}: labels={_short(label)} must be true (or 1), false (or 0) or null for each step.{hint}"
+            )
         wrong = [i for i, right in enumerate(label) if right is not None and not right]
         first = wrong[0] if wrong else n_steps
         if any(right is None for right in label[:first]):
             raise _UnusableRow("a step before the first wrong one has no label")
-        if not all(right in (0, 1) for right in label[: first + 1]):
-            raise ValueError(f"{place}: labels={_short(label)} must be true, false or null for each step.")
         return wrong[0] if wrong else -1
     if name == "Model_Solution_First_Error_Step":
         text = str(label).strip()

@@ -1,0 +1,47 @@
+"""When completions of failed groups grow longer and not better, one warning says so."""
+
+from trl_sgpo.length_alarm import GROWTH, WINDOW, LengthAlarm
+
+
+def rung(rounds):
+    """The 0-based rounds in which the alarm rings."""
+    alarm = LengthAlarm()
+    return [i for i, (length, accuracy) in enumerate(rounds) if alarm.add(length, accuracy)]
+
+
+def test_rings_when_twenty_rounds_are_a_third_longer():
+    assert rung([(100, 0.1)] * WINDOW + [(131, 0.1)] * WINDOW) == [2 * WINDOW - 1]
+
+
+def test_is_silent_before_two_windows_are_full():
+    assert rung([(100, 0.1)] * WINDOW + [(1000, 0.1)] * (WINDOW - 1)) == []
+
+
+def test_is_silent_below_its_growth():
+    assert rung([(100, 0.1)] * WINDOW + [(100 * GROWTH - 1, 0.1)] * 100) == []
+
+
+def test_is_silent_while_accuracy_rises():
+    assert rung([(100, 0.1)] * WINDOW + [(200, 0.2)] * 100) == []
+
+
+def test_rings_when_accuracy_falls_back():
+    rounds = [(100, 0.1)] * WINDOW + [(200, 0.2)] * 40 + [(200, 0.05)] * 40
+    first = rung(rounds)[0]
+    last = [accuracy for _, accuracy in rounds[first - WINDOW + 1 : first + 1]]
+    assert sum(last) / WINDOW <= 0.1 < sum(accuracy for _, accuracy in rounds[first - WINDOW : first]) / WINDOW
+
+
+def test_a_slow_drift_is_measured_against_the_beginning():
+    rounds = [(100 + i, 0.1) for i in range(120)]
+    first = rung(rounds)[0]
+    mean = sum(length for length, _ in rounds[first - WINDOW + 1 : first + 1]) / WINDOW
+    assert mean - 1 < GROWTH * sum(length for length, _ in rounds[:WINDOW]) / WINDOW <= mean
+
+
+def test_says_what_it_saw():
+    alarm = LengthAlarm()
+    said = [alarm.add(*round) for round in [(100, 0.25)] * WINDOW + [(150, 0.125)] * WINDOW][-1]
+    assert "from 100 to 150 tokens" in said
+    assert "0.250, now 0.125" in said
+    assert "judge_until" in said
