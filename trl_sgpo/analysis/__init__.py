@@ -1,6 +1,6 @@
 """
-What a run did: metrics as pure functions, a callback that compares the policy with its base, and the report of runs. The
-public name is imported at its first use, so that the metrics are quick to import.
+What a run did: metrics as pure functions, a callback that compares the policy with its base, and the report of runs.
+The public name is imported at its first use, so that the metrics are quick to import.
 """
 
 from typing import TYPE_CHECKING, Any

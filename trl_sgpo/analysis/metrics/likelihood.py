@@ -1,4 +1,4 @@
-"""What log-probabilities say: how far the policy went from its base, and whether rewarded samples were likely already."""
+"""From log-probabilities: how far the policy went from its base, and whether rewarded samples were likely already."""
 
 import math
 from dataclasses import dataclass
@@ -11,13 +11,8 @@ from trl_sgpo.analysis.metrics.rates import UNDEFINED, Estimate, bootstrap
 
 def perplexity(logps: ArrayLike, n_tokens: ArrayLike) -> float:
     """
-    Perplexity of samples under a model: `exp(-(1 / T) sum log q)`, with T the number of all tokens. NaN without tokens.
-
-    Args:
-        logps (`ArrayLike`, shape (N,)):
-            Log-probability of each sample, in nats, summed over its tokens.
-        n_tokens (`ArrayLike` of integers, shape (N,)):
-            Tokens of each sample.
+    Perplexity of samples under a model: `exp(-(1 / T) sum log q)`, with T the number of all tokens; NaN without
+    tokens. `logps` (shape (N,)) are in nats, each summed over the sample's tokens.
     """
     logps, tokens = _same_length(logps=logps, n_tokens=n_tokens)
     return float(np.exp(-logps.sum() / tokens.sum())) if tokens.sum() > 0 else math.nan
@@ -25,12 +20,8 @@ def perplexity(logps: ArrayLike, n_tokens: ArrayLike) -> float:
 
 def kl_k1(policy_logps: ArrayLike, base_logps: ArrayLike) -> float:
     """
-    KL(policy, base) per sample in nats, from samples of the policy: the mean of `D = log pi(y|x) - log q(y|x)`. The
-    estimate is unbiased, and it may be negative.
-
-    Args:
-        policy_logps, base_logps (`ArrayLike`, shape (N,)):
-            Log-probabilities of the samples, summed over their tokens.
+    KL(policy, base) per sample in nats, from N samples of the policy: the mean of `D = log pi(y|x) - log q(y|x)`, each
+    summed over the tokens. The estimate is unbiased, and it may be negative.
     """
     policy, base = _same_length(policy_logps=policy_logps, base_logps=base_logps)
     return float((policy - base).mean()) if policy.size else math.nan
@@ -39,45 +30,28 @@ def kl_k1(policy_logps: ArrayLike, base_logps: ArrayLike) -> float:
 @dataclass(frozen=True)
 class TiltFit:
     """
-    How well the policy is an exponential tilt of the base, `pi(y|x) = q(y|x) exp(beta R) / Z(x)`.
-
-    Args:
-        beta ([`Estimate`]):
-            The strength of the tilt in nats: the difference of `D` between correct and incorrect samples.
-        sd_correct, sd_incorrect (`float`):
-            What a tilt does not explain: the standard deviation of `D` among the correct, and among the incorrect samples
-            of a prompt. Both are 0 for a pure tilt.
-        n_prompts (`int`):
-            Prompts with both kinds of samples. Only these say something about beta.
+    How well the policy is an exponential tilt of the base, `pi(y|x) = q(y|x) exp(beta R) / Z(x)`. The standard
+    deviations of `D` inside a prompt are what a tilt does not explain: both are 0 for a pure tilt.
     """
 
-    beta: Estimate
-    sd_correct: float
+    beta: Estimate  # strength of the tilt in nats: `D` of correct minus `D` of incorrect samples
+    sd_correct: float  # of `D` among the correct samples of a prompt
     sd_incorrect: float
-    n_prompts: int
+    n_prompts: int  # with both kinds of samples: only these say something about beta
 
 
-def tilt_fit(delta: ArrayLike, correct: ArrayLike, prompt: ArrayLike, seed: int = 0) -> TiltFit:
+def tilt_fit(delta: ArrayLike, correct: ArrayLike, prompt: ArrayLike) -> TiltFit:
     """
     Fits the strength of the tilt: `beta_hat = mean over correct D - mean over incorrect D`.
 
-    The means are compared inside each prompt (least squares with one constant per prompt), because `Z(x)` depends on the
-    prompt. Pooled means would mix `Z(x)` into beta: hard prompts have both a small Z and few correct samples.
+    The means are compared inside each prompt (least squares with one constant per prompt), because `Z(x)` depends on
+    the prompt. Pooled means would mix `Z(x)` into beta: hard prompts have both a small Z and few correct samples. If
+    no prompt has both kinds of samples, beta is NaN.
 
     Args:
-        delta (`ArrayLike`, shape (N,)):
-            `D = log pi(y|x) - log q(y|x)` per sample, in nats, summed over the tokens.
-        correct (`ArrayLike` of booleans, shape (N,)):
-            Which samples are correct.
-        prompt (`ArrayLike`, shape (N,)):
-            The prompt of each sample, any labels.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the bootstrap over prompts.
-
-    Returns:
-        [`TiltFit`]: beta is NaN if no prompt has both correct and incorrect samples.
-
-    Example:
+        delta, correct, prompt (`ArrayLike`, shape (N,)):
+            Of each sample: `D = log pi(y|x) - log q(y|x)` in nats, summed over the tokens; whether it is correct; a
+            label of its prompt.
 
     ```python
     >>> fit = tilt_fit([1.0, 1.0, -1.0, 2.0, 0.0], [1, 1, 0, 1, 0], prompt=[0, 0, 0, 1, 1])
@@ -102,21 +76,15 @@ def tilt_fit(delta: ArrayLike, correct: ArrayLike, prompt: ArrayLike, seed: int 
     beta = UNDEFINED
     if rows:
         weight, difference = np.array(rows).T
-        beta = bootstrap(lambda w, d: float((w * d).sum() / w.sum()), weight, difference, seed=seed)
+        beta = bootstrap(lambda w, d: float((w * d).sum() / w.sum()), weight, difference)
     spread = {kind: float(np.sqrt(np.mean(v**2))) if v.size else math.nan for kind, v in deviations.items()}
     return TiltFit(beta, spread[True], spread[False], len(rows))
 
 
 def normalised_ranks(logps: ArrayLike, prompt: ArrayLike) -> np.ndarray:
     """
-    Rank of each sample among the samples of its prompt by log-probability: 0 for the least likely, 1 for the most likely.
-    Equal samples share the middle of their ranks. NaN if a prompt has only one sample.
-
-    Args:
-        logps (`ArrayLike`, shape (N,)):
-            Log-probabilities.
-        prompt (`ArrayLike`, shape (N,)):
-            The prompt of each sample.
+    Rank of each sample among the samples of its prompt by log-probability: 0 for the least likely, 1 for the most
+    likely. Equal samples share the middle of their ranks. NaN if a prompt has only one sample.
     """
     values, labels = np.asarray(logps, dtype=np.float64), np.asarray(prompt)
     ranks = np.full(values.size, np.nan)
@@ -129,10 +97,10 @@ def normalised_ranks(logps: ArrayLike, prompt: ArrayLike) -> np.ndarray:
     return ranks
 
 
-def rank_of_correct(logps: ArrayLike, correct: ArrayLike, prompt: ArrayLike, seed: int = 0) -> Estimate:
+def rank_of_correct(logps: ArrayLike, correct: ArrayLike, prompt: ArrayLike) -> Estimate:
     """
-    Mean [`normalised_ranks`] of the correct samples, over prompts with both correct and incorrect samples. Above 0.5 the
-    rewarded samples were likely already (arXiv 2506.02355); 0.5 means no such bias.
+    Mean [`normalised_ranks`] of the correct samples, over prompts with both correct and incorrect samples. Above 0.5
+    the rewarded samples were likely already (arXiv 2506.02355); 0.5 means no such bias.
     """
     right, labels = np.asarray(correct, dtype=bool), np.asarray(prompt)
     ranks = normalised_ranks(logps, prompt)
@@ -144,18 +112,15 @@ def rank_of_correct(logps: ArrayLike, correct: ArrayLike, prompt: ArrayLike, see
     if not per_prompt:
         return UNDEFINED
     total, count = np.array(per_prompt).T
-    return bootstrap(lambda t, c: float(t.sum() / c.sum()), total, count, seed=seed)
+    return bootstrap(lambda t, c: float(t.sum() / c.sum()), total, count)
 
 
 def uplift_by_rank(
     before: ArrayLike, after: ArrayLike, correct: ArrayLike, prompt: ArrayLike, n_bins: int = 4
 ) -> np.ndarray:
     """
-    Share of the correct samples whose log-probability rises with the update, by rank (arXiv 2506.02355). The rank is that
-    of [`normalised_ranks`] before the update, in `n_bins` equal bins.
-
-    Returns:
-        `np.ndarray` of shape (n_bins,): From the least likely to the most likely; NaN for a bin without samples.
+    Share of the correct samples whose log-probability rises with the update, by rank (arXiv 2506.02355): one share for
+    each of `n_bins` equal bins of [`normalised_ranks`] before the update. NaN for a bin without samples.
     """
     before, after = _same_length(before=before, after=after)
     right, ranks = np.asarray(correct, dtype=bool), normalised_ranks(before, prompt)
@@ -170,8 +135,8 @@ def uplift_by_rank(
 
 def likelihood_displacement(before: ArrayLike, after: ArrayLike, correct: ArrayLike) -> float:
     """
-    Mean change of the log-probability of correct samples in an update, in nats. If it is negative, rewarded samples became
-    less likely, because similar wrong samples pulled them down (arXiv 2505.18830). NaN without correct samples.
+    Mean change of the log-probability of correct samples in an update, in nats. If it is negative, rewarded samples
+    became less likely, because similar wrong samples pulled them down (arXiv 2505.18830). NaN without correct samples.
     """
     before, after = _same_length(before=before, after=after)
     right = np.asarray(correct, dtype=bool)

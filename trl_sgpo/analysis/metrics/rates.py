@@ -15,23 +15,8 @@ from numpy.typing import ArrayLike
 def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> np.ndarray:
     """
     Unbiased estimate of pass@k from `n` samples of which `c` are correct: `1 - C(n - c, k) / C(n, k)` (arXiv
-    2107.03374). It is the probability that at least one of `k` samples, drawn without replacement, is correct.
-
-    Args:
-        n (`ArrayLike` of integers):
-            Samples per prompt, any shape.
-        c (`ArrayLike` of integers):
-            Correct samples per prompt, same shape, `0 <= c <= n`.
-        k (`int`):
-            Number of samples that are drawn, at least 1.
-
-    Returns:
-        `np.ndarray`: Estimates in [0, 1], one per prompt; NaN if `n < k`.
-
-    Raises:
-        ValueError: If `k < 1`, or `c` does not lie between 0 and `n`.
-
-    Example:
+    2107.03374). It is the probability that at least one of `k` samples, drawn without replacement, is correct. `n` and
+    `c` hold one integer per prompt, in any shape; the result has the same shape, with NaN if `n < k`.
 
     ```python
     >>> pass_at_k(n=[4, 4, 4], c=[0, 1, 4], k=2)
@@ -61,18 +46,7 @@ def usual_ks(n: int) -> list[int]:
 def cover_at(n: ArrayLike, c: ArrayLike, tau: float) -> np.ndarray:
     """
     Cover@tau (arXiv 2510.08325): 1 for a prompt if at least a share `tau` of its samples is correct, else 0. pass@k
-    counts one lucky guess among many samples; Cover@tau asks for reliability.
-
-    Args:
-        n, c (`ArrayLike` of integers):
-            Samples per prompt, and correct samples among them.
-        tau (`float`):
-            The share to reach, in (0, 1].
-
-    Returns:
-        `np.ndarray`: 0.0 or 1.0 per prompt; NaN if `n` is 0.
-
-    Example:
+    counts one lucky guess among many samples; Cover@tau asks for reliability. NaN if `n` is 0.
 
     ```python
     >>> cover_at(n=[8, 8, 8], c=[1, 4, 8], tau=0.5)
@@ -88,21 +62,9 @@ def cover_at(n: ArrayLike, c: ArrayLike, tau: float) -> np.ndarray:
 
 def maj_at_k(answers: Sequence[Hashable], correct: ArrayLike, k: int) -> float:
     """
-    maj@k of one prompt: the probability that the most frequent of `k` answers, drawn without replacement, is correct.
-    A tie for the first place is broken at random. All correct answers count as one answer, however they are spelled.
-
-    Args:
-        answers (`Sequence[Hashable]` of length N):
-            The extracted answers of the samples. `None`, no answer, never wins a vote.
-        correct (`ArrayLike` of booleans, shape (N,)):
-            Which samples are correct.
-        k (`int`):
-            Number of voters, at least 1.
-
-    Returns:
-        `float`: The exact probability; NaN if `N < k`.
-
-    Example:
+    maj@k of one prompt: the exact probability that the most frequent of `k` answers, drawn without replacement, is
+    correct; NaN if there are fewer than `k`. A tie for the first place is broken at random. All correct answers count
+    as one answer, however they are spelled. `None` (no answer) never wins a vote.
 
     ```python
     >>> maj_at_k(["4", "4", "5"], [True, True, False], k=3), round(maj_at_k(["4", "4", "5"], [True, True, False], 1), 3)
@@ -121,8 +83,7 @@ def maj_at_k(answers: Sequence[Hashable], correct: ArrayLike, k: int) -> float:
     silent = wrong.pop(None, 0)
     total = 0.0
     for votes in range(1, min(k, n_right) + 1):
-        # ways[m, t]: in how many ways m votes go to wrong answers, none of which gets more than `votes`, and t of which
-        # get exactly `votes`
+        # ways[m, t]: the ways in which m votes go to wrong answers, if none gets more than `votes` and t get just that
         ways = np.zeros((k - votes + 1, k + 2))
         ways[0, 0] = 1
         for count in wrong.values():
@@ -142,7 +103,7 @@ def maj_at_k(answers: Sequence[Hashable], correct: ArrayLike, k: int) -> float:
 
 def chance_pass_at_k(guess: float, k: int) -> float:
     """
-    The pass@k of guessing: `1 - (1 - guess) ** k`, if one guess is correct with probability `guess`. At large `k` a
+    The pass@k of guessing, if one guess is correct with probability `guess`: `1 - (1 - guess) ** k`. At large `k` a
     policy that knows nothing "solves" a multiple-choice task.
     """
     if not 0 <= guess <= 1:
@@ -152,10 +113,8 @@ def chance_pass_at_k(guess: float, k: int) -> float:
 
 def answer_entropy(answers: Sequence[Hashable]) -> float:
     """
-    Entropy of a group's answers in nats: `-sum p_j log p_j` over the distinct answers, each with its share `p_j`. It is 0
-    if all are equal, `log(N)` if all differ, and NaN without answers.
-
-    Example:
+    Entropy of a group's answers in nats: `-sum p_j log p_j` over the distinct answers, each with its share `p_j`. It
+    is 0 if all are equal, `log(N)` if all differ, and NaN without answers.
 
     ```python
     >>> round(answer_entropy(["4", "4", "5", "5"]), 4)
@@ -170,15 +129,7 @@ def answer_entropy(answers: Sequence[Hashable]) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """
-    A number with its confidence interval.
-
-    Args:
-        value (`float`):
-            The estimate; NaN if it is undefined.
-        low, high (`float`):
-            Ends of the interval; NaN if there are too few prompts for one.
-    """
+    """A number with its confidence interval. Without enough prompts only the interval is NaN."""
 
     value: float
     low: float
@@ -200,27 +151,16 @@ def bootstrap(
 ) -> Estimate:
     """
     A statistic over prompts with its bootstrap interval. Prompts are drawn with replacement, never single samples,
-    because the samples of a prompt belong together.
+    because the samples of a prompt belong together. Fewer than three prompts have no interval.
 
-    The interval is the expanded percentile interval: percentiles a little outside `level`, by as much as Student's t is
-    wider than the normal. The plain percentile interval is too short for a few dozen prompts.
+    The interval is the expanded percentile interval: percentiles a little outside `level`, by as much as Student's t
+    is wider than the normal. The plain percentile interval is too short for a few dozen prompts.
 
     Args:
         statistic (`Callable`):
             `f(*columns) -> float`.
         columns_P (`ArrayLike`, each with P rows):
             The arguments of the statistic, one row per prompt. Rows are drawn together.
-        level (`float`, *optional*, defaults to `0.95`):
-            Nominal coverage.
-        n_resamples (`int`, *optional*, defaults to `1000`):
-            Number of bootstrap samples.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the resampling.
-
-    Returns:
-        [`Estimate`]: Without an interval if there are fewer than three prompts.
-
-    Example:
 
     ```python
     >>> str(bootstrap(np.mean, [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0], seed=0))

@@ -1,7 +1,4 @@
-"""
-What counts of correct samples say about base and policy: which prompts each solves, where the gain is, and whether an
-exponential tilt of the base explains it.
-"""
+"""From counts: which prompts base and policy solve, where the gain is, and whether a tilt explains it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,37 +15,22 @@ from trl_sgpo.analysis.metrics.rates import UNDEFINED, Estimate, bootstrap, chec
 @dataclass(frozen=True)
 class SupportTable:
     """
-    Which prompts base and policy solve, after "The Invisible Leash" (arXiv 2507.14843). A prompt is solved if at least one
-    of its samples is correct.
-
-    Args:
-        preserved, expanded, shrunk, out_of_reach (`int`):
-            Prompts solved by both, only by the policy, only by the base, by neither (P, E, S, O).
-        srr, ndr, nscr ([`Estimate`]):
-            Support retention rate `P / (P + S)`, net discovery rate `E / (P + E)` and net support change rate
-            `(E - S) / (P + E + S)`, with intervals over prompts; NaN if the denominator is 0.
-        expanded_null, shrunk_null (`float`):
-            The mean number of expanded and shrunk prompts by chance alone, if policy and base have the same pass@1 on
-            every prompt: the base-against-base null.
-        p_expanded, p_shrunk (`float`):
-            Probability of at least as many under that null.
-        unseen_rate (`float`):
-            Upper 95 % limit of the base's pass@1 on a prompt that it never solved, `1 - 0.05 ** (1 / n)`. It says what
-            "not solved by the base" can mean with this number of samples.
+    Which prompts base and policy solve, after "The Invisible Leash" (arXiv 2507.14843). A prompt is solved if at least
+    one of its samples is correct. The null: policy and base have the same pass@1 on every prompt.
     """
 
-    preserved: int
-    expanded: int
-    shrunk: int
-    out_of_reach: int
-    srr: Estimate
-    ndr: Estimate
-    nscr: Estimate
-    expanded_null: float
+    preserved: int  # P: solved by both
+    expanded: int  # E: only by the policy
+    shrunk: int  # S: only by the base
+    out_of_reach: int  # O: by neither
+    srr: Estimate  # support retention rate P / (P + S); each ratio is NaN if its denominator is 0
+    ndr: Estimate  # net discovery rate E / (P + E)
+    nscr: Estimate  # net support change rate (E - S) / (P + E + S)
+    expanded_null: float  # mean number under the null
     shrunk_null: float
-    p_expanded: float
+    p_expanded: float  # probability of at least as many under the null
     p_shrunk: float
-    unseen_rate: float
+    unseen_rate: float  # upper 95 % limit of the base's pass@1 on a prompt it never solved, 1 - 0.05 ** (1 / n)
 
     def changes(self, level: float = 0.95) -> list[str]:
         """
@@ -60,35 +42,22 @@ class SupportTable:
 
 
 def support_table(
-    base_c: ArrayLike,
-    policy_c: ArrayLike,
-    base_n: ArrayLike,
-    policy_n: ArrayLike | None = None,
-    seed: int = 0,
+    base_c: ArrayLike, policy_c: ArrayLike, base_n: ArrayLike, policy_n: ArrayLike | None = None
 ) -> SupportTable:
     """
     Compares the prompts that base and policy solve with what chance gives.
 
     Under the null, the correct samples of a prompt are split between base and policy like balls from one urn (a
-    hypergeometric law), whatever the prompt's difficulty. The numbers of expanded and of shrunk prompts are compared with
-    the exact law of their sum over prompts. So "expanded" means: the policy solves prompts that the base did not solve
-    *in this many samples*; see `unseen_rate`.
+    hypergeometric law), whatever the prompt's difficulty. The numbers of expanded and of shrunk prompts are compared
+    with the exact law of their sum over prompts. So "expanded" means: the policy solves prompts that the base did not
+    solve *in this many samples*; see `unseen_rate`.
 
     Args:
         base_c, policy_c (`ArrayLike` of integers, shape (P,)):
             Correct samples per prompt.
-        base_n (`int` or `ArrayLike` of integers, shape (P,)):
-            The base's samples per prompt.
-        policy_n (`int` or `ArrayLike` of integers, shape (P,), *optional*):
-            The policy's samples per prompt. Defaults to `base_n`. With unequal numbers the side with more samples solves
+        base_n, policy_n (`ArrayLike` of integers, shape (P,), or `int`):
+            Samples per prompt; `policy_n` defaults to `base_n`. With unequal numbers the side with more samples solves
             more prompts: the test accounts for that, the four counts do not.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the bootstrap.
-
-    Returns:
-        [`SupportTable`]
-
-    Example:
 
     ```python
     >>> table = support_table(base_c=[0, 0, 3, 8], policy_c=[0, 5, 8, 0], base_n=8)
@@ -124,7 +93,7 @@ def support_table(
         expanded=expanded,
         shrunk=shrunk,
         out_of_reach=int((~by_base & ~by_policy).sum()),
-        **{name: bootstrap(ratio, *solved, seed=seed) for name, ratio in ratios.items()},
+        **{name: bootstrap(ratio, *solved) for name, ratio in ratios.items()},
         expanded_null=float(sum(chance_expanded)),
         shrunk_null=float(sum(chance_shrunk)),
         p_expanded=_at_least(chance_expanded, expanded),
@@ -134,27 +103,21 @@ def support_table(
 
 
 def sampling_efficiency_gap(
-    base_n: ArrayLike, base_c: ArrayLike, policy_n: ArrayLike, policy_c: ArrayLike, k: int, seed: int = 0
+    base_n: ArrayLike, base_c: ArrayLike, policy_n: ArrayLike, policy_c: ArrayLike, k: int
 ) -> Estimate:
     """
-    Mean pass@k of the base minus mean pass@1 of the policy, over the same prompts: what the base finds in `k` samples and
-    the policy does not yet find in one.
+    Mean pass@k of the base minus mean pass@1 of the policy, over the same prompts: what the base finds in `k` samples
+    and the policy does not yet find in one.
     """
-    gap = pass_at_k(base_n, base_c, k) - pass_at_k(policy_n, policy_c, 1)
-    return mean_estimate(gap, seed=seed)
+    return mean_estimate(pass_at_k(base_n, base_c, k) - pass_at_k(policy_n, policy_c, 1))
 
 
 @dataclass(frozen=True)
 class TiltLine:
     """
-    The line `logit pass@1(pi) = intercept + slope * logit pass@1(q)` over prompts. A pure tilt has slope 1 and intercept
-    beta. A smaller slope means that hard prompts gained more than a tilt gives them, as in an expansion.
-
-    Args:
-        slope, intercept ([`Estimate`]):
-            The line. NaN if the base's pass@1 hardly differs between prompts, or if the policy solves all or no samples.
-        n_prompts (`int`):
-            Prompts it was fitted on.
+    The line `logit pass@1(pi) = intercept + slope * logit pass@1(q)` over prompts. A pure tilt has slope 1 and
+    intercept beta. A smaller slope means that hard prompts gained more than a tilt gives them, as in an expansion. NaN
+    if the base's pass@1 hardly differs between prompts, or if the policy solves all or no samples.
     """
 
     slope: Estimate
@@ -162,25 +125,14 @@ class TiltLine:
     n_prompts: int
 
 
-def tilt_line(
-    base_n: ArrayLike, base_c: ArrayLike, policy_n: ArrayLike, policy_c: ArrayLike, level: float = 0.95
-) -> TiltLine:
+def tilt_line(base_n: ArrayLike, base_c: ArrayLike, policy_n: ArrayLike, policy_c: ArrayLike) -> TiltLine:
     """
-    Fits the line between the logits of pass@1 under base and policy, from counts.
+    Fits the line between the logits of pass@1 under base and policy, from samples and correct samples per prompt.
 
-    A line through the points `logit(c / n)` is no alternative: the noise of the base's counts flattens it, so it finds a
-    slope below 1 for every tilt, and prompts with c = 0 or c = n have no point. So the counts are modelled: `c_q ~
-    Bin(n_q, sigmoid(t))` and `c_pi ~ Bin(n_pi, sigmoid(intercept + slope t))` with `t ~ Normal(mu, s^2)` over prompts. The
-    fit is by maximum likelihood (Gauss-Hermite quadrature over t). The intervals are Wald's.
-
-    Args:
-        base_n, base_c, policy_n, policy_c (`ArrayLike` of integers, shape (P,)):
-            Samples per prompt and correct ones among them.
-        level (`float`, *optional*, defaults to `0.95`):
-            Nominal coverage of the intervals.
-
-    Returns:
-        [`TiltLine`]
+    A line through the points `logit(c / n)` is no alternative: the noise of the base's counts flattens it, so it finds
+    a slope below 1 for every tilt, and prompts with c = 0 or c = n have no point. So the counts are modelled: `c_q ~
+    Bin(n_q, sigmoid(t))` and `c_pi ~ Bin(n_pi, sigmoid(intercept + slope t))` with `t ~ Normal(mu, s^2)` over prompts.
+    The fit is by maximum likelihood (Gauss-Hermite quadrature over t). The intervals are Wald's, at 95 %.
     """
     base_n, base_c = checked_counts(base_n, base_c)
     policy_n, policy_c = checked_counts(policy_n, policy_c)
@@ -209,10 +161,9 @@ def tilt_line(
         return -float((np.log(total) + top).sum()), -np.array([(posterior * part).sum() for part in parts])
 
     rate = np.clip(base_c.sum() / base_n.sum(), 0.01, 0.99)
-    parameters = np.array([0.0, 1.0, math.log(rate / (1 - rate)), 0.3])
-    parameters, hessian = _minimise(loss, parameters)
+    parameters, hessian = _minimise(loss, np.array([0.0, 1.0, math.log(rate / (1 - rate)), 0.3]))
     covariance = np.linalg.pinv(hessian)
-    z = NormalDist().inv_cdf(0.5 + level / 2)
+    z = NormalDist().inv_cdf(0.975)
     intercept, slope = (
         Estimate(float(value), float(value - z * sd), float(value + z * sd))
         for value, sd in zip(parameters[:2], np.sqrt(np.maximum(covariance.diagonal()[:2], 0)), strict=True)
@@ -222,8 +173,8 @@ def tilt_line(
 
 def tilt_gain(base_pass: ArrayLike, beta: float) -> np.ndarray:
     """
-    What an exponential tilt by `beta` adds to a pass@1 of Q: `Q(1-Q)(e^beta - 1) / (1 + Q(e^beta - 1))`. The curve is a
-    hump: zero at Q = 0 (no support) and at Q = 1 (saturated).
+    What an exponential tilt by `beta` adds to a pass@1 of Q: `Q(1-Q)(e^beta - 1) / (1 + Q(e^beta - 1))`. The curve is
+    a hump: zero at Q = 0 (no support) and at Q = 1 (saturated).
     """
     q, more = np.asarray(base_pass, dtype=np.float64), math.expm1(beta)
     return q * (1 - q) * more / (1 + q * more)
@@ -232,8 +183,8 @@ def tilt_gain(base_pass: ArrayLike, beta: float) -> np.ndarray:
 @dataclass(frozen=True)
 class SaturationBucket:
     """
-    Gain of the policy over the base among prompts with a base pass@1 in `[low, high)` (the last bucket: `[low, 1]`), and
-    the mean pass@1 of the base there.
+    Gain of the policy over the base among prompts with a base pass@1 in `[low, high)` (the last bucket: `[low, 1]`),
+    and the mean pass@1 of the base there.
     """
 
     low: float
@@ -249,22 +200,15 @@ def saturation(
     policy_n: ArrayLike,
     policy_c: ArrayLike,
     edges: Sequence[float] = (0.0, 0.05, 0.2, 0.5, 0.8, 0.95, 1.0),
-    seed: int = 0,
 ) -> list[SaturationBucket]:
     """
-    Gain in pass@1 per bucket of the base's pass@1. The tilt predicts a hump ([`tilt_gain`]).
+    Gain in pass@1 per bucket of the base's pass@1. The buckets lie between `edges`, which rise from 0 to 1. The tilt
+    predicts a hump ([`tilt_gain`]).
 
-    One half of a prompt's base samples chooses its bucket, the other half measures the base there. With the same samples
-    for both, every low bucket would show a gain and every high bucket a loss, even for base against base. The result is the
-    average over all halvings, so a prompt can lie in several buckets with a share in each (`n_prompts` is their sum).
-
-    Args:
-        base_n, base_c, policy_n, policy_c (`ArrayLike` of integers, shape (P,)):
-            Samples per prompt and correct samples among them; at least two samples of the base.
-        edges (`Sequence[float]`, *optional*):
-            Edges of the buckets, rising from 0 to 1.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the bootstrap.
+    One half of a prompt's base samples chooses its bucket, the other half measures the base there, so the base needs
+    two samples or more. With the same samples for both, every low bucket would show a gain and every high bucket a
+    loss, even for base against base. The result is the average over all halvings, so a prompt can lie in several
+    buckets with a share in each (`n_prompts` is their sum).
     """
     edges_B = np.asarray(edges, dtype=np.float64)
     if edges_B.size < 2 or edges_B[0] != 0 or edges_B[-1] != 1 or (np.diff(edges_B) <= 0).any():
@@ -292,7 +236,7 @@ def saturation(
             float(edges_B[b + 1]),
             float(share_PB[:, b].sum()),
             _ratio(base_PB[:, b].sum(), share_PB[:, b].sum()),
-            bootstrap(lambda g, s: _ratio(g.sum(), s.sum()), gain_PB[:, b], share_PB[:, b], seed=seed),
+            bootstrap(lambda g, s: _ratio(g.sum(), s.sum()), gain_PB[:, b], share_PB[:, b]),
         )
         for b in range(edges_B.size - 1)
     ]
@@ -304,14 +248,8 @@ def _ratio(a: float, b: float) -> float:
 
 def _hypergeometric(population: int, marked: int, drawn: int) -> np.ndarray:
     """Probabilities of 0, 1, ..., min(marked, drawn) marked ones among `drawn` of `population`."""
-    total = comb(population, drawn)
-    rest = population - marked
-    return np.array(
-        [
-            comb(marked, k) * comb(rest, drawn - k) / total if drawn - k <= rest else 0.0
-            for k in range(min(marked, drawn) + 1)
-        ]
-    )
+    ways = [comb(marked, k) * comb(population - marked, drawn - k) for k in range(min(marked, drawn) + 1)]
+    return np.array([way / comb(population, drawn) for way in ways])
 
 
 def _at_least(probabilities: Sequence[float], count: int) -> float:

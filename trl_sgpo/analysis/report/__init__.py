@@ -14,5 +14,6 @@ The report of finished or running runs: from their folders to one page.
     glossary.py       what each number means, and when it misleads
     page.py           dictionary and pictures -> the HTML page
 
-Everything after `runs.py` and `comparison.py` works on numbers, and everything after `summary.py` works on its dictionary only.
+Everything after `runs.py` and `comparison.py` works on numbers, and everything after `summary.py` works on its
+dictionary only.
 """

@@ -1,8 +1,7 @@
 """
-The samples of base and policy, read from a run's `sharpening` folder, as the numbers of the page.
-
-The folder holds `probe.json` (settings), `prompts.parquet`, `base.parquet` (one row per sample of the base) and one
-`policy_<step>.parquet` per probe of the policy. The numbers are those of `analysis/sharpening/compare.py`, with intervals.
+The samples of base and policy, read from a run's `sharpening` folder, as the numbers of the page: those of
+`analysis/sharpening/compare.py`, with intervals. The folder holds `probe.json` (settings), `prompts.parquet`,
+`base.parquet` (one row per sample of the base) and one `policy_<step>.parquet` per probe of the policy.
 """
 
 import json
@@ -41,36 +40,20 @@ class ProbeError(Exception):
 
 @dataclass
 class Probes:
-    """
-    The contents of the folder.
-
-    Args:
-        settings (`dict`):
-            `probe.json`.
-        prompt_ids (`list`):
-            The prompts with samples in every file, sorted.
-        domain (`list[str]`, *optional*):
-            Their domains.
-        base (`pd.DataFrame`), policy (`dict[int, pd.DataFrame]`):
-            The samples without their texts; the policy's by step.
-        notes (`list[str]`):
-            What is missing, and why.
-    """
+    """The contents of the folder. The samples are without their texts."""
 
     settings: dict[str, Any]
-    prompt_ids: list[Any]
-    domain: list[str] | None
+    prompt_ids: list[Any]  # the prompts with samples in every file, sorted
+    domain: list[str] | None  # their domains
     base: "pd.DataFrame"
-    policy: dict[int, "pd.DataFrame"]
-    notes: list[str]
+    policy: dict[int, "pd.DataFrame"]  # by step
+    notes: list[str]  # what is missing, and why
 
 
 def read_probes(folder: Path, only_domain: str | None = None) -> Probes:
     """
-    Reads the folder; only one domain, if it is named.
-
-    Raises:
-        ProbeError: If there are no samples of the base, or none of the policy, or no prompt of the domain.
+    Reads the folder; only one domain, if it is named. Raises `ProbeError` if there are no samples of the base, or none
+    of the policy, or no prompt of the domain.
     """
     notes: list[str] = []
     try:
@@ -95,17 +78,16 @@ def read_probes(folder: Path, only_domain: str | None = None) -> Probes:
             policy[int(name[1])] = frame
     if not policy:
         raise ProbeError("There are samples of the base, but none of the policy yet (policy_<step>.parquet).")
-    ids = set(base["prompt_id"])
-    for step, frame in policy.items():
-        own = set(frame["prompt_id"])
-        if own != set(base["prompt_id"]):
-            notes.append(
-                f"The probe at step {step} has other prompts than the base: only the prompts of all files are used."
-            )
-        ids &= own
-    if not ids:
+    prompts_of = {step: set(frame["prompt_id"]) for step, frame in policy.items()}
+    of_base = set(base["prompt_id"])
+    notes += [
+        f"The probe at step {step} has other prompts than the base: only the prompts of all files are used."
+        for step, own in prompts_of.items()
+        if own != of_base
+    ]
+    prompt_ids = sorted(of_base.intersection(*prompts_of.values()))
+    if not prompt_ids:
         raise ProbeError("No prompt has samples of both base and policy: the files belong to different probes.")
-    prompt_ids = sorted(ids)
     domain = None
     prompts = _read(folder / "prompts.parquet", ("prompt_id", "domain"), ("prompt_id",))
     if isinstance(prompts, str):
@@ -116,15 +98,13 @@ def read_probes(folder: Path, only_domain: str | None = None) -> Probes:
     if only_domain is not None:
         known = sorted(set(domain or []))
         if only_domain not in known:
-            raise ProbeError(
-                f"No prompt of the probe is of the domain {only_domain!r}: {f'its domains are {known}' if known else 'it has none'}."
-            )
+            has = f"its domains are {known}" if known else "it has none"
+            raise ProbeError(f"No prompt of the probe is of the domain {only_domain!r}: {has}.")
         prompt_ids = [i for i, name in zip(prompt_ids, domain or [], strict=True) if name == only_domain]
         domain = [only_domain] * len(prompt_ids)
     elif domain is not None and len(set(domain)) > 1:
-        notes.append(
-            f"The finding is about {len(set(domain))} domains together ({', '.join(sorted(set(domain)))}): --domain looks at one."
-        )
+        several = f"{len(set(domain))} domains together ({', '.join(sorted(set(domain)))})"
+        notes.append(f"The finding is about {several}: --domain looks at one.")
     return Probes(settings, prompt_ids, domain, base, policy, notes)
 
 
@@ -155,18 +135,8 @@ def _read(
 
 def analyse(folder: Path, guess: float | None = None, domain: str | None = None) -> tuple[dict[str, Any], Finding]:
     """
-    All numbers of a run's probes, and the finding of the last probe.
-
-    Args:
-        folder (`Path`):
-            The run's `sharpening` folder.
-        guess (`float`, *optional*):
-            Probability that one guess is correct, for the chance level of pass@k.
-        domain (`str`, *optional*):
-            Use only the prompts of this domain.
-
-    Raises:
-        ProbeError: If the probes cannot be used.
+    All numbers of the probes in a run's `sharpening` folder, and the finding of the last probe. Raises `ProbeError` if
+    the probes cannot be used. `guess` is the probability that one guess is correct, for the chance level of pass@k.
     """
     probes = read_probes(folder, domain)
     ids, steps = probes.prompt_ids, sorted(probes.policy)

@@ -1,9 +1,7 @@
 """
-Reads the parquet files that any TRL run with `log_completions=True` leaves in `<output_dir>/completions`, one per logging
-event, into rows of numbers. The texts are dropped as soon as a file is read.
-
-A file holds the last generation batch before the event. It does not tell the settings of the run, the tokens of a
-completion, or whether an evaluation at the same step has overwritten the file.
+Reads the parquet files that any TRL run with `log_completions=True` leaves in `<output_dir>/completions`, one per
+logging event, into rows of numbers. A file holds the last generation batch before the event. It does not tell the
+settings of the run, the tokens of a completion, or whether an evaluation at the same step has overwritten the file.
 """
 
 import json
@@ -27,41 +25,19 @@ VERDICTS = ("", "error", "no_error", "abstain")
 
 @dataclass
 class Rows:
-    """
-    The completions of a run as columns, one entry per completion, in the order of the files.
+    """The completions of a run as columns, one entry per completion, in the order of the files."""
 
-    Args:
-        step (`np.ndarray`):
-            The update at which the row was logged.
-        file (`np.ndarray`):
-            Index of its file.
-        prompt (`np.ndarray`):
-            Equal for equal prompts of a file.
-        rewards (`dict[str, np.ndarray]`):
-            The reward functions' columns, without the judge's; NaN for no reward.
-        advantage, judge, rts (`np.ndarray`):
-            NaN if a file has no such column.
-        verdict (`np.ndarray`):
-            Index in `VERDICTS`; 0 if no judge was asked.
-        answer (`np.ndarray`):
-            Equal for equal answers of a file; -1 for none.
-        length (`np.ndarray`):
-            Tokens, or characters if there is no tokenizer.
-        has_judge, has_advantage (`bool`):
-            Whether any file has that column.
-    """
-
-    step: np.ndarray
-    file: np.ndarray
-    prompt: np.ndarray
-    rewards: dict[str, np.ndarray]
-    advantage: np.ndarray
+    step: np.ndarray  # the update at which the row was logged
+    file: np.ndarray  # index of its file
+    prompt: np.ndarray  # equal for equal prompts of a file
+    rewards: dict[str, np.ndarray]  # without the judge's; NaN for no reward
+    advantage: np.ndarray  # this and the next two are NaN if a file has no such column
     judge: np.ndarray
     rts: np.ndarray
-    verdict: np.ndarray
-    answer: np.ndarray
-    length: np.ndarray
-    has_judge: bool
+    verdict: np.ndarray  # index in `VERDICTS`; 0 if no judge was asked
+    answer: np.ndarray  # equal for equal answers of a file; -1 for none
+    length: np.ndarray  # tokens, or characters if there is no tokenizer
+    has_judge: bool  # whether any file has that column
     has_advantage: bool
 
 
@@ -81,19 +57,14 @@ def read_completions(
     count_tokens: Callable[[list[str]], Sequence[int]] | None = None,
 ) -> CompletionsRead:
     """
-    Reads all `completions_*.parquet` of a folder.
-
-    A file that cannot be read is left out and noted. So is a file with the same completions as the file before it, because
-    TRL writes a batch again if there are several updates per generation batch (`num_iterations`, `steps_per_generation`).
+    Reads all `completions_*.parquet` of a folder. A file that cannot be read is left out and noted. So is a file with
+    the same completions as the file before it, because TRL writes a batch again if there are several updates per
+    generation batch (`num_iterations`, `steps_per_generation`).
 
     Args:
-        folder (`Path`):
-            The run's `completions` folder.
         reward_names (`Sequence[str]`, *optional*):
-            The reward functions, if the log names them. Otherwise every column of numbers is a reward, except those that TRL
-            or this package makes.
-        extract (`Extractor`, *optional*):
-            From a completion to its answer.
+            The reward functions, if the log names them. Otherwise every column of numbers is a reward, except those
+            that TRL or this package makes.
         count_tokens (`Callable`, *optional*):
             From texts to their numbers of tokens. Without it lengths are characters.
     """
@@ -211,22 +182,24 @@ def _codes(values: Sequence[Any]) -> np.ndarray:
 
 
 def _join(files: list[dict[str, Any]]) -> Rows:
-    def column(pick: Callable[[dict[str, Any]], np.ndarray | None]) -> np.ndarray:
-        parts = [(pick(one), len(one["step"])) for one in files]
-        return np.concatenate([np.full(n, np.nan) if values is None else values for values, n in parts])
+    sizes = [len(one["step"]) for one in files]
 
-    names = list(dict.fromkeys(name for one in files for name in one["rewards"]))
+    def joined(name: str, part: str | None = None) -> np.ndarray:
+        columns = [one if part is None else one[part] for one in files]
+        return np.concatenate(
+            [c[name] if name in c else np.full(n, np.nan) for c, n in zip(columns, sizes, strict=True)]
+        )
+
     return Rows(
-        step=column(lambda one: one["step"]).astype(np.int64),
-        file=np.repeat(np.arange(len(files)), [len(one["step"]) for one in files]),
-        prompt=column(lambda one: one["prompt"]),
-        rewards={name: column(lambda one, name=name: one["rewards"].get(name)) for name in names},  # type: ignore[misc]
-        advantage=column(lambda one: one["own"].get("advantage")),
-        judge=column(lambda one: one["own"].get(JUDGE_COLUMN)),
-        rts=column(lambda one: one["own"].get("judge_rts")),
-        verdict=column(lambda one: one["verdict"]),
-        answer=column(lambda one: one["answer"]),
-        length=column(lambda one: one["length"]).astype(np.float64),
+        **{name: joined(name) for name in ("step", "prompt", "verdict", "answer")},
+        file=np.repeat(np.arange(len(files)), sizes),
+        rewards={
+            name: joined(name, "rewards") for name in dict.fromkeys(name for one in files for name in one["rewards"])
+        },
+        advantage=joined("advantage", "own"),
+        judge=joined(JUDGE_COLUMN, "own"),
+        rts=joined("judge_rts", "own"),
+        length=joined("length").astype(np.float64),
         has_judge=any(JUDGE_COLUMN in one["own"] for one in files),
         has_advantage=any("advantage" in one["own"] for one in files),
     )

@@ -1,15 +1,15 @@
 """
-The finding: did training sharpen what the base could do already, or expand it? Decision rules as a pure function of numbers
-with intervals ([`decide`]), and the words for the result.
+The finding: did training sharpen what the base could do already, or expand it? Decision rules as a pure function of
+numbers with intervals ([`decide`]), and the words for the result.
 
-More solved prompts are not yet an expansion. If pass@1 rises, the policy finds in `n` samples what the base finds in a few
-times `n`; an exponential tilt of the base does that. So newly solved prompts are checked in two ways, if the numbers are
-there: how many samples the *base* would need, by its own log-probabilities, for what the policy wrote; and whether hard
-prompts gained more than a tilt gives (`tilt_line`).
+More solved prompts are not yet an expansion. If pass@1 rises, the policy finds in `n` samples what the base finds in a
+few times `n`; an exponential tilt of the base does that. So newly solved prompts are checked in two ways, if the
+numbers are there: how many samples the *base* would need, by its own log-probabilities, for what the policy wrote; and
+whether hard prompts gained more than a tilt gives (`tilt_line`).
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trl_sgpo.analysis.metrics import Estimate, SupportTable, chance_pass_at_k
 from trl_sgpo.analysis.metrics.rates import UNDEFINED
@@ -32,67 +32,32 @@ REACH = 100
 
 @dataclass(frozen=True)
 class Evidence:
-    """
-    The numbers behind a finding. All estimates are means over the same prompts, with intervals over prompts.
-
-    Args:
-        n_prompts, n_samples (`int`):
-            Prompts of the probe, and samples per prompt of the base.
-        k (`int`):
-            The largest k for which base and policy have samples.
-        base_pass_1, policy_pass_1, base_pass_k, policy_pass_k ([`Estimate`]):
-            pass@1 and pass@k.
-        gain_1, gain_k ([`Estimate`]):
-            Policy minus base, prompt by prompt, with intervals at `LEVEL`.
-        support ([`SupportTable`]):
-            Which prompts both, one or neither of them solved, and what chance gives.
-        slope ([`Estimate`], *optional*):
-            Slope of the tilt line; 1 for a pure tilt, less if hard prompts gained more.
-        base_rates (`tuple[float, ...]`, *optional*):
-            The base's pass@1 on each expanded prompt, from its own log-probabilities of the policy's correct samples. Empty
-            if there are none.
-        process_gain_k ([`Estimate`], *optional*):
-            Gain in process-verified pass@k (every step right), in the same way.
-        guess (`float`, *optional*):
-            Probability that one guess is correct.
-    """
+    """The numbers behind a finding: means over the same prompts, with intervals over prompts."""
 
     n_prompts: int
-    n_samples: int
-    k: int
+    n_samples: int  # of the base, per prompt
+    k: int  # the largest k for which base and policy have samples
     base_pass_1: Estimate
     policy_pass_1: Estimate
     base_pass_k: Estimate
     policy_pass_k: Estimate
-    gain_1: Estimate
+    gain_1: Estimate  # policy minus base, prompt by prompt, at `LEVEL`
     gain_k: Estimate
     support: SupportTable
-    slope: Estimate = UNDEFINED
-    base_rates: tuple[float, ...] = ()
-    process_gain_k: Estimate = UNDEFINED
-    guess: float | None = None
+    slope: Estimate = UNDEFINED  # of the tilt line: 1 for a pure tilt, less if hard prompts gained more
+    base_rates: tuple[float, ...] = ()  # the base's pass@1 on each expanded prompt, from log-probabilities
+    process_gain_k: Estimate = UNDEFINED  # gain in process-verified pass@k, at `LEVEL`
+    guess: float | None = None  # probability that one guess is correct
 
 
 @dataclass(frozen=True)
 class Finding:
-    """
-    A finding in words.
+    """A finding in words."""
 
-    Args:
-        kind (`str`):
-            One of `KINDS`.
-        headline (`str`):
-            The finding in a few words.
-        evidence (`tuple[str, ...]`):
-            The numbers behind it, in words.
-        caveats (`tuple[str, ...]`):
-            What the finding cannot say.
-    """
-
-    kind: str
+    kind: str  # one of `KINDS`
     headline: str
-    evidence: tuple[str, ...] = ()
-    caveats: tuple[str, ...] = field(default=())
+    evidence: tuple[str, ...] = ()  # the numbers behind it
+    caveats: tuple[str, ...] = ()  # what it cannot say
 
     def __str__(self) -> str:
         return f"{self.headline}: {'; '.join(self.evidence)}" if self.evidence else f"{self.headline}."
@@ -120,65 +85,60 @@ def decide(e: Evidence) -> Finding:
 
     "Rose" and "fell" mean that the interval does not contain 0. "Beyond chance" is [`SupportTable.changes`].
     """
-    s = e.support
     numbers = _numbers(e)
-    if e.n_prompts < LEAST_PROMPTS:
-        return unknown(f"the probe has only {e.n_prompts} prompts (at least {LEAST_PROMPTS} are needed)", numbers)
-    if e.n_samples < LEAST_SAMPLES or e.k < LEAST_SAMPLES:
-        return unknown(
-            f"{min(e.n_samples, e.k)} samples per prompt say nothing about support (at least {LEAST_SAMPLES} are needed)",
-            numbers,
-        )
-    if math.isnan(e.gain_1.low) or math.isnan(e.gain_k.low):
-        return unknown("the gains have no interval", numbers)
-    if s.preserved + s.expanded + s.shrunk == 0:
-        return unknown(
-            f"neither base nor policy solved a single prompt in {e.n_samples} samples: rarer solutions cannot be seen",
-            numbers,
-        )
-    changes = s.changes(LEVEL)
+    reason = _too_little(e)
+    if reason:
+        return unknown(reason, numbers)
+    changes = e.support.changes(LEVEL)
     up_1, down_1 = e.gain_1.low > 0, e.gain_1.high < 0
     up_k, down_k = e.gain_k.low > 0, e.gain_k.high < 0
     caveats = _caveats(e)
+
+    def found(kind: str, headline: str) -> Finding:
+        return Finding(kind, headline, numbers, caveats)
+
     if "expanded" in changes and "shrunk" in changes:
-        return Finding(
-            "mixed", "A mixed picture: prompts were both won and lost, more than by chance", numbers, caveats
-        )
+        return found("mixed", "A mixed picture: prompts were both won and lost, more than by chance")
+    if "shrunk" in changes and up_1:
+        return found("shrank", "Sharpened at the cost of support: it shrank")
     if "shrunk" in changes:
-        headline = (
-            "Sharpened at the cost of support: it shrank" if up_1 else "Shrank: the support is smaller than the base's"
-        )
-        return Finding("shrank", headline, numbers, caveats)
+        return found("shrank", "Shrank: the support is smaller than the base's")
     if "expanded" in changes and up_k:
         return _won(e, numbers, caveats)
     if up_1 and down_k:
-        return Finding("mixed", f"A mixed picture: pass@1 rose and pass@{e.k} fell", numbers, caveats)
+        return found("mixed", f"A mixed picture: pass@1 rose and pass@{e.k} fell")
     if up_1:
-        return Finding("sharpened", "Sharpened inside the base's support", numbers, caveats)
-    if down_1 or up_k or down_k:
-        said = " and ".join(
-            f"pass@{k} {'rose' if up else 'fell'}"
-            for k, up, down in ((1, up_1, down_1), (e.k, up_k, down_k))
-            if up or down
-        )
-        return Finding(
-            "mixed", f"A mixed picture: {said}, and not in the way of sharpening or expansion", numbers, caveats
-        )
+        return found("sharpened", "Sharpened inside the base's support")
+    moved = [(k, up) for k, up, down in ((1, up_1, down_1), (e.k, up_k, down_k)) if up or down]
+    if moved:
+        said = " and ".join(f"pass@{k} {'rose' if up else 'fell'}" for k, up in moved)
+        return found("mixed", f"A mixed picture: {said}, and not in the way of sharpening or expansion")
     if e.gain_1.high - e.gain_1.low > 2 * WIDEST_NO_CHANGE:
-        return unknown(
-            f"the change of pass@1 is known only as {_signed(e.gain_1.low)} to {_signed(e.gain_1.high)}: more prompts or "
-            "samples are needed",
-            numbers,
+        change = f"{_signed(e.gain_1.low)} to {_signed(e.gain_1.high)}"
+        return unknown(f"the change of pass@1 is known only as {change}: more prompts or samples are needed", numbers)
+    return found("no change", "No change that this probe can see")
+
+
+def _too_little(e: Evidence) -> str:
+    """Why there is no basis for a finding; empty if there is one."""
+    if e.n_prompts < LEAST_PROMPTS:
+        return f"the probe has only {e.n_prompts} prompts (at least {LEAST_PROMPTS} are needed)"
+    n = min(e.n_samples, e.k)
+    if n < LEAST_SAMPLES:
+        return f"{n} samples per prompt say nothing about support (at least {LEAST_SAMPLES} are needed)"
+    if math.isnan(e.gain_1.low) or math.isnan(e.gain_k.low):
+        return "the gains have no interval"
+    if e.support.preserved + e.support.expanded + e.support.shrunk == 0:
+        return (
+            f"neither base nor policy solved a single prompt in {e.n_samples} samples: rarer solutions cannot be seen"
         )
-    return Finding("no change", "No change that this probe can see", numbers, caveats)
+    return ""
 
 
 def _won(e: Evidence, numbers: tuple[str, ...], caveats: tuple[str, ...]) -> Finding:
     """Prompts were won beyond chance, and pass@k rose: is that beyond the base's reach?"""
-    unseen = (
-        f'"not solved by the base in {e.n_samples} samples" may still mean a pass rate of up to '
-        f"{_share(e.support.unseen_rate)}"
-    )
+    rate = _share(e.support.unseen_rate)
+    unseen = f'"not solved by the base in {e.n_samples} samples" may still mean a pass rate of up to {rate}.'
     if e.guess and chance_pass_at_k(e.guess, e.k) >= e.policy_pass_k.low:
         return unknown(
             f"guessing alone reaches a pass@{e.k} of {_share(chance_pass_at_k(e.guess, e.k))}, so newly solved prompts "
@@ -189,7 +149,7 @@ def _won(e: Evidence, numbers: tuple[str, ...], caveats: tuple[str, ...]) -> Fin
         return Finding(
             "mixed",
             "A mixed picture: more prompts have a right answer, but no more have a right solution",
-            (*numbers, f"process-verified pass@{e.k} changed by {_interval(e.process_gain_k, signed=True)}"),
+            (*numbers, f"process-verified pass@{e.k} changed by {_interval(e.process_gain_k)}"),
             caveats,
         )
     tilted = e.slope.high >= 1  # NaN is not
@@ -209,24 +169,19 @@ def _won(e: Evidence, numbers: tuple[str, ...], caveats: tuple[str, ...]) -> Fin
                 "mixed",
                 "A mixed picture: prompts were won far beyond the base's reach, and yet no more than a tilt gives",
                 (*numbers, rates),
-                (f"{unseen}.", *caveats),
+                (unseen, *caveats),
             )
-        return Finding("expanded", "Expanded beyond the base's reach", (*numbers, rates), (f"{unseen}.", *caveats))
+        return Finding("expanded", "Expanded beyond the base's reach", (*numbers, rates), (unseen, *caveats))
     if tilted:
-        return Finding(
-            "sharpened",
-            "Sharpened inside the base's support",
-            (*numbers, "the newly solved prompts are no more than a tilt of the base gives"),
-            (f"{unseen}.", *caveats),
+        explained = "the newly solved prompts are no more than a tilt of the base gives"
+        headline = "Sharpened inside the base's support"
+        return Finding("sharpened", headline, (*numbers, explained), (unseen, *caveats))
+    if math.isnan(e.slope.high):
+        unchecked = (
+            "Neither log-probabilities nor a tilt line were there to check how far these prompts are from the base."
         )
-    checked = (
-        ()
-        if not math.isnan(e.slope.high)
-        else (
-            "Neither log-probabilities nor a tilt line were there to check how far these prompts are from the base.",
-        )
-    )
-    return Finding("expanded", "Expanded beyond what the base solved", numbers, (f"{unseen}.", *checked, *caveats))
+        caveats = (unchecked, *caveats)
+    return Finding("expanded", "Expanded beyond what the base solved", numbers, (unseen, *caveats))
 
 
 def _caveats(e: Evidence) -> tuple[str, ...]:
@@ -248,21 +203,21 @@ def _caveats(e: Evidence) -> tuple[str, ...]:
 def _numbers(e: Evidence) -> tuple[str, ...]:
     s = e.support
     said = [
-        f"pass@1 {_share(e.base_pass_1.value)} → {_share(e.policy_pass_1.value)} "
-        f"(change {_interval(e.gain_1, signed=True)})",
-        f"pass@{e.k} {_share(e.base_pass_k.value)} → {_share(e.policy_pass_k.value)} "
-        f"(change {_interval(e.gain_k, signed=True)})",
-        f"{s.expanded} of {e.n_prompts} prompts won (by chance {s.expanded_null:.1f}), {s.shrunk} lost (by chance "
-        f"{s.shrunk_null:.1f})",
+        f"pass@{k} {_share(base.value)} → {_share(policy.value)} (change {_interval(gain)})"
+        for k, base, policy, gain in (
+            (1, e.base_pass_1, e.policy_pass_1, e.gain_1),
+            (e.k, e.base_pass_k, e.policy_pass_k, e.gain_k),
+        )
     ]
+    won, lost = f"{s.expanded} of {e.n_prompts} prompts won", f"{s.shrunk} lost"
+    said.append(f"{won} (by chance {s.expanded_null:.1f}), {lost} (by chance {s.shrunk_null:.1f})")
     if not math.isnan(e.slope.value):
         said.append(f"tilt slope {e.slope.value:.2f} [{e.slope.low:.2f}, {e.slope.high:.2f}]")
     return tuple(said)
 
 
-def _interval(x: Estimate, signed: bool = False) -> str:
-    form = _signed if signed else _share
-    return form(x.value) if math.isnan(x.low) else f"{form(x.value)} [{form(x.low)}, {form(x.high)}]"
+def _interval(x: Estimate) -> str:
+    return _signed(x.value) + ("" if math.isnan(x.low) else f" [{_signed(x.low)}, {_signed(x.high)}]")
 
 
 def _share(value: float) -> str:

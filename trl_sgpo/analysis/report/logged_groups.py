@@ -1,9 +1,7 @@
 """
-The groups of a run, from the logged completions: which rows belong together, and what became of each group. Pure functions of
-arrays.
-
-TRL writes the rows of a group next to each other, with equal prompts, but it does not write the group size. The size is
-found from the runs of equal prompts. If a prompt was drawn twice in a row, its run is two groups long.
+The groups of a run, from the logged completions: which rows belong together, and what became of each group. TRL writes
+the rows of a group next to each other, with equal prompts, but it does not write the group size. The size is found
+from the runs of equal prompts. If a prompt was drawn twice in a row, its run is two groups long.
 """
 
 from dataclasses import dataclass
@@ -26,43 +24,21 @@ _LIVE_BATCHES = 5  # so many must agree before advantages count more than prompt
 
 @dataclass
 class Groups:
-    """
-    The groups of a run, one entry per group, in the order of training.
+    """The groups of a run, one entry per group, in the order of training."""
 
-    Args:
-        size (`int`):
-            Completions of a group, G.
-        step (`np.ndarray`):
-            The update at which the group was logged.
-        n_scored, n_correct (`np.ndarray`):
-            Completions with an outcome, and correct completions among them.
-        kind (`np.ndarray`):
-            Index in `KINDS`; always that of `"unscored"` if there is no outcome.
-        live (`np.ndarray` of booleans):
-            Whether the group teaches, that is, whether some advantage is not zero.
-        entropy, distinct (`np.ndarray`):
-            Entropy in nats and number of the distinct answers.
-        length, live_length (`np.ndarray`):
-            Lengths of all completions, and of the completions with an advantage.
-        rts_step, rts (`np.ndarray`):
-            The scores, one entry per *completion* with a score.
-        n_left_out (`int`):
-            Rows that are part of no whole group.
-    """
-
-    size: int
-    step: np.ndarray
-    n_scored: np.ndarray
+    size: int  # completions of a group, G
+    step: np.ndarray  # the update at which the group was logged
+    n_scored: np.ndarray  # completions with an outcome
     n_correct: np.ndarray
-    kind: np.ndarray
-    live: np.ndarray
-    entropy: np.ndarray
-    distinct: np.ndarray
-    length: np.ndarray
-    live_length: np.ndarray
-    rts_step: np.ndarray
+    kind: np.ndarray  # index in `KINDS`; always that of "unscored" if there is no outcome
+    live: np.ndarray  # whether the group teaches, that is, whether some advantage is not zero
+    entropy: np.ndarray  # of the answers, in nats
+    distinct: np.ndarray  # number of distinct answers
+    length: np.ndarray  # of all completions together
+    live_length: np.ndarray  # of the completions with an advantage
+    rts_step: np.ndarray  # this and the next have one entry per *completion* with a score
     rts: np.ndarray
-    n_left_out: int
+    n_left_out: int  # rows that are part of no whole group
 
     def share(self, *kinds: str) -> np.ndarray:
         """1.0 per group that is of one of these kinds, else 0.0."""
@@ -71,12 +47,7 @@ class Groups:
 
 def prompt_runs(file: np.ndarray, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
-    Runs of equal prompts within a file.
-
-    Returns:
-        `tuple[np.ndarray, np.ndarray]`: First row and length of each run.
-
-    Example:
+    First row and length of each run of equal prompts within a file.
 
     ```python
     >>> prompt_runs(np.array([0, 0, 0, 1]), np.array([7, 7, 8, 8]))
@@ -92,21 +63,11 @@ def prompt_runs(file: np.ndarray, prompt: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def infer_group_size(file: np.ndarray, prompt: np.ndarray, advantage: np.ndarray) -> tuple[int, str]:
     """
-    The group size G: the largest number that divides the runs of equal prompts. The runs of nine rows in ten are enough,
-    because an evaluation may leave part of a group in a file.
+    The group size G: the largest number that divides the runs of equal prompts. The runs of nine rows in ten are
+    enough, because an evaluation may leave part of a group in a file.
 
-    If no file has two different prompts, a run may be many groups. Then G is the smallest number for which the advantages of
-    every G rows sum to zero, because the advantages of a group do.
-
-    Returns:
-        `tuple[int, str]`: G, and a sentence if it is a guess (else empty).
-
-    Example:
-
-    ```python
-    >>> infer_group_size(np.zeros(8), np.array([1, 1, 2, 2, 2, 2, 3, 3]), np.zeros(8))
-    (2, '')
-    ```
+    If no file has two different prompts, a run may be many groups. Then G is the smallest number for which the
+    advantages of every G rows sum to zero, because the advantages of a group do. If G is a guess, a sentence says so.
     """
     first, length = prompt_runs(file, prompt)
     if not len(length):
@@ -137,11 +98,8 @@ def infer_group_size(file: np.ndarray, prompt: np.ndarray, advantage: np.ndarray
 
 def split_groups(file: np.ndarray, prompt: np.ndarray, size: int) -> np.ndarray:
     """
-    Rows of whole groups. A file keeps the last rows of training. So the first run of a file may lack its first rows, and any
-    other run may lack its last rows.
-
-    Returns:
-        `np.ndarray` of shape (P, G): Row numbers.
+    The row numbers of whole groups, shape (P, G). A file keeps the last rows of training. So the first run of a file
+    may lack its first rows, and any other run may lack its last rows.
     """
     first, length = prompt_runs(file, prompt)
     begins = np.r_[True, file[first[1:]] != file[first[:-1]]] if len(first) else np.zeros(0, dtype=bool)
@@ -153,27 +111,12 @@ def split_groups(file: np.ndarray, prompt: np.ndarray, size: int) -> np.ndarray:
 
 
 def make_groups(
-    rows: Rows,
-    size: int,
-    outcome: str | None,
-    success_threshold: float = 0.5,
-    treatment: str = "sgpo",
+    rows: Rows, size: int, outcome: str | None, success_threshold: float = 0.5, treatment: str = "sgpo"
 ) -> Groups:
     """
-    What became of each group.
-
-    Args:
-        rows ([`~trl_sgpo.analysis.report.completions.Rows`]):
-            The completions.
-        size (`int`):
-            Completions of a group.
-        outcome (`str`, *optional*):
-            The reward that says right or wrong. Without it, groups have no kind.
-        success_threshold (`float`, *optional*, defaults to `0.5`):
-            A completion is correct if its outcome reaches this.
-        treatment (`str`, *optional*, defaults to `"sgpo"`):
-            The treatment of failed groups. A failed group that teaches is rescued if the judge gave its completions different
-            rewards (`"sgpo"`), or if some completion has a right step (any other treatment).
+    What became of each group of `size` completions. Without an `outcome`, groups have no kind. A failed group that
+    teaches is rescued if the judge gave its completions different rewards (treatment "sgpo"), or if some completion
+    has a right step (any other treatment).
     """
     index_PG = split_groups(rows.file, rows.prompt, size)
     n_rows, n_groups = len(rows.step), len(index_PG)

@@ -10,28 +10,8 @@ from trl_sgpo.analysis.report.glossary import GLOSSARY
 from trl_sgpo.analysis.report.plots import Figure
 
 
-_WORDS = {
-    "sharpened": "sharpened",
-    "expanded": "expanded",
-    "shrank": "shrank",
-    "mixed": "mixed picture",
-    "no change": "no change",
-    "unknown": "unknown",
-}
-
-
 def render(summary: Mapping[str, Any], figures: Mapping[str, Sequence[Figure]], title: str = "Training report") -> str:
-    """
-    The page of a summary.
-
-    Args:
-        summary (`Mapping`):
-            As [`~trl_sgpo.analysis.report.summary.summarise`] makes it.
-        figures (`Mapping[str, Sequence[Figure]]`):
-            As [`~trl_sgpo.analysis.report.plots.figures`] makes them; may be empty.
-        title (`str`, *optional*):
-            Title of the page.
-    """
+    """The page of a summary, with the pictures that there are; `figures` may be empty."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -62,7 +42,7 @@ def _findings(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         cards.append(
             {
                 "kind": finding.kind.replace(" ", "-"),
-                "word": _WORDS[finding.kind],
+                "word": "mixed picture" if finding.kind == "mixed" else finding.kind,
                 "runs": [run["name"]],
                 "headline": finding.headline,
                 "evidence": finding.evidence,
@@ -78,31 +58,19 @@ def _batches(run: Mapping[str, Any]) -> list[str]:
     numbers, size = run["numbers"], run["group_size"]
     if "accuracy" not in numbers:
         return []
-    said = [
-        f"accuracy {tables.number(numbers['accuracy']['start'].value)} → {tables.with_interval(numbers['accuracy']['end'])}"
-    ]
-    if size and size > 1 and f"pass@{size}" in numbers:
-        k = numbers[f"pass@{size}"]
-        said.append(f"pass@{size} {tables.number(k['start'].value)} → {tables.with_interval(k['end'])}")
-    return [
-        f"{run['name']}: in its training batches {', '.join(said)}. This alone says nothing about the base's support."
-    ]
+    shown = ["accuracy", *([f"pass@{size}"] if size and size > 1 and f"pass@{size}" in numbers else [])]
+    said = ", ".join(
+        f"{name} {tables.number(numbers[name]['start'].value)} → {tables.with_interval(numbers[name]['end'])}"
+        for name in shown
+    )
+    return [f"{run['name']}: in its training batches {said}. This alone says nothing about the base's support."]
 
 
 def _sections(summary: Mapping[str, Any], figures: Mapping[str, Sequence[Figure]]) -> list[dict[str, Any]]:
-    def section(key: str, title: str, intro: str = "", **parts: Any) -> dict[str, Any]:
-        found = {
-            "key": key,
-            "title": title,
-            "intro": intro,
-            "tables": [],
-            "figures": [],
-            "parts": [],
-            "lists": [],
-            **parts,
-        }
-        found["tables"] = [table for table in found["tables"] if table]
-        return found
+    def section(key: str, title: str, intro: str = "", tables: Sequence[Any] = (), **parts: Any) -> dict[str, Any]:
+        empty: dict[str, Any] = {"figures": [], "parts": [], "lists": []}
+        shown = [table for table in tables if table]
+        return {"key": key, "title": title, "intro": intro, "tables": shown, **empty, **parts}
 
     diagnoses = [
         {
@@ -126,30 +94,26 @@ def _sections(summary: Mapping[str, Any], figures: Mapping[str, Sequence[Figure]
         section("judge", "The judge", figures=figures.get("judge", []), tables=[tables.judge_cost(summary)]),
     ]
     probed = [run for run in summary["runs"] if run["sharpening"]]
-    if probed:
-        parts = [
-            {
-                "title": run["name"],
-                "open": run["label"] not in [other["label"] for other in probed[:i]],  # one run of each label
-                "tables": tables.probe_numbers(run),
-                "figures": figures.get(f"probe:{run['name']}", []),
-            }
-            for i, run in enumerate(probed)
-        ]
-        sections.append(
-            section(
-                "sharpening",
-                "Sharpened or expanded?",
-                "Base and policy on the same fixed prompts, sampled with the same settings. Shaded: 95 % intervals over prompts.",
-                figures=figures.get("probes", []),
-                parts=parts,
-            )
-        )
-    if summary["missing"]:
-        sections.append(
-            section(
-                "missing", "What is missing, and why", lists=[{"title": "", "text": "", "items": summary["missing"]}]
-            )
-        )
-    sections.append(section("runs", "What was read", tables=[tables.run_list(summary)]))
+    parts = [
+        {
+            "title": run["name"],
+            "open": run["label"] not in [other["label"] for other in probed[:i]],  # one run of each label
+            "tables": tables.probe_numbers(run),
+            "figures": figures.get(f"probe:{run['name']}", []),
+        }
+        for i, run in enumerate(probed)
+    ]
+    missing = [{"title": "", "text": "", "items": summary["missing"]}] if summary["missing"] else []
+    sections += [
+        section(
+            "sharpening",
+            "Sharpened or expanded?",
+            "Base and policy on the same fixed prompts, sampled with the same settings. Shaded: 95 % intervals over "
+            "prompts.",
+            figures=figures.get("probes", []),
+            parts=parts,
+        ),
+        section("missing", "What is missing, and why", lists=missing),
+        section("runs", "What was read", tables=[tables.run_list(summary)]),
+    ]
     return [s for s in sections if s["tables"] or s["figures"] or s["lists"] or s["parts"]]

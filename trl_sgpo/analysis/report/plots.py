@@ -1,8 +1,7 @@
 """
-Pictures of a summary. Each is one panel, small enough for a phone; the page arranges them. Needs matplotlib.
-
-A picture is drawn once. In the SVG of the page, the page's own variables replace the colours, so that the picture follows
-light and dark mode. The PNG beside the page has the colours as they are here.
+Pictures of a summary. Each is one panel, small enough for a phone; the page arranges them. Needs matplotlib. In the
+SVG of the page, the page's own variables replace the colours, so that the picture follows light and dark mode. The PNG
+beside the page has the colours as they are here.
 """
 
 import io
@@ -23,25 +22,15 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which colour-blind readers can tell apart. The page has a variable for each.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, MUTED, GRID, PAPER = "#1f2328", "#59636e", "#d8dee4", "#fffffe"
-KIND_COLORS = {
-    "solved": "#a6dcc9",
-    "mixed": SERIES[0],
-    "rescued": SERIES[4],
-    "other_rewards": SERIES[3],
-    "tied": "#b8bfc7",
-    "abstained": "#8b949e",
-    "unjudged": "#5b646e",
-    "failed": "#5b646f",
-}
-KIND_NAMES = {
-    "solved": "solved",
-    "mixed": "mixed",
-    "rescued": "rescued",
-    "other_rewards": "failed, other rewards",
-    "tied": "tied",
-    "abstained": "judge silent",
-    "unjudged": "failed, not judged",
-    "failed": "failed",
+KINDS = {  # what became of a group: name and colour
+    "solved": ("solved", "#a6dcc9"),
+    "mixed": ("mixed", SERIES[0]),
+    "rescued": ("rescued", SERIES[4]),
+    "other_rewards": ("failed, other rewards", SERIES[3]),
+    "tied": ("tied", "#b8bfc7"),
+    "abstained": ("judge silent", "#8b949e"),
+    "unjudged": ("failed, not judged", "#5b646e"),
+    "failed": ("failed", "#5b646e"),
 }
 VARIABLES = {
     INK: "--ink",
@@ -53,42 +42,27 @@ VARIABLES = {
     "#b8bfc7": "--k-tied",
     "#8b949e": "--k-silent",
     "#5b646e": "--k-failed",
-    "#5b646f": "--k-failed",
 }
 _STYLES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """
-    One picture.
+    """One picture: the SVG is for the page, the PNG for a file."""
 
-    Args:
-        key (`str`):
-            Name of its file.
-        title, caption (`str`):
-            What it shows, and what to see in it.
-        svg (`str`):
-            For the page.
-        png (`bytes`):
-            For a file.
-        term (`str`, *optional*):
-            Its entry in the glossary.
-    """
-
-    key: str
+    key: str  # name of the file
     title: str
-    caption: str
+    caption: str  # what to see in it
     svg: str
     png: bytes
-    term: str = ""
+    term: str = ""  # its entry in the glossary
 
 
 def _draw(
     key: str,
     title: str,
     caption: str,
-    paint: Callable[["Axes"], None],
+    paint: Callable[[Any], None],
     term: str = "",
     legend: bool = True,
     ncols: int = 3,
@@ -129,16 +103,8 @@ def _draw(
         if legend and names:
             names = [name if len(name) <= 40 else name[:39] + "…" for name in names]
             ncols = min(ncols, len(names), max(1, 60 // (4 + max(map(len, names)))))
-            figure.legend(
-                handles,
-                names,
-                loc="outside upper left",
-                ncols=ncols,
-                fontsize=8.5,
-                handlelength=1.5,
-                columnspacing=1.2,
-                borderaxespad=0.2,
-            )
+            spacing: dict[str, Any] = {"handlelength": 1.5, "columnspacing": 1.2, "borderaxespad": 0.2}
+            figure.legend(handles, names, loc="outside upper left", ncols=ncols, fontsize=8.5, **spacing)
         svg = io.StringIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold")  # the page has its own
@@ -150,8 +116,7 @@ def _draw(
 def _for_page(svg: str, key: str) -> str:
     """The SVG as part of a page: no prolog, unique ids, colours and fonts of the page."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{key}-', svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{key}-", svg)
     # matplotlib writes `font-size: 9px; font-family: ..`, before 3.10 `font: 9px ..`
@@ -190,39 +155,23 @@ def _colors(summary: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 def _group_figures(summary: Mapping[str, Any]) -> list[Figure]:
     found = []
     for i, (label, arm) in enumerate(summary["labels"].items()):
-        kinds = [kind for kind in KIND_NAMES if kind != "failed" and kind in arm["series"]]
-        if not {"unjudged", "rescued", "tied"} & set(kinds) and "failed" in arm["series"]:
-            kinds.append("failed")
-        kinds = [kind for kind in kinds if any(v > 0 for v in arm["series"][kind]["value"])]
-        if not kinds:
+        series = {kind: arm["series"][kind]["value"] for kind in KINDS if kind in arm["series"]}
+        if {"unjudged", "rescued", "tied"} & set(series):
+            series.pop("failed", None)  # its parts are known
+        series = {kind: values for kind, values in series.items() if any(v > 0 for v in values)}
+        if not series:
             continue
-        x, columns = _known(summary["bins"], *(arm["series"][kind]["value"] for kind in kinds))
+        x, columns = _known(summary["bins"], *series.values())
+        names, colors = zip(*(KINDS[kind] for kind in series), strict=True)
 
-        def paint(axes: "Axes", x: Any = x, columns: Any = columns, kinds: Any = kinds) -> None:
-            axes.stackplot(
-                x,
-                columns,
-                labels=[KIND_NAMES[kind] for kind in kinds],
-                colors=[KIND_COLORS[kind] for kind in kinds],
-                edgecolor=PAPER,
-                linewidth=0.6,
-            )
-            axes.set(
-                xlabel="update",
-                ylabel="share of groups",
-                ylim=(0, 1),
-                xlim=(x[0], x[-1] if x[-1] > x[0] else x[0] + 1),
-            )
+        def paint(axes: "Axes", x: Any = x, columns: Any = columns, names: Any = names, colors: Any = colors) -> None:
+            axes.stackplot(x, columns, labels=names, colors=colors, edgecolor=PAPER, linewidth=0.6)
+            right = x[-1] if x[-1] > x[0] else x[0] + 1
+            axes.set(xlabel="update", ylabel="share of groups", ylim=(0, 1), xlim=(x[0], right))
 
-        found.append(
-            _draw(
-                f"groups_{i + 1}",
-                f"What became of the groups: {label}" if len(summary["labels"]) > 1 else "What became of the groups",
-                "Coloured groups teach. Pale green groups are solved already. Grey groups failed and teach nothing.",
-                paint,
-                "groups",
-            )
-        )
+        title = "What became of the groups" + (f": {label}" if len(summary["labels"]) > 1 else "")
+        caption = "Coloured groups teach. Pale green groups are solved already. Grey groups failed and teach nothing."
+        found.append(_draw(f"groups_{i + 1}", title, caption, paint, "groups"))
     return found
 
 
@@ -242,12 +191,7 @@ _CURVES: tuple[tuple[str, str, str, str, str, tuple[float, float] | None], ...] 
 
 
 def _training_figures(summary: Mapping[str, Any]) -> list[Figure]:
-    found = []
-    for name, title, unit, caption, term, limits in _CURVES:
-        arms = {label: arm["series"][name] for label, arm in summary["labels"].items() if name in arm["series"]}
-        if arms:
-            unit, caption = (text.format(unit=summary["length_unit"]) for text in (unit, caption))
-            found.append(_overlay(name, title, unit, caption, term, limits, arms, summary))
+    found = [figure for curve in _CURVES for figure in _overlay(summary, *curve)]
     reached = {
         label: {int(name[5:]): numbers for name, numbers in arm["numbers"].items() if name.startswith("pass@")}
         for label, arm in summary["labels"].items()
@@ -262,144 +206,93 @@ def _training_figures(summary: Mapping[str, Any]) -> list[Figure]:
                 for when, style in (("start", ":"), ("end", "-")):
                     y = [by_k[k][when].value for k in ks]
                     axes.plot(ks, y, style, color=color, marker="o", ms=3, label=f"{label}, {when}")
-            _log2_axis(axes, sorted({k for by_k in reached.values() for k in by_k}))
-            axes.set(xlabel="k (samples)", ylabel="pass@k", ylim=(0, 1))
+            _pass_at_k_axes(axes, sorted({k for by_k in reached.values() for k in by_k}))
 
-        found.insert(
-            1,
-            _draw(
-                "pass_at_k_training",
-                "pass@k in training batches",
-                "First and last fifth of the run. A rise only at small k: the same prompts are solved, sooner.",
-                paint,
-                "pass@k",
-                ncols=2,
-            ),
-        )
+        caption = "First and last fifth of the run. A rise only at small k: the same prompts are solved, sooner."
+        found.insert(1, _draw("pass_at_k_training", "pass@k in training batches", caption, paint, "pass@k", ncols=2))
     return found
 
 
 def _overlay(
+    summary: Mapping[str, Any],
     name: str,
     title: str,
     unit: str,
     caption: str,
     term: str,
     limits: tuple[float, float] | None,
-    arms: Mapping[str, Any],
-    summary: Mapping[str, Any],
-) -> Figure:
+) -> list[Figure]:
+    """The curves of all methods in one picture; no picture if no run has this number."""
+    arms = {label: arm["series"][name] for label, arm in summary["labels"].items() if name in arm["series"]}
+    if not arms:
+        return []
     colors = _colors(summary)
+    unit, caption = (text.format(unit=summary["length_unit"]) for text in (unit, caption))
 
     def paint(axes: "Axes") -> None:
         for label, series in arms.items():
             x, (y, low, high) = _known(summary["bins"], series["value"], series["low"], series["high"])
             color, style = colors[label]
             n = len(summary["labels"][label]["runs"])
-            axes.plot(
-                x,
-                y,
-                style,
-                color=color,
-                label=f"{label} (mean of {n})" if n > 1 else label,
-                marker="o" if len(x) < 3 else "",
-            )
+            said = f"{label} (mean of {n})" if n > 1 else label
+            axes.plot(x, y, style, color=color, label=said, marker="o" if len(x) < 3 else "")
             if n > 1:
                 axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-        axes.set(xlabel="update", ylabel=unit)
-        if limits:
-            axes.set_ylim(*limits)
-        else:
-            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        axes.set(xlabel="update", ylabel=unit, ylim=limits or (min(0.0, axes.get_ylim()[0]), None))
 
-    return _draw(name, title, caption, paint, term, legend=len(summary["labels"]) > 1)
+    return [_draw(name, title, caption, paint, term, legend=len(summary["labels"]) > 1)]
 
 
 def _judge_figures(summary: Mapping[str, Any]) -> list[Figure]:
     found = []
+    judged = [label for label, arm in summary["labels"].items() if arm["rts_histogram"]]
     for i, (label, arm) in enumerate(summary["labels"].items()):
-        histogram = arm["rts_histogram"]
-        if not histogram:
+        if label not in judged:
             continue
 
-        def paint(axes: "Axes", histogram: Any = histogram) -> None:
-            middle = histogram["centers"]
+        def paint(axes: "Axes", histogram: Any = arm["rts_histogram"]) -> None:
             for part, name, offset, color in (
                 ("first_third", "first third of the run", -0.021, SERIES[5]),
                 ("last_third", "last third", 0.021, SERIES[0]),
             ):
                 total = max(1, sum(histogram[part]))
-                axes.bar(
-                    [m + offset for m in middle], [v / total for v in histogram[part]], 0.04, color=color, label=name
-                )
+                x, y = [m + offset for m in histogram["centers"]], [v / total for v in histogram[part]]
+                axes.bar(x, y, 0.04, color=color, label=name)
             axes.set(xlabel="RTS", ylabel="share of judged", xlim=(-0.06, 1.06))
 
-        suffix = f": {label}" if sum(bool(a["rts_histogram"]) for a in summary["labels"].values()) > 1 else ""
-        found.append(
-            _draw(
-                f"rts_{i + 1}",
-                f"Place of the first wrong step{suffix}",
-                "Share of a wrong completion before its first wrong step.",
-                paint,
-                "rts",
-            )
-        )
-    arms = {label: arm["series"]["rts_gap"] for label, arm in summary["labels"].items() if "rts_gap" in arm["series"]}
-    if arms:
-        figure = _overlay(
-            "rts_gap",
-            "RTS by steps minus by characters",
-            "difference of RTS",
-            "If it grows, the policy pads with small right steps.",
-            "rts_gap",
-            None,
-            arms,
-            summary,
-        )
-        found.append(figure)
-    return found
+        title = "Place of the first wrong step" + (f": {label}" if len(judged) > 1 else "")
+        caption = "Share of a wrong completion before its first wrong step."
+        found.append(_draw(f"rts_{i + 1}", title, caption, paint, "rts"))
+    caption = "If it grows, the policy pads with small right steps."
+    title, unit = "RTS by steps minus by characters", "difference of RTS"
+    return found + _overlay(summary, "rts_gap", title, unit, caption, "rts_gap", None)
 
 
 def _probe_overlays(probed: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list[Figure]:
-    colors = _colors(summary)
-    total = {label: sum(run["label"] == label for run in probed) for label in summary["labels"]}
-
-    def name(run: Mapping[str, Any], seen: set[str]) -> str | None:
-        if run["label"] in seen:
-            return None
-        seen.add(run["label"])
-        n = total[run["label"]]
-        return f"{run['label']} ({n} runs)" if n > 1 else run["label"]
+    labels = [run["label"] for run in probed]
+    lines: list[tuple[Any, str, str, str | None]] = []  # the legend names a label once
+    for i, label in enumerate(labels):
+        n = labels.count(label)
+        name = None if label in labels[:i] else f"{label} ({n} runs)" if n > 1 else label
+        lines.append((probed[i]["sharpening"], *_colors(summary)[label], name))
 
     def at_k(axes: "Axes") -> None:
-        seen: set[str] = set()
-        for i, run in enumerate(probed):
-            probe = run["sharpening"]
-            if i == 0:
-                axes.plot(probe["k"], _values(probe["pass_at_k"]["base"]), color=MUTED, label="base")
-            color, style = colors[run["label"]]
-            axes.plot(probe["k"], _values(probe["pass_at_k"]["policy"]), style, color=color, label=name(run, seen))
-        _log2_axis(axes, probed[0]["sharpening"]["k"])
-        axes.set(xlabel="k (samples)", ylabel="pass@k", ylim=(0, 1))
+        axes.plot(lines[0][0]["k"], _values(lines[0][0]["pass_at_k"]["base"]), color=MUTED, label="base")
+        for probe, color, style, name in lines:
+            axes.plot(probe["k"], _values(probe["pass_at_k"]["policy"]), style, color=color, label=name)
+        _pass_at_k_axes(axes, lines[0][0]["k"])
 
     def over_time(axes: "Axes") -> None:
-        seen: set[str] = set()
-        for run in probed:
-            over = run["sharpening"]["over_time"]
-            color, style = colors[run["label"]]
-            x, estimates = _from_base(over["step"], over["pass_1"], run["sharpening"]["pass_at_k"]["base"][0])
-            axes.plot(x, _values(estimates), style, color=color, marker="o", ms=3, label=name(run, seen))
+        for probe, color, style, name in lines:
+            over = probe["over_time"]
+            x, estimates = _from_base(over["step"], over["pass_1"], probe["pass_at_k"]["base"][0])
+            axes.plot(x, _values(estimates), style, color=color, marker="o", ms=3, label=name)
         axes.set(xlabel="update", ylabel="pass@1", ylim=(0, 1))
 
+    caption = "On the probe's fixed prompts; update 0 is the base."
     return [
         _draw("probes_pass_at_k", "pass@k of all probed runs", "One line per run, last probe.", at_k, "pass@k"),
-        _draw(
-            "probes_pass_1",
-            "pass@1 of all probed runs",
-            "On the probe's fixed prompts; update 0 is the base.",
-            over_time,
-            "pass@k",
-        ),
+        _draw("probes_pass_1", "pass@1 of all probed runs", caption, over_time, "pass@k"),
     ]
 
 
@@ -415,19 +308,17 @@ def _probe_figures(run: Mapping[str, Any], key: str) -> list[Figure]:
             ("policy_process", "policy, every step right", SERIES[0], ":"),
         ):
             estimates = p["pass_at_k"][name]
-            if estimates:
+            if estimates and style == "-":
+                _line_with_interval(axes, p["k"], estimates, color, label=label)
+            elif estimates:
                 axes.plot(p["k"], _values(estimates), style, color=color, label=label)
-                if style == "-":
-                    axes.fill_between(p["k"], *_ends(estimates), color=color, alpha=0.18, linewidth=0)
         if p["pass_at_k"]["chance"]:
             axes.plot(p["k"], p["pass_at_k"]["chance"], "--", color=SERIES[1], lw=1.2, label="guessing")
-        _log2_axis(axes, p["k"])
-        axes.set(xlabel="k (samples)", ylabel="pass@k", ylim=(0, 1))
+        _pass_at_k_axes(axes, p["k"])
 
     def cover(axes: "Axes") -> None:
         for name, color in (("base", MUTED), ("policy", SERIES[0])):
-            axes.plot(p["cover"]["tau"], _values(p["cover"][name]), color=color, label=name)
-            axes.fill_between(p["cover"]["tau"], *_ends(p["cover"][name]), color=color, alpha=0.18, linewidth=0)
+            _line_with_interval(axes, p["cover"]["tau"], p["cover"][name], color, label=name)
         axes.set(xlabel="tau (share of a prompt's samples)", ylabel="share of prompts", ylim=(0, 1), xlim=(0, 1))
 
     def scatter(axes: "Axes") -> None:
@@ -438,62 +329,43 @@ def _probe_figures(run: Mapping[str, Any], key: str) -> list[Figure]:
         noise = rng.uniform(-0.01, 0.01, size=(2, len(base)))
         right, top = (min(1.0, 1.1 * values.max() + 0.02) for values in (base, policy))
         domains = p["prompts"]["domain"] or [""] * len(base)
+        x, y = base + right * noise[0], policy + top * noise[1]
         for i, domain in enumerate(sorted(set(domains))):
-            mine = np.array([d == domain for d in domains])
-            axes.scatter(
-                (base + right * noise[0])[mine],
-                (policy + top * noise[1])[mine],
-                s=13,
-                alpha=0.6,
-                linewidths=0,
-                color=SERIES[i % len(SERIES)],
-                label=domain or None,
-            )
+            mine, color = np.array([d == domain for d in domains]), SERIES[i % len(SERIES)]
+            axes.scatter(x[mine], y[mine], s=13, alpha=0.6, linewidths=0, color=color, label=domain or None)
         axes.plot([0, min(right, top)], [0, min(right, top)], color=MUTED, lw=1, ls=":", label="no change")
-        line = p["tilt_line"]
-        if not math.isnan(line.slope.value):
-            x = np.linspace(0.001, max(0.002, min(0.999, base.max())), 200)  # no further than the data
-            u = line.intercept.value + line.slope.value * np.log(x / (1 - x))
-            axes.plot(
-                x,
-                1 / (1 + np.exp(-np.clip(u, -50, 50))),
-                color=INK,
-                lw=1.4,
-                label=f"tilt line, slope {line.slope.value:.2f}",
-            )
-        axes.set(
-            xlabel="pass@1 of the base",
-            ylabel="pass@1 of the policy",
-            xlim=(-0.03 * right, right + 0.03),
-            ylim=(-0.03 * top, top + 0.03),
-        )
+        slope, intercept = p["tilt_line"].slope.value, p["tilt_line"].intercept.value
+        if not math.isnan(slope):
+            q = np.linspace(0.001, max(0.002, min(0.999, base.max())), 200)  # no further than the data
+            tilted = 1 / (1 + np.exp(-np.clip(intercept + slope * np.log(q / (1 - q)), -50, 50)))
+            axes.plot(q, tilted, color=INK, lw=1.4, label=f"tilt line, slope {slope:.2f}")
+        axes.set(xlabel="pass@1 of the base", ylabel="pass@1 of the policy")
+        axes.set(xlim=(-0.03 * right, right + 0.03), ylim=(-0.03 * top, top + 0.03))
 
     def over_time(axes: "Axes") -> None:
         over = p["over_time"]
         for name, label, at, color in (("pass_1", "pass@1", 0, SERIES[0]), ("pass_k", f"pass@{k_max}", -1, SERIES[1])):
             x, estimates = _from_base(over["step"], over[name], p["pass_at_k"]["base"][at])
-            axes.plot(x, _values(estimates), color=color, marker="o", ms=3, label=label)
-            axes.fill_between(x, *_ends(estimates), color=color, alpha=0.18, linewidth=0)
+            _line_with_interval(axes, x, estimates, color, marker="o", ms=3, label=label)
         axes.set(xlabel="update (0: the base)", ylabel="probability", ylim=(0, 1))
 
     def kl(axes: "Axes") -> None:
         axes.plot(*_from_base(p["over_time"]["step"], p["over_time"]["kl"], 0.0), color=SERIES[0], marker="o", ms=3)
-        axes.set(xlabel="update (0: the base)", ylabel="nats per sample")
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        bottom = min(0.0, axes.get_ylim()[0])
+        axes.set(xlabel="update (0: the base)", ylabel="nats per sample", ylim=(bottom, None))
 
     def perplexity(axes: "Axes") -> None:
         values = p["over_time"]["base_perplexity"]
         axes.plot(p["over_time"]["step"], values, color=SERIES[0], marker="o", ms=3, label="samples of the policy")
         if not math.isnan(p["base_perplexity_of_base"]):
             axes.axhline(p["base_perplexity_of_base"], color=MUTED, lw=1.3, ls="--", label="samples of the base")
-        axes.set(xlabel="update", ylabel="perplexity under the base")
-        axes.set_ylim(bottom=1)
+        axes.set(xlabel="update", ylabel="perplexity under the base", ylim=(1, None))
 
     def saturated(axes: "Axes") -> None:
         import numpy as np
 
-        parts, reached = list(p["saturation"].items()), 0.05
-        for i, (name, part) in enumerate(parts):
+        reached = 0.05
+        for i, (name, part) in enumerate(p["saturation"].items()):
             shown = [b for b in part["buckets"] if b.n_prompts >= 1]
             x, gains = [b.base for b in shown], [b.gain for b in shown]
             y, (low, high) = _values(gains), _ends(gains)
@@ -501,9 +373,9 @@ def _probe_figures(run: Mapping[str, Any], key: str) -> list[Figure]:
             if i == 0:
                 ends = np.nan_to_num([np.subtract(y, low), np.subtract(high, y)]).clip(min=0)
                 axes.errorbar(x, y, ends, color=INK, marker="o", ms=4, capsize=2, label=name, lw=1.5)
-                q, weight = np.array(x), [b.n_prompts for b in shown]
-                tilt = _tilt_of_same_gain(q, np.array(y), np.array(weight)) if shown else 0.0
-            elif len(parts) <= 7:
+                weight = np.array([b.n_prompts for b in shown])
+                tilt = _tilt_of_same_gain(np.array(x), np.array(y), weight) if shown else 0.0
+            elif len(p["saturation"]) <= 7:
                 axes.plot(x, y, "--", color=SERIES[(i - 1) % len(SERIES)], marker="o", ms=3, lw=1.2, label=name)
         right = min(1.0, 1.3 * reached)
         q = np.linspace(0, right, 100)
@@ -542,6 +414,11 @@ def _from_base(steps: Sequence[int], values: Sequence[Any], base: Any) -> tuple[
     return (list(steps), list(values)) if steps[0] == 0 else ([0, *steps], [base, *values])
 
 
+def _line_with_interval(axes: "Axes", x: Sequence[float], estimates: Sequence[Any], color: str, **style: Any) -> None:
+    axes.plot(x, _values(estimates), color=color, **style)
+    axes.fill_between(x, *_ends(estimates), color=color, alpha=0.18, linewidth=0)
+
+
 def _values(estimates: Sequence[Any]) -> list[float]:
     return [e.value for e in estimates]
 
@@ -557,14 +434,13 @@ def _any(values: Sequence[float]) -> bool:
 def _known(x: Sequence[float], *columns: Sequence[float]) -> tuple[list[float], list[list[float]]]:
     """Without the bins that have no value."""
     rows = [row for row in zip(x, *columns, strict=True) if not any(math.isnan(v) for v in row)]
-    return [row[0] for row in rows], [list(column) for column in zip(*(row[1:] for row in rows), strict=True)] or [
-        [] for _ in columns
-    ]
+    return [row[0] for row in rows], [[row[i + 1] for row in rows] for i in range(len(columns))]
 
 
-def _log2_axis(axes: "Axes", ks: Sequence[int]) -> None:
+def _pass_at_k_axes(axes: "Axes", ks: Sequence[int]) -> None:
     if len(ks) > 1:
         axes.set_xscale("log", base=2)
     shown = list(ks) if len(ks) <= 8 else [*ks[:-1:2], ks[-1]]
     axes.set_xticks(shown, [str(k) for k in shown])
     axes.minorticks_off()
+    axes.set(xlabel="k (samples)", ylabel="pass@k", ylim=(0, 1))

@@ -1,8 +1,6 @@
 """
-Reads a run's folder: its log, its completions, its groups, and in words what is missing and why.
-
-A run that is still being written, or that was ended early, is used as far as it can be read. Nothing is unpickled:
-`training_args.bin` is never opened.
+Reads a run's folder: its log, its completions, its groups, and in words what is missing and why. An unfinished run is
+used as far as it can be read. Nothing is unpickled: `training_args.bin` is never opened.
 """
 
 import json
@@ -30,50 +28,24 @@ class NoRunError(Exception):
 
 @dataclass
 class Run:
-    """
-    What is known of a run.
+    """What is known of a run."""
 
-    Args:
-        name (`str`):
-            Unique among the runs of a report.
-        label (`str`):
-            Its method: runs with the same label are seeds of one method.
-        path (`Path`):
-            Its folder.
-        log (`list[dict]`):
-            The log entries of training, in the order of their steps.
-        groups ([`~trl_sgpo.analysis.report.logged_groups.Groups`], *optional*):
-            The logged completions.
-        outcome (`str`, *optional*):
-            The reward that says right or wrong.
-        rewards (`list[str]`):
-            All rewards except the judge's.
-        has_judge (`bool`):
-            Whether there is a judge's column.
-        probe (`Path`, *optional*):
-            The folder with the probes of base and policy.
-        missing (`list[str]`):
-            What is not there, and why.
-    """
-
-    name: str
-    label: str
-    path: Path
-    log: list[dict[str, Any]] = field(default_factory=list)
-    groups: Groups | None = None
-    outcome: str | None = None
-    rewards: list[str] = field(default_factory=list)
-    has_judge: bool = False
+    name: str  # unique among the runs of a report
+    label: str  # its method: runs with the same label are seeds of one method
+    path: Path  # its folder
+    log: list[dict[str, Any]] = field(default_factory=list)  # the entries of training, by step
+    groups: Groups | None = None  # the logged completions
+    outcome: str | None = None  # the reward that says right or wrong
+    rewards: list[str] = field(default_factory=list)  # without the judge's
+    has_judge: bool = False  # whether there is a judge's column
     n_files: int = 0
-    probe: Path | None = None
-    missing: list[str] = field(default_factory=list)
+    probe: Path | None = None  # the folder with the probes of base and policy
+    missing: list[str] = field(default_factory=list)  # what is not there, and why
 
 
 def label_of(path: Path) -> str:
     """
     The method in a folder's name: the name without its seed.
-
-    Example:
 
     ```python
     >>> label_of(Path("outputs/sgpo-seed1")), label_of(Path("sgpo/seed_0")), label_of(Path("grpo"))
@@ -85,7 +57,7 @@ def label_of(path: Path) -> str:
 
 
 def run_folder(path: Path) -> Path:
-    """The output folder of a run. Its `completions` or `sharpening` folder, or one of its checkpoints, may be given too."""
+    """The output folder of a run, also from its `completions` or `sharpening` folder or one of its checkpoints."""
     inner = (
         (path.name == "completions" and any(path.glob("completions_*.parquet")))
         or (path.name == "sharpening" and (path / "base.parquet").exists())
@@ -105,24 +77,15 @@ def read_run(
     count_tokens: Callable[[list[str]], Sequence[int]] | None = None,
 ) -> Run:
     """
-    Reads a run.
+    Reads a run. Raises `NoRunError` if the folder holds neither a log nor completions nor probes.
 
     Args:
-        path (`Path`):
-            Its folder.
-        name, label (`str`):
-            Its name, and its method.
         outcome (`str`, *optional*):
             The reward that says right or wrong. Defaults to the one in the run's `sgpo.json`, else to the only reward.
         success_threshold (`float`, *optional*):
             A completion is correct if its outcome reaches this. Defaults to the value in `sgpo.json`, else to 0.5.
         group_size (`int`, *optional*):
             Completions of a group. By default the prompts tell.
-        extract, count_tokens (`Callable`, *optional*):
-            As in [`~trl_sgpo.analysis.report.completions.read_completions`].
-
-    Raises:
-        NoRunError: If the folder holds neither a log nor completions nor probes.
     """
     run = Run(name=name, label=label, path=path)
     run.log, log_notes = read_log(path)
@@ -163,11 +126,10 @@ def read_run(
     run.missing += [problem] if problem else []
     if success_threshold is None:
         success_threshold = float(settings.get("success_threshold", 0.5))
-    size = group_size
-    if size is None:
-        size, guess = infer_group_size(rows.file, rows.prompt, rows.advantage)
+    if group_size is None:
+        group_size, guess = infer_group_size(rows.file, rows.prompt, rows.advantage)
         run.missing += [guess] if guess else []
-    run.groups = _groups(run, rows, size, success_threshold, settings.get("failed_groups", "sgpo"))
+    run.groups = _groups(run, rows, group_size, success_threshold, settings.get("failed_groups", "sgpo"))
     return run
 
 
@@ -193,9 +155,8 @@ def _groups(run: Run, rows: Rows, size: int, success_threshold: float, treatment
         )
         return None
     if run.outcome and (groups.n_scored == 0).all():
-        run.missing.append(
-            f"The outcome {run.outcome!r} is NaN for every completion, so none is known to be right or wrong."
-        )
+        problem = f"The outcome {run.outcome!r} is NaN for every completion, so none is known to be right or wrong."
+        run.missing.append(problem)
     return groups
 
 
@@ -211,19 +172,14 @@ def _join_outcomes(rows: Rows, names: list[str]) -> str:
 
 
 def choose_outcome(rewards: Sequence[str], wanted: str | None) -> tuple[str | None, str]:
-    """
-    The reward that says right or wrong.
-
-    Returns:
-        `tuple[str | None, str]`: Its name, or `None` and the reason.
-    """
+    """The reward that says right or wrong, or `None` and the reason."""
     listed = ", ".join(rewards) or "none"
-    if wanted is not None:
-        if wanted in rewards:
-            return wanted, ""
-        return None, f"No outcome: there is no reward {wanted!r}. The columns are: {listed}. Name one with --outcome."
-    if len(rewards) == 1:
+    if wanted is None and len(rewards) == 1:
         return rewards[0], ""
+    if wanted in rewards:
+        return wanted, ""
+    if wanted is not None:
+        return None, f"No outcome: there is no reward {wanted!r}. The columns are: {listed}. Name one with --outcome."
     if not rewards:
         return None, "No outcome: the completions have no column of rewards."
     return None, (
@@ -234,18 +190,12 @@ def choose_outcome(rewards: Sequence[str], wanted: str | None) -> tuple[str | No
 
 def read_log(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """
-    The log of a run: `trainer_state.json` of the folder or of its checkpoints, whichever reaches furthest, and the entries
-    of `metrics.jsonl`.
-
-    Returns:
-        `tuple[list[dict], list[str]]`: The entries of training, by step, and notes about files that could not be read.
+    The entries of training, by step, and notes about files that could not be read. They come from `trainer_state.json`
+    of the folder or of its checkpoints, whichever reaches furthest, and from `LOG_FILES`.
     """
     notes: list[str] = []
     histories = []
-    states = [path / "trainer_state.json", *path.glob("checkpoint-*/trainer_state.json")]
-    for state in states:
-        if not state.exists():
-            continue
+    for state in [*path.glob("trainer_state.json"), *path.glob("checkpoint-*/trainer_state.json")]:
         try:
             history = json.loads(state.read_text())["log_history"]
             histories.append([entry for entry in history if isinstance(entry, dict) and "step" in entry])

@@ -1,12 +1,11 @@
 """
-All numbers of all runs as one dictionary. It is the content of `summary.json`, and the pictures and the page are made from it.
-
-Series are binned by update, with the same bins for every run, so that runs can be drawn in one picture. Runs with the same
-label are seeds of one method, shown as mean and range.
+All numbers of all runs as one dictionary: the content of `summary.json`, of which the pictures and the page are made.
+Series are binned by update, with the same bins for every run, so that runs can be drawn in one picture. Runs with the
+same label are seeds of one method, shown as mean and range.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,15 +48,7 @@ _LOG_FALLBACKS = {
 
 
 class Series:
-    """
-    A number over the updates of a run, with weights: a mean over any stretch of it is `sum(w v) / sum(w)`.
-
-    Args:
-        step, value (`ArrayLike`):
-            Same length; entries with a value of NaN are dropped.
-        weight (`ArrayLike`, *optional*):
-            Defaults to 1.
-    """
+    """A number over the updates of a run, without NaN. With weights, a mean over a stretch is `sum(w v) / sum(w)`."""
 
     def __init__(self, step: Any, value: Any, weight: Any = None):
         step, value = np.asarray(step, dtype=np.float64), np.asarray(value, dtype=np.float64)
@@ -91,19 +82,17 @@ class Series:
 
 def run_series(run: Run) -> dict[str, Series]:
     """Every number of a run over its updates."""
-    series: dict[str, Series] = {}
     steps = [entry["step"] for entry in run.log]
-    for name, key in _LOG_KEYS.items():
-        series[name] = Series(steps, [_number(entry.get(key)) for entry in run.log])
+
+    def logged(keys: Mapping[str, str]) -> dict[str, Series]:
+        return {name: Series(steps, [_number(entry.get(key)) for entry in run.log]) for name, key in keys.items()}
+
+    series = logged(_LOG_KEYS)
     if run.groups is not None:
         series |= _group_series(run.groups, bool(run.outcome))
     if run.groups is None or not run.outcome:
-        fallbacks = dict(_LOG_FALLBACKS)
-        fallbacks |= {
-            key[5:]: key for key in dict.fromkeys(k for e in run.log for k in e) if key.startswith("sgpo/pass@")
-        }
-        for name, key in fallbacks.items():
-            series[name] = Series(steps, [_number(entry.get(key)) for entry in run.log])
+        passes = [key for key in dict.fromkeys(k for e in run.log for k in e) if key.startswith("sgpo/pass@")]
+        series |= logged({**_LOG_FALLBACKS, **{key[5:]: key for key in passes}})
         if "teaching" not in series and series["zero_std"].value.size:
             zero = series["zero_std"]
             series["teaching"] = Series(zero.step, 1 - zero.value)
@@ -141,29 +130,21 @@ def summarise(
     domain: str | None = None,
 ) -> dict[str, Any]:
     """
-    The dictionary of a report.
+    The dictionary of a report about one run or more.
 
     Args:
-        runs (`Sequence[Run]`):
-            The runs, at least one.
         missing (`Sequence[str]`, *optional*):
             What is missing, in addition to what the runs say.
         guess (`float`, *optional*):
             Probability that one guess is correct.
         by_tokens (`bool`, *optional*, defaults to `False`):
             Whether lengths are tokens.
-        version (`str`, *optional*):
-            Version of the package.
         domain (`str`, *optional*):
             Use only the probe prompts of this domain.
     """
     all_series = [run_series(run) for run in runs]
     edges = _edges(all_series)
     described = [_describe(run, series, edges, guess, domain) for run, series in zip(runs, all_series, strict=True)]
-    labels = {}
-    for label in dict.fromkeys(run.label for run in runs):
-        mine = [one for one in described if one["label"] == label]
-        labels[label] = _arm(mine)
     said = [
         f"{run.name}: {text}" if len(runs) > 1 else text
         for run, one in zip(runs, described, strict=True)
@@ -174,7 +155,10 @@ def summarise(
         "version": version,
         "length_unit": "tokens" if by_tokens else "characters",
         "bins": ((edges[:-1] + edges[1:] - 1) / 2).tolist(),
-        "labels": labels,
+        "labels": {
+            label: _arm([one for one in described if one["label"] == label])
+            for label in dict.fromkeys(run.label for run in runs)
+        },
         "runs": described,
         "missing": [*missing, *said],
     }
@@ -203,8 +187,7 @@ def _describe(
             "No probes of the base model, so no verdict on sharpening or expansion: SharpeningCallback writes them to "
             "<output_dir>/sharpening."
         ]
-    groups = run.groups
-    facts = _facts(run, numbers)
+    groups, facts = run.groups, _facts(run, numbers)
     return {
         "name": run.name,
         "label": run.label,
@@ -261,21 +244,18 @@ def _judge_cost(run: Run) -> dict[str, float] | None:
     log = [entry for entry in run.log if "sgpo/judge_calls" in entry]  # probes have entries of their own
     if not log:
         return None
-    steps = np.array([entry["step"] for entry in log], dtype=np.float64)
-    updates = np.diff(np.r_[0.0, steps])
+    steps = [float(entry["step"]) for entry in log]
+    updates = np.diff([0.0, *steps])
 
     def column(key: str) -> np.ndarray:
         return np.array([_number(entry.get(key)) for entry in log])
 
-    def total(key: str) -> float:
-        return float(np.nansum(column(key) * updates))
-
-    calls, seconds, time = total("sgpo/judge_calls"), total("sgpo/judge_seconds"), total("step_time")
-
     def rate(key: str) -> float:
-        values, weight = column(key), column("sgpo/judge_calls") * updates
-        known = ~np.isnan(values) & ~np.isnan(weight)
-        return float((values * weight)[known].sum() / weight[known].sum()) if weight[known].sum() > 0 else math.nan
+        return Series(steps, column(key), column("sgpo/judge_calls") * updates).mean()
+
+    calls, seconds, time = (
+        float(np.nansum(column(key) * updates)) for key in ("sgpo/judge_calls", "sgpo/judge_seconds", "step_time")
+    )
 
     return {
         "calls": calls,
@@ -314,28 +294,23 @@ def _arm(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         columns = zip(*(run["series"][name] for run in runs if name in run["series"]), strict=True)
         points = [spread(list(column)) for column in columns]
         series[name] = {part: [getattr(p, part) for p in points] for part in ("value", "low", "high")}
-    ends: dict[str, Callable[[dict[str, Any], str], float]] = {
-        when: lambda run, name, when=when: run["numbers"][name][when].value  # type: ignore[misc]
-        for when in ("start", "end")
-    }
     numbers = {
-        name: {when: spread([f(run, name) for run in runs if name in run["numbers"]]) for when, f in ends.items()}
+        name: {
+            when: spread([run["numbers"][name][when].value for run in runs if name in run["numbers"]])
+            for when in ("start", "end")
+        }
         for name in names
     }
     histograms = [run["rts_histogram"] for run in runs if run["rts_histogram"]]
+    summed = {
+        part: np.sum([histogram[part] for histogram in histograms], axis=0).tolist()
+        for part in ("first_third", "last_third")
+    }
     return {
         "runs": [run["name"] for run in runs],
         "numbers": numbers,
         "series": series,
-        "rts_histogram": {
-            "centers": histograms[0]["centers"],
-            **{
-                part: np.sum([histogram[part] for histogram in histograms], axis=0).tolist()
-                for part in ("first_third", "last_third")
-            },
-        }
-        if histograms
-        else None,
+        "rts_histogram": {"centers": histograms[0]["centers"], **summed} if histograms else None,
     }
 
 

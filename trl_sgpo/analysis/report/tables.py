@@ -10,22 +10,12 @@ from trl_sgpo.analysis.metrics import Estimate
 
 @dataclass(frozen=True)
 class Table:
-    """
-    A table as text.
-
-    Args:
-        title (`str`):
-            What it shows.
-        header (`list[str]`), rows (`list[list[str]]`):
-            The first column is the name of a row.
-        note (`str`, *optional*):
-            What to know about its cells.
-    """
+    """A table as text. The first column is the name of a row."""
 
     title: str
     header: list[str]
     rows: list[list[str]]
-    note: str = ""
+    note: str = ""  # what to know about its cells
 
 
 _COMPARED = (
@@ -80,34 +70,28 @@ def comparison(summary: Mapping[str, Any]) -> Table | None:
     names = list(dict.fromkeys(name for arm in labels.values() for name in arm["numbers"]))
     rows = []
     for key, title in _COMPARED:
-        for name in (
-            sorted((n for n in names if n.startswith("pass@")), key=lambda n: int(n[5:])) if key == "pass@" else [key]
-        ):
-            if name not in names or (name == "pass@1" and "accuracy" in names):
+        shown = [key] if key in names else []
+        if key == "pass@":
+            shown = sorted((n for n in names if n.startswith("pass@")), key=lambda n: int(n[5:]))
+        for name in shown:
+            ends = [arm["numbers"].get(name) for arm in labels.values()]
+            if name == "pass@1" and "accuracy" in names:
                 continue
             if name in ("rescued", "other_rewards", "tied", "abstained") and not any(
-                arm["numbers"].get(name, {}).get(when, Estimate(0, 0, 0)).value > 0
-                for arm in labels.values()
-                for when in ("start", "end")
+                end["start"].value > 0 or end["end"].value > 0 for end in ends if end
             ):
                 continue
             cells = []
-            for arm in labels.values():
-                if name not in arm["numbers"]:
-                    cells.append("–")
-                    continue
-                start, end = arm["numbers"][name]["start"], arm["numbers"][name]["end"]
-                if len(arm["runs"]) == 1:
-                    end = by_name[arm["runs"][0]]["numbers"][name]["end"]
-                cells.append(f"{number(start.value)} → {with_interval(end)}")
+            for arm, end in zip(labels.values(), ends, strict=True):
+                # The interval of one run, the range of several
+                source = by_name[arm["runs"][0]]["numbers"].get(name) if len(arm["runs"]) == 1 else end
+                cells.append(f"{number(end['start'].value)} → {with_interval(source['end'])}" if end else "–")
             rows.append([title.format(k=name[5:], unit=summary["length_unit"]), *cells])
     if not rows:
         return None
-    several = any(len(arm["runs"]) > 1 for arm in labels.values())
-    header = [
-        "",
-        *(f"{label} (mean of {len(arm['runs'])})" if len(arm["runs"]) > 1 else label for label, arm in labels.items()),
-    ]
+    sizes = {label: len(arm["runs"]) for label, arm in labels.items()}
+    several = any(n > 1 for n in sizes.values())
+    header = ["", *(f"{label} (mean of {n})" if n > 1 else label for label, n in sizes.items())]
     note = "First → last fifth of the run. In brackets: " + (
         "smallest and largest run if several are averaged, else the 95 % interval over groups."
         if several
@@ -169,16 +153,16 @@ def judge_cost(summary: Mapping[str, Any]) -> Table | None:
     """What the judge cost, for each run that logged it."""
     rows = [
         [
-            run["name"],
-            f"{run['judge']['calls']:,.0f}",
-            number(run["judge"]["seconds"]),
-            _percent(run["judge"]["share_of_step_time"], " %"),
-            number(1000 * run["judge"]["seconds_per_call"]),
-            _percent(run["judge"]["abstain_rate"], " %"),
-            _percent(run["judge"]["no_error_rate"], " %"),
+            name,
+            f"{cost['calls']:,.0f}",
+            number(cost["seconds"]),
+            _percent(cost["share_of_step_time"], " %"),
+            number(1000 * cost["seconds_per_call"]),
+            _percent(cost["abstain_rate"], " %"),
+            _percent(cost["no_error_rate"], " %"),
         ]
-        for run in summary["runs"]
-        if run["judge"]
+        for name, cost in ((run["name"], run["judge"]) for run in summary["runs"])
+        if cost
     ]
     header = ["", "completions judged", "seconds", "of step time", "ms per completion", "abstained", "no error"]
     return Table("The judge's cost", header, rows) if rows else None
@@ -193,42 +177,27 @@ def probe_numbers(run: Mapping[str, Any]) -> list[Table]:
         for key, value in p["settings"].items()
         if isinstance(value, str | int | float) and "hash" not in key
     )
-    sides = [
-        [f"pass@{k}", with_interval(at["base"][i]), with_interval(at["policy"][i])]
-        + ([number(at["chance"][i])] if at["chance"] else [])
-        for i, k in enumerate(p["k"])
-    ]
-    if at["policy_process"]:
-        for i in sorted({0, len(p["k"]) - 1}):
-            sides.append(
-                [
-                    f"process-verified pass@{p['k'][i]}",
-                    with_interval(at["base_process"][i]),
-                    with_interval(at["policy_process"][i]),
-                ]
-                + (["–"] if at["chance"] else [])
-            )
+
+    def side(name: str, base: Estimate, policy: Estimate, chance: float = math.nan) -> list[str]:
+        return [name, with_interval(base), with_interval(policy), *([number(chance)] if at["chance"] else [])]
+
+    guesses = at["chance"] or [math.nan] * len(p["k"])
+    sides = [side(f"pass@{k}", at["base"][i], at["policy"][i], guesses[i]) for i, k in enumerate(p["k"])]
+    for i in sorted({0, len(p["k"]) - 1}) if at["policy_process"] else []:
+        name = f"process-verified pass@{p['k'][i]}"
+        sides.append(side(name, at["base_process"][i], at["policy_process"][i]))
     for tau in (0.1, 0.5, 0.9):
         i = p["cover"]["tau"].index(tau)
-        sides.append(
-            [f"Cover@{tau}", with_interval(p["cover"]["base"][i]), with_interval(p["cover"]["policy"][i])]
-            + (["–"] if at["chance"] else [])
-        )
+        sides.append(side(f"Cover@{tau}", p["cover"]["base"][i], p["cover"]["policy"][i]))
     n = p["n_prompts"]
+    lost = f"{s.shrunk} lost (chance {s.shrunk_null:.1f}, p {_p(s.p_shrunk)})"
+    won = f"{s.expanded} won (chance {s.expanded_null:.1f}, p {_p(s.p_expanded)})"
     support = Table(
         "Which prompts are solved",
         ["", "solved by the policy", "not solved by the policy"],
         [
-            [
-                "solved by the base",
-                f"{s.preserved} preserved",
-                f"{s.shrunk} lost (chance {s.shrunk_null:.1f}, p {_p(s.p_shrunk)})",
-            ],
-            [
-                "not solved by the base",
-                f"{s.expanded} won (chance {s.expanded_null:.1f}, p {_p(s.p_expanded)})",
-                f"{s.out_of_reach} out of reach",
-            ],
+            ["solved by the base", f"{s.preserved} preserved", lost],
+            ["not solved by the base", won, f"{s.out_of_reach} out of reach"],
         ],
         f"Of {n} prompts, in {p['base_samples']} samples of the base and {p['policy_samples']} of the policy. Chance: base "
         f"against base, with the same pass@1. If the base never solved a prompt, its pass rate there may still be up to "
@@ -247,18 +216,15 @@ def probe_numbers(run: Mapping[str, Any]) -> list[Table]:
         ]
     rates = sorted(p["base_rates_of_expanded"])
     if rates:
-        others.append(
-            ["base's rate on won prompts (median, smallest)", f"{number(rates[len(rates) // 2])}, {number(rates[0])}"]
-        )
+        typical = f"{number(rates[len(rates) // 2])}, {number(rates[0])}"
+        others.append(["base's rate on won prompts (median, smallest)", typical])
+    perplexities = f"{number(p['base_perplexity_of_base'])} / {number(p['over_time']['base_perplexity'][-1])}"
     others += [
         [f"sampling-efficiency gap, pass@{k_max} of the base - pass@1", with_interval(p["efficiency_gap"], "+")],
         ["rank of the base's correct samples", with_interval(p["rank_under_base"])],
         ["rank of the policy's correct samples", with_interval(p["rank_under_policy"])],
         ["KL(policy, base), nats per sample", number(p["over_time"]["kl"][-1])],
-        [
-            "base perplexity of base's / policy's samples",
-            f"{number(p['base_perplexity_of_base'])} / {number(p['over_time']['base_perplexity'][-1])}",
-        ],
+        ["base perplexity of base's / policy's samples", perplexities],
     ]
     tables = [
         Table(
@@ -270,23 +236,17 @@ def probe_numbers(run: Mapping[str, Any]) -> list[Table]:
         support,
         Table("Tilt, distance and rank", ["", "value"], [row for row in others if row[1] not in ("–", "– / –")]),
     ]
-    if p["saturation"]:
-        buckets = next(iter(p["saturation"].values()))["buckets"]
-        header = ["", "all", *(f"{b.low:g}–{b.high:g}" for b in buckets)]
-        rows = [
-            [
-                f"{name} ({part['n_prompts']})",
-                with_interval(part["gain"], "+"),
-                *(
-                    f"{with_interval(b.gain, '+')} ({b.n_prompts:.0f})" if b.n_prompts >= 0.5 else "–"
-                    for b in part["buckets"]
-                ),
-            ]
-            for name, part in p["saturation"].items()
+    rows: list[list[str]] = []
+    header: list[str] = []
+    for name, part in p["saturation"].items():
+        cells = [
+            f"{with_interval(b.gain, '+')} ({b.n_prompts:.0f})" if b.n_prompts >= 0.5 else "–" for b in part["buckets"]
         ]
-        tables.append(
-            Table("Gain in pass@1, by the base's pass@1", header, rows, "In round brackets: prompts in the bucket.")
-        )
+        rows.append([f"{name} ({part['n_prompts']})", with_interval(part["gain"], "+"), *cells])
+        header = ["", "all", *(f"{b.low:g}–{b.high:g}" for b in part["buckets"])]
+    if rows:
+        title, note = "Gain in pass@1, by the base's pass@1", "In round brackets: prompts in the bucket."
+        tables.append(Table(title, header, rows, note))
     return tables
 
 

@@ -10,5 +10,5 @@ Is the policy learning something new, or does it sharpen what its base could do 
     compare.py    the samples of base and policy -> numbers (pure)
     log.py        these numbers -> one flat dictionary for the log
 
-The report (`analysis/report/comparison.py`) shows the numbers of `compare.py` too. `compare.py` and `log.py` import no torch.
+The report (`analysis/report/comparison.py`) shows the numbers of `compare.py` too. `compare.py`, `log.py`: no torch.
 """

@@ -1,7 +1,4 @@
-"""
-Checks of [`SharpeningCallback`]'s arguments. Each function returns the checked value, or raises with the argument, the value,
-the reason and the remedy.
-"""
+"""Checks of [`SharpeningCallback`]'s arguments. Each function returns the checked value, or raises."""
 
 import inspect
 import json
@@ -21,16 +18,8 @@ from trl_sgpo.outcome import find_outcomes
 
 
 # Arguments of a reward function that are not columns of the dataset
-_REWARD_ARGUMENTS = {
-    "self",
-    "prompts",
-    "completions",
-    "completion_ids",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
-    "environments",
-}
+_REWARD_ARGUMENTS = {"self", "prompts", "completions", "completion_ids", "trainer_state", "environments"}
+_REWARD_ARGUMENTS |= {"log_extra", "log_metric"}
 
 
 def check_trainer(trainer: Any) -> None:
@@ -41,16 +30,13 @@ def check_trainer(trainer: Any) -> None:
             "`trainer.add_callback(SharpeningCallback(trainer=trainer, prompts=...))`."
         )
     settings: Any = trainer
-    uses = [
-        name
-        for name, used in (
-            ("tools", settings.tools),
-            ("environment_factory", settings.environment_factories),
-            ("rollout_func", settings.rollout_func),
-            ("a multimodal processor", settings._is_vlm),
-        )
-        if used
-    ]
+    kinds = {
+        "tools": settings.tools,
+        "environment_factory": settings.environment_factories,
+        "rollout_func": settings.rollout_func,
+        "a multimodal processor": settings._is_vlm,
+    }
+    uses = [name for name, used in kinds.items() if used]
     if uses:
         raise ValueError(
             f"The trainer uses {' and '.join(uses)}, which SharpeningCallback cannot probe: it draws single-turn completions "
@@ -194,10 +180,7 @@ def check_columns(rows: list[dict[str, Any]], outcome: Any) -> None:
 
 
 def outcomes_of(trainer: Any, given: Any) -> tuple[list[Any], list[int]]:
-    """
-    The outcome rewards, one for each task, and their columns among the trainer's rewards. A function that the trainer does not
-    use has no column.
-    """
+    """The outcome rewards, one for each task, and their columns; a function that the trainer does not use has none."""
     names, funcs = trainer.reward_func_names, trainer.reward_funcs
     if callable(given) and not isinstance(given, nn.Module):
         return [given], [i for i, func in enumerate(funcs) if func is given][:1]

@@ -1,16 +1,10 @@
 """
-The base model of a run, that is, the policy before its training: how to get its log-probabilities without a second copy on
-the accelerator ([`find_base`]), and the cache of its samples on disk ([`save_samples`], [`load_samples`]).
+The base model of a run, that is, the policy before its training: the way to it without a second copy on the
+accelerator ([`find_base`]), and the cache of its samples on disk ([`save_samples`], [`load_samples`]).
 
-The way to the base depends on the policy. Adapters are switched off. The reference model of TRL is used if it is the base and
-does not drift. Otherwise the base's weights are kept on the CPU, and change places with the policy's during a forward pass. A
-policy that is sharded (DeepSpeed ZeRO-3, FSDP) cannot change places; its base is loaded a second time, sharded as TRL
-shards its reference model.
-
-Samples of the base cost as much as a probe of the policy and never change. A file of the cache belongs to a key: the hash of
-everything that the samples depend on, that is, the base's weights, the prompts as the model sees them, the sampling
-settings, the number of samples and the seed. Rewards are not cached, because reward functions change: samples are scored
-again in every run. The file is JSON inside parquet, so reading it runs no code.
+Samples of the base cost as much as a probe of the policy and never change. A file of the cache belongs to a key: the
+hash of all that the samples depend on. Rewards are not cached, because reward functions change: every run scores the
+samples again.
 """
 
 import hashlib
@@ -27,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.utils import get_config_model_id
 
+from trl_sgpo.analysis.sharpening.log import as_columns
 from trl_sgpo.analysis.sharpening.probe import Sample
 
 
@@ -39,13 +34,7 @@ _CACHE_VERSION = 1
 
 
 class BaseModel:
-    """
-    How to get at the base model. A subclass says how in [`~BaseModel.active`].
-
-    Args:
-        trainer (`GRPOTrainer`):
-            The trainer.
-    """
+    """The way to the base model. A subclass says how in [`~BaseModel.active`]."""
 
     can_generate = False  # whether the trainer's generation draws from the base while the base is active
 
@@ -60,7 +49,7 @@ class BaseModel:
 
 
 class AdaptersOff(BaseModel):
-    """A PEFT model without its adapters, or with TRL's copy of the adapter that training began with, if there is one."""
+    """A PEFT model without its adapters, or with TRL's copy of the adapter that training began with, if any."""
 
     can_generate = True
 
@@ -97,14 +86,9 @@ class ReferenceModel(BaseModel):
 
 class ExchangedWeights(BaseModel):
     """
-    The base's weights, kept on the CPU. While the base is active they change places with the policy's, in place. This needs
-    no memory on the accelerator, and the policy's weights come back bit for bit.
-
-    Args:
-        trainer (`GRPOTrainer`):
-            The trainer.
-        weights (`Mapping[str, Tensor]`):
-            The parameters of the policy that differ in the base, by name.
+    The base's weights, kept on the CPU: the parameters that differ from the policy's, by name. While the base is
+    active they change places with the policy's, in place. This needs no memory on the accelerator, and the policy's
+    weights come back bit for bit.
     """
 
     can_generate = True
@@ -150,11 +134,10 @@ def find_base(
     recorded_fingerprint: Callable[[], str | None],
 ) -> tuple[BaseModel | None, str | None]:
     """
-    The way to the base model of a run, and the base's fingerprint. Every rank has to call it.
+    The way to the base model of a run (`None` if there is none), and the base's fingerprint (`None` if the base is not
+    known). Every rank has to call it.
 
     Args:
-        trainer (`GRPOTrainer`):
-            The trainer.
         base_model (`str` or `nn.Module`, *optional*):
             The base, if it is not the policy before training.
         base_logps (`bool`):
@@ -163,12 +146,6 @@ def find_base(
             Whether training begins with this policy. In a resumed run the policy is no longer its base.
         recorded_fingerprint (`Callable`):
             Gives the fingerprint that the begin of a resumed run wrote down.
-
-    Returns:
-        `tuple[BaseModel | None, str | None]`: `None` if there is no way, or if the base is not known.
-
-    Raises:
-        ValueError: If `base_model` does not fit the policy, or if the base of a sharded policy cannot be loaded.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     if is_peft(trainer):
@@ -213,12 +190,8 @@ def _find_untouched(trainer: Any, known: str | None, fresh: bool) -> BaseModel |
 
 def keep_copy(trainer: Any) -> ExchangedWeights:
     """Keeps the policy's trainable weights as they are now; the others will not change."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    weights = {
-        name: parameter.detach().to("cpu", copy=True)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    parameters = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+    weights = {name: p.detach().to("cpu", copy=True) for name, p in parameters if p.requires_grad}
     size = sum(weight.numel() * weight.element_size() for weight in weights.values())
     logger.info(
         "The base model's weights are kept on the CPU, for log-probabilities under the base: %.2f GiB for each process, and "
@@ -229,21 +202,15 @@ def keep_copy(trainer: Any) -> ExchangedWeights:
 
 
 def load_weights(trainer: Any, base_model: str | nn.Module) -> ExchangedWeights:
-    """
-    The weights of another model of the policy's architecture as the base.
-
-    Raises:
-        ValueError: If its parameters do not fit the policy's.
-    """
-    model: Any = base_model
-    if isinstance(base_model, str):
-        model = _from_path(trainer, base_model)
+    """The weights of another model of the policy's architecture as the base."""
+    model: Any = _from_path(trainer, base_model) if isinstance(base_model, str) else base_model
     policy = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     wrong = [name for name in policy if name not in weights or weights[name].shape != policy[name].shape]
     if wrong or len(policy) != len(weights):
+        given = base_model if isinstance(base_model, str) else type(base_model).__name__
         raise ValueError(
-            f"base_model={_name(base_model)!r} does not fit the policy: {len(wrong)} of the policy's {len(policy)} "
+            f"base_model={given!r} does not fit the policy: {len(wrong)} of the policy's {len(policy)} "
             f"parameters are missing or have another shape there{f', for example {wrong[0]}' if wrong else ''}. Give the "
             "model that the run was started from."
         )
@@ -251,12 +218,7 @@ def load_weights(trainer: Any, base_model: str | nn.Module) -> ExchangedWeights:
 
 
 def load_sharded(trainer: Any, path: str) -> ReferenceModel:
-    """
-    A second model of the base, sharded as TRL shards its reference model.
-
-    Raises:
-        ValueError: If it cannot be loaded.
-    """
+    """A second model of the base, sharded as TRL shards its reference model."""
     from trl.models import prepare_deepspeed, prepare_fsdp
     from trl.trainer.utils import add_fused_lm_head
 
@@ -277,16 +239,9 @@ def load_sharded(trainer: Any, path: str) -> ReferenceModel:
 
 def fingerprint(trainer: Any, model: nn.Module, trainable: bool = True) -> str:
     """
-    A hash of a model's weights: name, shape and evenly spaced elements of each parameter, so that billions of parameters take
-    seconds. Every rank has to call it, and gets the same hash. Under FSDP the hash depends on the number of ranks.
-
-    Args:
-        trainer (`GRPOTrainer`):
-            The trainer, which knows how the model is sharded.
-        model (`nn.Module`):
-            The model.
-        trainable (`bool`, *optional*, defaults to `True`):
-            Whether trainable parameters count. In a PEFT model only the others are the base.
+    A hash of a model's weights: name, shape and evenly spaced elements of each parameter, so that billions of
+    parameters take seconds. `trainable=False` leaves out what is trained: in a PEFT model the rest is the base. Every
+    rank has to call it, and gets the same hash. Under FSDP the hash depends on the number of ranks.
     """
     from accelerate.utils import gather_object
 
@@ -309,16 +264,10 @@ def fingerprint(trainer: Any, model: nn.Module, trainable: bool = True) -> str:
 def _from_path(trainer: Any, path: str) -> Any:
     from trl.trainer.utils import create_model_from_path
 
-    options = dict(trainer.args.model_init_kwargs or {})
-    options["device_map"] = None  # to the CPU: the caller moves or shards it
-    options.setdefault("trust_remote_code", trainer.args.trust_remote_code)
-    options["dtype"] = trainer.model.dtype
+    options = {"trust_remote_code": trainer.args.trust_remote_code, **(trainer.args.model_init_kwargs or {})}
     options.pop("revision", None)  # belongs to the policy, which may be in another repository
-    return create_model_from_path(path, **options)
-
-
-def _name(base_model: str | nn.Module) -> str:
-    return base_model if isinstance(base_model, str) else type(base_model).__name__
+    # To the CPU: the caller moves or shards it
+    return create_model_from_path(path, **{**options, "device_map": None, "dtype": trainer.model.dtype})
 
 
 def default_cache_folder() -> Path:
@@ -344,18 +293,10 @@ def cache_key(fingerprint: str, prompts: str, sampling: Mapping[str, Any], n_sam
 
 
 def save_samples(folder: Path, key: str, samples: Sequence[Sample]) -> None:
-    """Keeps the complete samples under their key."""
-    write_parquet(
-        folder / f"{key}.parquet",
-        {
-            "prompt_id": [sample.prompt_id for sample in samples],
-            "sample": [sample.sample for sample in samples],
-            "text": [sample.text for sample in samples],
-            "completion": [json.dumps(sample.completion) for sample in samples],
-            "token_ids": [sample.token_ids for sample in samples],
-            "logp_base": [sample.logp_base for sample in samples],
-        },
-    )
+    """Keeps the complete samples under their key. The completions are JSON, so reading the file runs no code."""
+    columns = as_columns(samples, ("prompt_id", "sample", "text", "completion", "token_ids", "logp_base"))
+    columns["completion"] = [json.dumps(completion) for completion in columns["completion"]]
+    write_parquet(folder / f"{key}.parquet", columns)
 
 
 def load_samples(folder: Path, key: str) -> list[Sample] | None:
@@ -364,18 +305,8 @@ def load_samples(folder: Path, key: str) -> list[Sample] | None:
 
     try:
         rows = pq.read_table(folder / f"{key}.parquet").to_pylist()
-        return [
-            Sample(
-                row["prompt_id"],
-                row["sample"],
-                row["text"],
-                json.loads(row["completion"]),
-                row["token_ids"],
-                logp_base=row["logp_base"],
-            )
-            for row in rows
-        ]
-    except (OSError, ValueError, KeyError):  # pyarrow's own errors are ValueErrors
+        return [Sample(**{**row, "completion": json.loads(row["completion"])}) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError):  # pyarrow's own errors are ValueErrors
         return None
 
 

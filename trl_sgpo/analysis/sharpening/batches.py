@@ -1,9 +1,7 @@
 """
-Metrics of the training batches: [`TrainingBatches`].
-
-Callbacks never see groups, because TRL shuffles the rows right after `_generate_and_score_completions`. An SGPOTrainer lets
-observers see its rounds. For any other GRPOTrainer this file makes the rounds itself: it wraps two methods, of that instance
-only, and changes nothing that passes through.
+Metrics of the training batches: [`TrainingBatches`]. Callbacks never see groups, because TRL shuffles the rows right
+after `_generate_and_score_completions`. An SGPOTrainer lets observers see its rounds. For any other GRPOTrainer this
+file makes the rounds itself: it wraps two methods, of that instance only, and changes nothing that passes through.
 """
 
 import math
@@ -43,21 +41,13 @@ class TrainingBatches:
     Logs metrics of the training batches. TRL averages them over a logging interval, like its own metrics.
 
     Args:
-        trainer (`GRPOTrainer`):
-            The trainer.
-        outcome_indices (`list[int]`):
-            Columns of the outcome rewards.
-        success_threshold (`float`):
-            A completion is correct if its outcome reaches this.
         metrics (`bool`):
             Group split, pass@k and effective tokens, without further computation.
         rank (`bool`):
-            Rank of the correct samples by log-probability under the policy that drew them: one forward pass per batch, unless
-            TRL has computed `old_per_token_logps`.
+            Rank of the correct samples by log-probability under the policy that drew them: one forward pass per batch,
+            unless TRL has computed `old_per_token_logps`.
         update (`bool`):
             Uplift by rank and likelihood displacement: one more forward pass after the last update with a batch.
-        extract_answer (`Callable`, *optional*):
-            From a completion to its answer, for the entropy of the answers.
     """
 
     def __init__(
@@ -70,11 +60,8 @@ class TrainingBatches:
         update: bool,
         extract_answer: Callable[[str], Hashable] | None = None,
     ) -> None:
-        self.trainer = trainer
-        self.outcome_indices = outcome_indices
-        self.success_threshold = success_threshold
-        self.metrics, self.rank, self.update = metrics, rank, update
-        self.extract_answer = extract_answer
+        self.trainer, self.outcome_indices, self.success_threshold = trainer, outcome_indices, success_threshold
+        self.metrics, self.rank, self.update, self.extract_answer = metrics, rank, update, extract_answer
         self.seconds = 0.0  # spent here since the start, with forward passes
         self._round: Round | None = None  # only for a trainer that makes no rounds
         self._captured: list[_Captured] = []
@@ -160,10 +147,11 @@ class TrainingBatches:
         self._log("answer_entropy", float(np.mean([answer_entropy(group) for group in groups])))
 
     def _capture(self, outcome: Tensor, output: dict[str, Any]) -> None:
-        prompt_mask, completion_mask = output["prompt_mask"].bool(), output["completion_mask"].bool()
-        prompt_ids = [row[m].tolist() for row, m in zip(output["prompt_ids"], prompt_mask, strict=True)]
-        completion_ids = [row[m].tolist() for row, m in zip(output["completion_ids"], completion_mask, strict=True)]
-        old = output.get("old_per_token_logps")
+        prompt_ids, completion_ids = (
+            [row[m.bool()].tolist() for row, m in zip(output[f"{part}_ids"], output[f"{part}_mask"], strict=True)]
+            for part in ("prompt", "completion")
+        )
+        completion_mask, old = output["completion_mask"].bool(), output.get("old_per_token_logps")
         if old is not None:
             logps = gather((old * completion_mask).double().sum(dim=1).float())
         else:

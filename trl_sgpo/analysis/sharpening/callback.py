@@ -1,17 +1,13 @@
 """
-[`SharpeningCallback`]: is the policy learning something new, or sharpening what its base could do already?
-
-It samples a fixed set of prompts from the base model once, and from the policy every so many updates, and compares the two.
-This file is wiring only; `analysis/sharpening/__init__.py` says what the other files do.
-
-The callback does not change training, bit for bit: nothing that it draws, counts or logs reaches the trainer's state. The
-one exception is vLLM's own scheduling, which no seed controls.
+[`SharpeningCallback`]: is the policy learning something new, or sharpening what its base could do already? This file
+is wiring only; `analysis/sharpening/__init__.py` says what the other files do.
 """
 
 import json
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +20,7 @@ from trl.trainer.utils import get_callable_name, get_config_model_id
 
 from trl_sgpo.analysis.sharpening import arguments, base
 from trl_sgpo.analysis.sharpening.batches import TrainingBatches
-from trl_sgpo.analysis.sharpening.log import FILE_COLUMNS, log_numbers
+from trl_sgpo.analysis.sharpening.log import FILE_COLUMNS, as_columns, log_numbers
 from trl_sgpo.analysis.sharpening.probe import Batch, Probe, Sample, Stopwatch, sampling_settings, undisturbed
 from trl_sgpo.analysis.sharpening.scoring import Scorer, ScoringError, in_order
 from trl_sgpo.judges.log_once import LogOnce
@@ -38,59 +34,57 @@ PREFIX = "sharpening/"
 class SharpeningCallback(TrainerCallback):
     """
     Compares the policy with its base model on a fixed set of prompts, and logs under `sharpening/` what distinguishes
-    sharpening from expansion. It does so at the begin of training, every `every` updates and at the end.
+    sharpening from expansion.
 
-    It works with [`SGPOTrainer`] and with plain [`~trl.GRPOTrainer`]. Base and policy generate with the trainer's own
-    generation and sampling settings. Log-probabilities are those that TRL trains on: logits divided by the sampling
-    temperature, over the whole vocabulary, with the end token. So `kl_k1` is unbiased only if `top_p`, `top_k` and
-    `min_p` truncate nothing.
+    It works with [`SGPOTrainer`] and with plain [`~trl.GRPOTrainer`], and uses the trainer's own generation and
+    sampling settings. Log-probabilities are those that TRL trains on: logits divided by the sampling temperature, over
+    the whole vocabulary, with the end token. So `kl_k1` is unbiased only if `top_p`, `top_k` and `min_p` truncate
+    nothing.
 
-    The base is the policy before training (PEFT: the policy without its adapters; or `base_model`). Its samples are kept on
-    disk, so another run from the same base draws none. `<output_dir>/sharpening/` holds everything: `probe.json`,
+    The base is the policy before training (PEFT: the policy without its adapters; or `base_model`). Its samples are
+    kept on disk, so another run from the same base draws none. `<output_dir>/sharpening/` holds `probe.json`,
     `prompts.parquet`, `base.parquet` and a `policy_<step>.parquet` for each probe.
 
-    Training goes on as if there was no probe, bit for bit. If a reward function or the judge raises inside a probe, only that
-    probe is lost.
+    Training goes on as if there was no probe, bit for bit, except for vLLM's own scheduling, which no seed controls.
+    If a reward function or the judge raises inside a probe, only that probe is lost.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]):
             The trainer.
         prompts (`Dataset` or `Sequence[Mapping]`):
-            The probe set: rows with `prompt` and the columns that the outcome reward needs. An optional column `domain`
-            splits the gain.
+            The probe set: rows with `prompt` and the columns that the outcome reward needs. An optional column
+            `domain` splits the gain.
         n_samples (`int`, *optional*, defaults to `64`):
             Samples per prompt, of base and policy.
         every (`int`, *optional*, defaults to `50`):
             Updates between two probes.
-        ks (`Sequence[int]`, *optional*):
-            For pass@k. Defaults to the powers of two up to `n_samples`, and `n_samples`.
-        taus (`Sequence[float]`, *optional*, defaults to `(0.25, 0.5, 0.75, 1.0)`):
-            For Cover@tau.
+        ks, taus (`Sequence`, *optional*):
+            For pass@k and Cover@tau. `ks` defaults to the powers of two up to `n_samples`, and `n_samples`.
         outcome_reward (`str`, `list[str]` or `Callable`, *optional*):
-            The reward that says right or wrong: the name of one of the trainer's reward functions, a list of names (one for
-            each task), or a reward function. Defaults to [`SGPOTrainer`]'s, else to the trainer's only one.
+            The reward that says right or wrong: the name of one of the trainer's reward functions, a list of names
+            (one for each task), or a reward function. Defaults to [`SGPOTrainer`]'s, else to the trainer's only one.
         success_threshold (`float`, *optional*):
             A completion is correct if its outcome reaches this. Defaults to [`SGPOTrainer`]'s, else to 0.5.
         judge ([`StepwiseJudge`], [`StepJudge`] or `Callable`, *optional*):
-            Checks the steps of correct completions, for process-verified pass@k (every step right and the outcome correct;
-            an abstention verifies nothing). Defaults to the trainer's [`StepwiseJudge`], if it has one; `False` for none.
+            Checks the steps of correct completions, for process-verified pass@k (every step right and the outcome
+            correct; an abstention verifies nothing). Defaults to the trainer's [`StepwiseJudge`], if it has one;
+            `False` for none.
         extract_answer (`Callable[[str], Hashable]`, *optional*):
             From a completion's text to its answer, `None` for no answer: gives maj@k and the entropy of the answers.
         sample_base (`bool`, *optional*, defaults to `True`):
             Whether to sample the base. Without it there are only the numbers of the policy's samples.
         base_logps (`bool`, *optional*, defaults to `True`):
-            Log-probabilities of the policy's samples under the base, for KL, perplexity and tilt. The base's weights are
-            kept on the CPU, unless adapters or a reference model give them.
+            Log-probabilities of the policy's samples under the base, for KL, perplexity and tilt. The base's weights
+            are kept on the CPU, unless adapters or a reference model give them.
         base_model (`str` or `nn.Module`, *optional*):
             The base, if it is not the policy before training. For a resumed run: the model that it was started from.
         at_begin, at_end (`bool`, *optional*, defaults to `True`):
             Whether to probe before the first update and after the last one.
-        batch_metrics (`bool`, *optional*, defaults to `True`):
-            Group split, pass@k and effective tokens of the training batches, under `sharpening/batch/`. Costs nothing.
-        batch_rank (`bool`, *optional*, defaults to `False`):
-            Rank of the correct completions of a training batch by log-probability: a forward pass per batch.
-        batch_update (`bool`, *optional*, defaults to `False`):
-            Uplift by rank and likelihood displacement: forward passes before and after the update.
+        batch_metrics, batch_rank, batch_update (`bool`, *optional*, defaults to `True`, `False`, `False`):
+            Numbers of the training batches, under `sharpening/batch/`. `batch_metrics`: group split, pass@k and
+            effective tokens, at no cost. `batch_rank`: rank of the correct completions by log-probability, with a
+            forward pass per batch. `batch_update`: uplift by rank and likelihood displacement, with forward passes
+            before and after the update.
         batch_size (`int`, *optional*):
             Completions that a rank generates at once. Defaults to the number in training.
         cache_dir (`str` or `Path`, *optional*):
@@ -100,8 +94,8 @@ class SharpeningCallback(TrainerCallback):
 
     Raises:
         TypeError: If `trainer`, `prompts`, `outcome_reward` or `extract_answer` has a wrong type.
-        ValueError: If the probe set is empty, lacks a column or holds a prompt twice; if another argument is out of its
-            range; if no reward says right or wrong; if the trainer uses tools, environments, images or a rollout function.
+        ValueError: If the probe set is empty, lacks a column or holds a prompt twice; if another argument is out of
+            its range; if no reward says right or wrong; if the trainer uses tools, environments, images or rollouts.
 
     Example:
 
@@ -171,18 +165,14 @@ class SharpeningCallback(TrainerCallback):
                 batch_update,
                 extract_answer,
             )
-        self._base: base.BaseModel | None = None
-        self._base_samples: list[Sample] | None = None
-        self._base_scored = self._base_written = False
-        self._watch = Stopwatch()
-        self._last_probe: int | None = None
         self._log_once = LogOnce(logger)
 
     # Events
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._last_probe = None
-        self._base, self._base_samples = None, None
+        self._last_probe: int | None = None
+        self._base: base.BaseModel | None = None
+        self._base_samples: list[Sample] | None = None
         self._base_scored = self._base_written = False
         if self._batches is not None:
             self._batches.install()
@@ -192,7 +182,8 @@ class SharpeningCallback(TrainerCallback):
         if self.trainer.accelerator.is_main_process:
             self._guarded(lambda: self._write_settings(step), collective=False)
         self._watch = Stopwatch()  # the base's seconds are logged with the first probe
-        self._guarded(lambda: self._get_base_samples(key, step, self._watch))
+        if self.sample_base:
+            self._guarded(lambda: self._get_base_samples(key, step, self._watch))
         if self.at_begin:
             self._run_probe(step)
 
@@ -213,8 +204,8 @@ class SharpeningCallback(TrainerCallback):
 
     def _guarded(self, part: Callable[[], Any], collective: bool = True) -> Any:
         """
-        Runs a part of a probe. If it raises, the probe is skipped, and the traceback is shown once. An error on one rank
-        while the other ranks wait for it cannot be skipped: it ends the run, as it would in training.
+        Runs a part of a probe. If it raises, the probe is skipped, and the traceback is shown once. An error on one
+        rank while the other ranks wait for it cannot be skipped: it ends the run, as it would in training.
         """
         try:
             return part()
@@ -232,7 +223,7 @@ class SharpeningCallback(TrainerCallback):
     # The base
 
     def _find_base(self, step: int) -> str | None:
-        """Finds the way to the base's log-probabilities. Returns the key of its samples, `None` if the base is not known."""
+        """Finds the way to the base. Returns the key of its samples in the cache, `None` if the base is not known."""
         trainer = self.trainer
         prompts = base.prompts_hash(trainer, self._probe.prompts)
         self._settings = {
@@ -268,38 +259,33 @@ class SharpeningCallback(TrainerCallback):
         """The base's fingerprint that the begin of this run wrote down."""
         found = None
         if self.trainer.accelerator.is_main_process:
-            try:
+            with suppress(OSError, ValueError):
                 found = json.loads((self.folder / "probe.json").read_text()).get("base_fingerprint")
-            except (OSError, ValueError):
-                found = None
         return broadcast_object_list([found])[0]
 
     def _get_base_samples(self, key: str | None, step: int, watch: Stopwatch) -> None:
         """The base's samples, from the cache or drawn now."""
-        trainer = self.trainer
-        cached = None
-        if not self.sample_base:
-            return
+        trainer, cached = self.trainer, None
         if key is not None and trainer.accelerator.is_main_process:
             cached = base.load_samples(self.cache_dir, key)
         self._base_samples = broadcast_object_list([cached])[0]
-        if self._base_samples is None:
-            drawable = self._base is not None and self._base.can_generate
-            if base.is_peft(trainer) and trainer.use_vllm:
-                drawable = False  # vLLM gets merged adapters, even if they are switched off
-            unmoved = step == 0 and self.base_model is None and not (base.is_peft(trainer) and drawable)
-            if key is None or not (drawable or unmoved):
-                logger.warning(
-                    "The base model's samples are not in %s, and the base is out of reach (the run was resumed, or the base "
-                    "cannot generate here): the comparison with it is left out. Start from update 0 with the callback, "
-                    "or give `base_model=`, the model that the run was started from.",
-                    self.cache_dir,
-                )
-            else:
-                drawn = self._draw_base(unmoved, watch)
-                self._base_samples = drawn
-                if drawn is not None and trainer.accelerator.is_main_process:
-                    self._guarded(lambda: base.save_samples(self.cache_dir, key, drawn), collective=False)
+        if self._base_samples is not None:
+            return
+        peft = base.is_peft(trainer)
+        # vLLM gets merged adapters, even if they are switched off
+        drawable = self._base is not None and self._base.can_generate and not (peft and trainer.use_vllm)
+        unmoved = step == 0 and self.base_model is None and not (peft and drawable)
+        if key is None or not (drawable or unmoved):
+            logger.warning(
+                "The base model's samples are not in %s, and the base is out of reach (the run was resumed, or the "
+                "base cannot generate here): the comparison with it is left out. Start from update 0 with the "
+                "callback, or give `base_model=`, the model that the run was started from.",
+                self.cache_dir,
+            )
+            return
+        drawn = self._base_samples = self._draw_base(unmoved, watch)
+        if drawn is not None and trainer.accelerator.is_main_process:
+            self._guarded(lambda: base.save_samples(self.cache_dir, key, drawn), collective=False)
 
     def _write_settings(self, step: int) -> None:
         for path in self.folder.glob("policy_*.parquet"):
@@ -401,13 +387,12 @@ class SharpeningCallback(TrainerCallback):
         return {PREFIX + key: value for key, value in found.items()}
 
     def _write(self, name: str, samples: list[Sample]) -> None:
-        columns = {column: [getattr(sample, column) for sample in samples] for column in FILE_COLUMNS}
-        base.write_parquet(self.folder / f"{name}.parquet", columns)
+        base.write_parquet(self.folder / f"{name}.parquet", as_columns(samples, FILE_COLUMNS))
 
     def _log(self, logs: dict[str, float]) -> None:
         """
-        Logs at this update. GRPOTrainer's `log` would also log the training metrics collected so far, so its parent's `log`
-        is called. A log event clears `should_log`; it is set back, because training's own log may be due.
+        Logs at this update. GRPOTrainer's `log` would also log the training metrics collected so far, so its parent's
+        `log` is called. A log event clears `should_log`; it is set back, because training's own log may be due.
         """
         due = self.trainer.control.should_log
         Trainer.log(self.trainer, logs)

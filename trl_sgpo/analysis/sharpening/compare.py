@@ -1,9 +1,7 @@
 """
-Base and policy on the same prompts: from their samples to numbers. Pure functions; the log and the report show the result.
-
-Samples come as columns, by the names of the probe's parquet files: `prompt_id` and `correct`, and if they are known
-`process_correct`, `logp_policy`, `logp_base` (log-probabilities in nats, summed over a sample's tokens) and `n_tokens`. A
-dictionary of arrays will do, and so will a `pd.DataFrame`.
+Base and policy on the same prompts: from their samples to numbers. Samples come as columns, in a dictionary or a
+`pd.DataFrame`, by the names of the probe's parquet files: `prompt_id` and `correct`, and if they are known
+`process_correct`, `logp_policy`, `logp_base` (in nats, summed over a sample's tokens) and `n_tokens`.
 """
 
 import math
@@ -89,15 +87,8 @@ class Comparison:
 
 def compare(base_samples: Columns, policy_samples: Columns, prompt_ids: Sequence[Any], k: int) -> Comparison:
     """
-    Compares base and policy.
-
-    Args:
-        base_samples, policy_samples (`Columns`):
-            The samples.
-        prompt_ids (`Sequence`):
-            The prompts to be compared, sorted; each has samples of both. Other samples are left out.
-        k (`int`):
-            For the sampling-efficiency gap, at most the smallest number of samples of a prompt.
+    Compares base and policy on the sorted `prompt_ids`, each with samples of both; other samples are left out. The `k`
+    of the sampling-efficiency gap is at most the smallest number of samples of a prompt.
     """
     base_samples, policy_samples = (of_prompts(samples, prompt_ids) for samples in (base_samples, policy_samples))
     base, policy = count(base_samples, prompt_ids), count(policy_samples, prompt_ids)
@@ -161,13 +152,8 @@ def perplexity_under(samples: Columns, logp: str) -> float:
 def base_rates(samples: Columns, prompt_ids: Sequence[Any]) -> np.ndarray:
     """
     The base's pass@1 on prompts, from samples of the *policy*: the mean over samples of `1{correct} q(y|x) / pi(y|x)`
-    (importance sampling). It says how rare the solutions of a prompt are for the base even if the base never found one. It
-    is too low by the solutions that the base knows and the policy never writes.
-
-    Returns:
-        `np.ndarray` of shape (P,): NaN for a prompt without log-probabilities.
-
-    Example:
+    (importance sampling). It says how rare the solutions of a prompt are for the base even if the base never found
+    one. It is too low by the solutions that the base knows and the policy never writes. NaN without log-probabilities.
 
     ```python
     >>> base_rates({"prompt_id": [0, 0], "correct": [True, False], "logp_policy": [-1.0, -1.0],
@@ -202,10 +188,7 @@ def _known(samples: Columns, *names: str) -> dict[str, np.ndarray]:
     """The samples that have a value in each of these columns; empty if a column is not there."""
     if not all(name in samples for name in names):
         return {}
-    numbers = {name: np.asarray(samples[name], dtype=np.float64) for name in names}
-    rows = np.logical_and.reduce([~np.isnan(column) for column in numbers.values()])
-    labels = {
-        "prompt_id": np.asarray(samples["prompt_id"]),
-        "correct": np.asarray(samples["correct"], dtype=bool),
-    }
-    return {name: column[rows] for name, column in {**labels, **numbers}.items()}
+    columns = {name: np.asarray(samples[name], dtype=np.float64) for name in names}
+    rows = np.logical_and.reduce([~np.isnan(column) for column in columns.values()])
+    columns |= {"prompt_id": np.asarray(samples["prompt_id"]), "correct": np.asarray(samples["correct"], dtype=bool)}
+    return {name: column[rows] for name, column in columns.items()}

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 FILE_COLUMNS = ("prompt_id", "sample", "text", *NUMBERS[1:])
 
 
-def as_columns(samples: Sequence["Sample"]) -> dict[str, list[Any]]:
-    """The samples as columns of numbers. A column is left out if no sample has a value in it."""
-    columns = {name: [getattr(sample, name) for sample in samples] for name in NUMBERS}
+def as_columns(samples: Sequence["Sample"], names: Sequence[str] = NUMBERS) -> dict[str, list[Any]]:
+    """The samples as columns, by default of numbers. A column is left out if no sample has a value in it."""
+    columns = {name: [getattr(sample, name) for sample in samples] for name in names}
     return {name: values for name, values in columns.items() if any(value is not None for value in values)}
 
 
@@ -42,22 +42,9 @@ def log_numbers(
     extract_answer: Callable[[str], Hashable] | None = None,
 ) -> dict[str, float]:
     """
-    All numbers of a probe. An undefined number is left out.
-
-    Args:
-        policy, base (`Sequence[Sample]`):
-            Scored samples, with the samples of a prompt next to each other. Without `base` there is no comparison.
-        n_prompts (`int`):
-            Number of prompts; each has the same number of samples.
-        ks, taus (`Sequence`):
-            For pass@k and Cover@tau.
-        domains (`Sequence[str]`, *optional*):
-            The domain of each prompt.
-        extract_answer (`Callable`, *optional*):
-            From a text to its answer, `None` for no answer; gives maj@k and the entropy of the answers.
-
-    Returns:
-        `dict[str, float]`: The keys have no prefix; the base's own numbers begin with `base_`.
+    All numbers of a probe, with keys without prefix; the base's own numbers begin with `base_`. An undefined number is
+    left out. Without `base` there is no comparison, and without `extract_answer` no maj@k and no entropy of the
+    answers. The samples are scored, equally many per prompt, and those of a prompt stand next to each other.
     """
     columns, prompt_ids = as_columns(policy), range(n_prompts)
     if base is None:
@@ -108,14 +95,14 @@ def _of_side(
 
 
 def _of_likelihoods(of_policy: Likelihoods) -> dict[str, float]:
-    found = {
+    return {
         "perplexity": of_policy.perplexity,
         "base_perplexity": of_policy.base_perplexity,
         "rank_by_policy": of_policy.rank_by_policy.value,
         "rank_by_base": of_policy.rank_by_base.value,
         "kl_k1": of_policy.kl,
+        **(_fields("tilt", of_policy.tilt) if of_policy.tilt else {}),
     }
-    return found | (_fields("tilt", of_policy.tilt) if of_policy.tilt else {})
 
 
 def _of_comparison(compared: Comparison, domains: Sequence[str] | None) -> dict[str, float]:

@@ -1,12 +1,8 @@
 """
-Sampling from the model of a GRPOTrainer, and scoring with it, without leaving a trace in its training.
-
-Completions come from the trainer's own generation (vLLM, if the trainer uses it). Log-probabilities come from the trainer's
-own forward pass: at the sampling temperature, over the whole vocabulary (`top_p`, `top_k` and `min_p` do not truncate them),
-with the end token. The work is cut into batches that do not depend on the number of ranks. Each batch has its own seed, so
-one rank and several ranks draw the same samples, if the generation uses torch's seed. vLLM gets a seed per request instead.
-
-Left out: images, tools, environments and rollout functions, because they need more than one call of `generate`.
+Sampling from the model of a GRPOTrainer, and its log-probabilities, without leaving a trace in its training. The work
+is cut into batches that do not depend on the number of ranks, each with its own seed. So one rank and several ranks
+draw the same samples, if the generation uses torch's seed. Left out: images, tools, environments and rollout
+functions, because they need more than one call of the generation.
 """
 
 import copy
@@ -47,43 +43,21 @@ class Stopwatch:
 
 @dataclass
 class Sample:
-    """
-    One completion of a probe prompt.
-
-    Args:
-        prompt_id, sample (`int`):
-            Number of the prompt, and number of the sample among those of the prompt.
-        text (`str`):
-            The completion without special tokens.
-        completion (`str` or `list[dict]`):
-            The completion in the form that reward functions get.
-        token_ids (`list[int]`):
-            Its tokens, with the end token.
-        logp_policy, logp_base (`float`, *optional*):
-            Log-probability in nats, summed over the tokens, under the probed policy and under the base.
-        k3 (`float`, *optional*):
-            [`k3_terms`] of the tokens, summed.
-        entropy (`float`, *optional*):
-            The policy's entropy, summed over the tokens.
-        correct, process_correct (`bool`, *optional*):
-            Whether the outcome is correct; whether every step is too.
-        scored, judged (`bool`):
-            Whether the outcome reward gave a number, and whether the judge gave a verdict.
-    """
+    """One completion of a probe prompt. Log-probabilities are in nats, summed over the tokens."""
 
     prompt_id: int
-    sample: int
-    text: str
-    completion: Any
-    token_ids: list[int]
+    sample: int  # its number among the samples of the prompt
+    text: str  # without special tokens
+    completion: Any  # in the form that reward functions get
+    token_ids: list[int]  # with the end token
     logp_policy: float | None = None
     logp_base: float | None = None
-    k3: float | None = None
-    entropy: float | None = None
+    k3: float | None = None  # sum of `k3_terms` over the tokens
+    entropy: float | None = None  # the policy's, summed over the tokens
     correct: bool | None = None
-    process_correct: bool | None = None
-    scored: bool = False
-    judged: bool = False
+    process_correct: bool | None = None  # correct, and every step too
+    scored: bool = False  # the outcome reward gave a number
+    judged: bool = False  # the judge gave a verdict
 
     @property
     def n_tokens(self) -> int:
@@ -93,8 +67,8 @@ class Sample:
 @dataclass
 class Batch:
     """
-    One call of the generation. `rows` are pairs (prompt_id, sample); only the first `keep` rows count, the others fill up
-    the batch.
+    One call of the generation. `rows` are pairs (prompt_id, sample); only the first `keep` rows count, the others fill
+    up the batch.
     """
 
     index: int
@@ -112,28 +86,18 @@ def plan_batches(
     n_prompts: int, n_samples: int, batch_size: int, n_ranks: int = 1, distinct_prompts: bool = False
 ) -> list[Batch]:
     """
-    Cuts the work into batches of equal size; rank r of R takes the batches r, r + R, ...
+    Cuts the work into batches of equal size; rank r of R takes the batches r, r + R, ... Every rank gets the same
+    number of batches, and some batches may keep no row.
 
     The default goes prompt by prompt, so the rows of a batch have similar lengths, and the plan does not depend on
-    `n_ranks`. `distinct_prompts` goes sample by sample: among the batches that the ranks work on at the same time, no prompt
-    comes twice. vLLM needs this, because equal prompts with equal seeds would give equal samples.
-
-    Args:
-        n_prompts, n_samples, batch_size (`int`):
-            Prompts, samples of each, rows per batch.
-        n_ranks (`int`, *optional*, defaults to `1`):
-            Number of ranks. Every rank gets the same number of batches; some batches may keep no row.
-        distinct_prompts (`bool`, *optional*, defaults to `False`):
-            Whether to go sample by sample.
-
-    Example:
+    `n_ranks`. `distinct_prompts` goes sample by sample: among the batches that the ranks work on at the same time, no
+    prompt comes twice. vLLM needs this, because equal prompts with equal seeds would give equal samples.
 
     ```python
     >>> [batch.rows[: batch.keep] for batch in plan_batches(n_prompts=2, n_samples=3, batch_size=4)]
     [[(0, 0), (0, 1), (0, 2), (1, 0)], [(1, 1), (1, 2)]]
     ```
     """
-    batches = []
     if distinct_prompts:
         size = min(batch_size, -(-n_prompts // n_ranks))
         per_sample = -(-n_prompts // size)
@@ -148,10 +112,10 @@ def plan_batches(
         size = min(batch_size, len(rows))
         chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
         chunks += [[]] * (-len(chunks) % n_ranks)
-    for index, chunk in enumerate(chunks):
-        filler = chunk[:1] or [(0, 0)]
-        batches.append(Batch(index, chunk + filler * (size - len(chunk)), len(chunk)))
-    return batches
+    return [
+        Batch(index, chunk + (chunk[:1] or [(0, 0)]) * (size - len(chunk)), len(chunk))
+        for index, chunk in enumerate(chunks)
+    ]
 
 
 def seed_of(*parts: object) -> int:
@@ -209,19 +173,8 @@ def undisturbed(trainer: Any) -> Iterator[None]:
 
 class Probe:
     """
-    Draws the same number of samples for each prompt of a set. Every rank has to use it, inside [`undisturbed`].
-
-    Args:
-        trainer (`GRPOTrainer`):
-            Whose model, generation and sampling settings are used.
-        prompts (`Sequence`):
-            Strings, or lists of messages.
-        n_samples (`int`):
-            Samples per prompt.
-        batch_size (`int`, *optional*):
-            Rows per call of the generation on each rank. Defaults to the number in training.
-        seed (`int`, *optional*, defaults to `0`):
-            Part of every seed.
+    Draws the same number of samples for each prompt of a set (strings, or lists of messages), in batches of the size
+    in training by default. Every rank has to use it, inside [`undisturbed`].
     """
 
     def __init__(
@@ -235,15 +188,8 @@ class Probe:
 
     def draw(self, stream: str, watch: Stopwatch, description: str | None = None) -> list[Batch]:
         """
-        Generates this rank's share of the samples.
-
-        Args:
-            stream (`str`):
-                Part of the seeds: another stream gives independent samples.
-            watch ([`Stopwatch`]):
-                Counts the seconds, as `generate`.
-            description (`str`, *optional*):
-                Text of a progress bar. Without it there is no bar.
+        Generates this rank's share of the samples. Another `stream` gives independent samples. Without a `description`
+        there is no progress bar.
         """
         from tqdm.auto import tqdm
 
@@ -301,8 +247,9 @@ class Probe:
 
 def k3_terms(policy_logps: Tensor, base_logps: Tensor) -> Tensor:
     """
-    `exp(-d) - 1 + d` with `d = log pi - log q` of a token. Over tokens that the policy sampled, the mean is KL(policy, base)
-    per token in nats. No term is negative. The mean is unbiased if the base gives every sampled token some probability.
+    `exp(-d) - 1 + d` with `d = log pi - log q` of a token. Over tokens that the policy sampled, the mean is KL(policy,
+    base) per token in nats. No term is negative. The mean is unbiased if the base gives every sampled token some
+    probability.
     """
     d = policy_logps - base_logps
     return torch.exp(-d) - 1 + d
@@ -317,26 +264,12 @@ def token_logps(
     entropy: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """
-    Log-probability of every completion token, at the sampling temperature, in pieces of the larger one of
-    `per_device_train_batch_size` and `per_device_eval_batch_size` rows.
-
-    Args:
-        trainer (`GRPOTrainer`):
-            Its forward pass is used.
-        model (`nn.Module`):
-            The policy, or a reference model that TRL has prepared.
-        prompt_ids, completion_ids (`Sequence[Sequence[int]]`):
-            Tokens, one list per row.
-        entropy (`bool`, *optional*, defaults to `False`):
-            Whether to compute entropies too; not possible with a reference model.
-
-    Returns:
-        `tuple[list[Tensor], list[Tensor]]`: One tensor per row with a float64 per completion token, in nats, and the same
-        for the entropies (empty without them).
+    Log-probability of every completion token, in nats, and its entropy if it is wanted: one float64 tensor per row.
+    They come from the trainer's own forward pass: at the sampling temperature, over the whole vocabulary (`top_p`,
+    `top_k` and `min_p` do not truncate it), with the end token. A reference model gives no entropies.
     """
     device, pad = trainer.accelerator.device, trainer._tokenizer.pad_token_id
-    longest_prompt = max(map(len, prompt_ids))
-    longest_completion = max(1, *map(len, completion_ids)) if completion_ids else 1
+    longest_prompt, longest_completion = max(map(len, prompt_ids)), max([1, *map(len, completion_ids)])
     input_ids = torch.full((len(prompt_ids), longest_prompt + longest_completion), pad)
     mask = torch.zeros_like(input_ids)
     for row, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
@@ -351,11 +284,11 @@ def token_logps(
         batch_size=max(trainer.args.per_device_train_batch_size, trainer.args.per_device_eval_batch_size),
         compute_entropy=entropy,
     )
-    lengths = list(map(len, completion_ids))
-    rows = [row[:length].double() for row, length in zip(logps.float().cpu(), lengths, strict=True)]
-    if not entropy:
-        return rows, []
-    return rows, [row[:length].double() for row, length in zip(entropies.float().cpu(), lengths, strict=True)]
+
+    def rows(values: Tensor) -> list[Tensor]:
+        return [row[: len(ids)].double() for row, ids in zip(values.float().cpu(), completion_ids, strict=True)]
+
+    return rows(logps), rows(entropies) if entropy else []
 
 
 def sampling_settings(trainer: Any) -> dict[str, Any]:

@@ -19,21 +19,8 @@ class ScoringError(RuntimeError):
 
 class Scorer:
     """
-    Says of each sample whether it is correct, and whether its steps are.
-
-    Args:
-        trainer (`GRPOTrainer`):
-            The trainer.
-        rows (`list[dict]`):
-            The probe set.
-        outcomes (`list`):
-            The outcome rewards, one for each task.
-        success_threshold (`float`):
-            A completion is correct if its outcome reaches this.
-        judge ([`StepwiseJudge`], *optional*):
-            Checks the steps of correct completions.
-        batch_size (`int`):
-            Completions per call of a reward function. A reward function sees no more than in training.
+    Says of each sample whether it is correct, and whether its steps are. There is one outcome reward for each task. A
+    reward function sees no more than `batch_size` completions at once, as in training.
     """
 
     def __init__(
@@ -49,12 +36,7 @@ class Scorer:
         self.success_threshold, self.judge, self.batch_size = success_threshold, judge, batch_size
 
     def score(self, local: list[Sample], watch: Stopwatch) -> list[Sample]:
-        """
-        Scores this rank's samples and gathers the samples of all ranks.
-
-        Raises:
-            ScoringError: On every rank, if a reward function or a judge has raised on one.
-        """
+        """Scores this rank's samples, gathers those of all ranks. Raises `ScoringError` on every rank or on none."""
         failure = None
         try:
             with watch("score"):
