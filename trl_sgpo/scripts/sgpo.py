@@ -29,20 +29,9 @@ if TYPE_CHECKING:
 @dataclass
 class SGPOScriptArguments(GRPOScriptArguments):
     """
-    Script arguments for the SGPO training script: those of TRL's GRPO script, and the judge.
-
-    Args:
-        judge (`str`, *optional*):
-            The step-wise judge: a short name (one of `JUDGE_NAMES`) or the dotted path of a judge function, a judge class or
-            instance, or a ready `StepwiseJudge`. Without one the run is plain GRPO.
-        judge_args (`dict` or `str`, *optional*):
-            Arguments for the constructor of a judge class, as a mapping in YAML or as JSON on the command line.
-        stepwise_judge_args (`dict` or `str`, *optional*):
-            Arguments of [`StepwiseJudge`] but the judge itself, as a mapping in YAML or as JSON on the command line: how a
-            verdict becomes a reward (`beta`, `gamma`, `transform`, `unit`), how a completion is cut (`segmenter`, by its dotted
-            path), what the judge sees (`reference_column`, `include_thinking`), and so on.
-        dataset_map (`str`, *optional*):
-            Dotted path of a function from a dataset row to the columns to add to it, for datasets without a `prompt`.
+    Script arguments for the SGPO training script: those of TRL's GRPO script, and the judge. `stepwise_judge_args` say
+    how a verdict becomes a reward (`beta`, `gamma`, `transform`, `unit`), how a completion is cut (`segmenter`), what
+    the judge sees (`reference_column`, `include_thinking`), and so on.
     """
 
     judge: str | None = field(
@@ -53,8 +42,7 @@ class SGPOScriptArguments(GRPOScriptArguments):
         },
     )
     judge_args: dict | str | None = field(
-        default=None,
-        metadata={"help": "Arguments for the constructor of a judge class, a mapping in YAML or JSON."},
+        default=None, metadata={"help": "Arguments for the constructor of a judge class, a mapping in YAML or JSON."}
     )
     stepwise_judge_args: dict | str | None = field(
         default=None,
