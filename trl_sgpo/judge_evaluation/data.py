@@ -96,7 +96,7 @@ def _sources(name: str, split: str | None) -> Iterator[tuple[dict[str, Any], Ite
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         yield {"name": path.name, "sha256": digest}, _json_records(path)
         return
-    from trl_sgpo.scripts.loading import load_rows
+    from trl_sgpo.loading import load_rows
 
     splits = load_rows(name)
     if split is not None and split not in splits:

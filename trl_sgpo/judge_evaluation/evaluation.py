@@ -44,7 +44,7 @@ def evaluate(args: "JudgeEvalArguments") -> dict[str, Any]:
     """
     from trl_sgpo.judges import CachedJudge, StepwiseJudge
     from trl_sgpo.judges.combinators import as_judge
-    from trl_sgpo.scripts.loading import load_judge
+    from trl_sgpo.loading import load_judge
 
     found = load_judge(args.judge, args.judge_args)
     inner = as_judge(found.judge if isinstance(found, StepwiseJudge) else found)

@@ -68,7 +68,7 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
     from trl_sgpo.analysis.report.plots import figures
     from trl_sgpo.analysis.report.runs import NoRunError, Run, read_run
     from trl_sgpo.analysis.report.summary import summarise
-    from trl_sgpo.scripts.loading import load_object
+    from trl_sgpo.loading import load_object
 
     _check(args)
     extract = load_object(args.answer, "--answer") if args.answer else extract_answer

@@ -61,7 +61,7 @@ def _reward_functions(script_args: SGPOScriptArguments) -> list[Any]:
     """The outcome and other rewards, named as in TRL's GRPO script."""
     import trl.rewards
 
-    from trl_sgpo.scripts.loading import load_object
+    from trl_sgpo.loading import load_object
 
     names = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
     found: list[Any] = [script_args.reward_model_name_or_path] if script_args.reward_model_name_or_path else []
@@ -84,7 +84,7 @@ def _splits(script_args: SGPOScriptArguments, dataset_args: "DatasetMixtureConfi
     """The dataset's splits, with the columns that `dataset_map` adds."""
     from trl import get_dataset
 
-    from trl_sgpo.scripts.loading import load_object, load_rows
+    from trl_sgpo.loading import load_object, load_rows
 
     if dataset_args.datasets:
         splits = get_dataset(dataset_args)
@@ -115,7 +115,7 @@ def make_trainer(
     from trl import get_peft_config, get_quantization_config
 
     from trl_sgpo import SGPOTrainer
-    from trl_sgpo.scripts.loading import load_stepwise_judge
+    from trl_sgpo.loading import load_stepwise_judge
 
     reward_funcs = _reward_functions(script_args)
     if script_args.judge:
