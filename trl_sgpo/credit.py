@@ -61,12 +61,12 @@ def locate_steps(
         places = {i: place for i, place in found.items() if place is not None}
         # Joined as characters, because finding a token takes time
         for start, end in _join_verified(cut, places, first_error, offset + len(turn.text)):
-            stop = last if end is None else first + text.token_behind(end)
+            stop = last if end is None else first + text.token_after(end)
             verified.append((first + text.token_at(start), stop))
         if first_error in places:
             start, end = places[first_error]
             error = first + text.token_at(start)
-            return StepTokens(tuple(verified), (error, max(first + text.token_behind(end), error + 1)))
+            return StepTokens(tuple(verified), (error, max(first + text.token_after(end), error + 1)))
     return None
 
 
@@ -142,11 +142,11 @@ def _join_verified(
     for i, (start, end) in places.items():
         if i == first_error:
             break
-        behind = cut.spans[i][1]
+        after = cut.spans[i][1]
         stop: int | None = end
-        if i + 1 in places and not cut.text[behind : cut.spans[i + 1][0]].strip():
+        if i + 1 in places and not cut.text[after : cut.spans[i + 1][0]].strip():
             stop = places[i + 1][0]
-        elif not cut.text[behind:turn_end].strip():
+        elif not cut.text[after:turn_end].strip():
             stop = None
         if joined and joined[-1][1] == start:
             joined[-1] = (joined[-1][0], stop)
@@ -221,6 +221,6 @@ class _DecodedText:
             low -= 1
         return low
 
-    def token_behind(self, position: int) -> int:
+    def token_after(self, position: int) -> int:
         """The first id that has no part in any character before `position`, or that it shares with those after it."""
         return self.token_at(position) if position < len(self.text) else self._n_visible
