@@ -164,8 +164,8 @@ def _check(args: SGPOConfig) -> None:
         )
     tokens = "a negative one would blame what is right or reward what is wrong. Use 0 to leave those tokens alone."
     for name, why in {
-        "failed_group_weight": "it scales what failed groups are given, and a negative one would reward what is wrong. "
-        "Use 1 for the paper's setting.",
+        "failed_group_weight": "it scales what failed groups are given, and a negative one would reward what is "
+        "wrong. Use 1 for the paper's setting.",
         "prefix_reward": tokens,
         "error_penalty": tokens,
     }.items():

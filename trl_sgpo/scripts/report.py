@@ -58,8 +58,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def make_report(args: argparse.Namespace) -> dict[str, Any]:
     """
-    Reads the runs, writes the report and returns its summary. Raises `NoRunError` if none of the folders holds a run, and
-    `ValueError` if the arguments do not fit together.
+    Reads the runs, writes the report and returns its summary. Raises `NoRunError` if none of the folders holds a run,
+    and `ValueError` if the arguments do not fit together.
     """
     import trl_sgpo
     from trl_sgpo.analysis.jsonable import write_json

@@ -110,9 +110,9 @@ def _warn_if_tokens_are_tied(args: "SGPOConfig", name: str) -> None:
     found = []
     if args.importance_sampling_level != "token":
         found.append(
-            f"importance_sampling_level={args.importance_sampling_level!r} ties the tokens of a completion to one ratio, "
-            f"so the gradient of one token's advantage reaches all of them, and the treatment {name!r} no longer tells "
-            "the tokens apart. Use importance_sampling_level='token'."
+            f"importance_sampling_level={args.importance_sampling_level!r} ties the tokens of a completion to one "
+            f"ratio, so the gradient of one token's advantage reaches all of them, and the treatment {name!r} no longer "
+            "tells the tokens apart. Use importance_sampling_level='token'."
         )
     if args.off_policy_mask_threshold is not None:
         found.append(
