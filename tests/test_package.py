@@ -29,7 +29,7 @@ def imported_modules(statement):
 def test_importing_the_package_is_quick():
     assert not imported_modules("import trl_sgpo") & {"torch", "transformers", "trl", "datasets"}
     for light in (
-        "trl_sgpo.steps, trl_sgpo.scripts.loading",
+        "trl_sgpo.steps, trl_sgpo.loading",
         "trl_sgpo.judge_training.arguments, trl_sgpo.judge_training.data, trl_sgpo.judge_training.card",
         "trl_sgpo.scripts.judge_train",
         "trl_sgpo.scripts.judge_eval, trl_sgpo.judge_evaluation.evaluation, trl_sgpo.judge_evaluation.tables",

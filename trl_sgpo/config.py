@@ -14,7 +14,7 @@ JUDGE_SCOPES = ("failed_groups", "all_incorrect")
 
 @dataclass
 class SGPOConfig(GRPOConfig):
-    r"""
+    """
     Configuration class for the [`SGPOTrainer`].
 
     This class holds only the parameters that are specific to SGPO. For the full list of training arguments, see
@@ -23,69 +23,69 @@ class SGPOConfig(GRPOConfig):
 
     Parameters:
         failed_groups (`str`, *optional*, defaults to `"sgpo"`):
-            What is done with a failed group. An own [`~trl_sgpo.treatments.Treatment`] is an argument of the trainer instead.
-            All other groups keep GRPO's advantages bit for bit, unless `judge_scope="all_incorrect"` or `exclude_dead_groups`
-            says otherwise.
+            What is done with a failed group. An own [`~trl_sgpo.treatments.Treatment`] is an argument of the trainer
+            instead. All other groups keep GRPO's advantages bit for bit, unless `judge_scope="all_incorrect"` or
+            `exclude_dead_groups` says otherwise.
 
             With a judge, a [`StepwiseJudge`] in `reward_funcs`:
 
-            - `"sgpo"`: each completion gets one reward, that of its correct prefix (Eq. 2, as in the paper). Without a judge
-              in the list this is GRPO.
-            - `"prefix"`: each token gets what the verdict says of it. The tokens before the first wrong step have the
-              advantage `prefix_reward`, those of that step `-error_penalty`, and those after it, which nobody judged, 0. No
-              group normalisation is involved, so groups of equal scores teach too. A group with verdicts for fewer than half
-              of its completions, or in which no completion has a right step, stays as GRPO leaves it. With
-              `judge_scope="all_incorrect"`, the verified prefix of a wrong completion of a mixed group is spared GRPO's
-              blame. `reward_weights` of the judge does not matter. Credit begins at the first judged step, so thinking has
-              some only if `StepwiseJudge` is given `include_thinking=True`.
+            - `"sgpo"`: each completion gets one reward, that of its correct prefix (Eq. 2, as in the paper). Without a
+              judge in the list this is GRPO.
+            - `"prefix"`: each token gets its own advantage: `prefix_reward` before the first wrong step,
+              `-error_penalty` in that step, and 0 after it, because nobody judged that. There is no group
+              normalisation, so groups of equal scores teach too. A group with verdicts for fewer than half of its
+              completions, or in which no completion has a right step, stays as GRPO leaves it. With
+              `judge_scope="all_incorrect"`, the verified prefix of a wrong completion of a mixed group is spared
+              GRPO's blame. `reward_weights` of the judge does not matter. Thinking has credit only if `StepwiseJudge`
+              is given `include_thinking=True`.
 
             Without a judge. One in the list is not asked, so that one switch makes the control:
 
             - `"none"`: nothing, which is GRPO.
             - `"nsr"` (NSR, arXiv 2506.01347): -1 for every wrong completion.
-            - `"ngrpo"` (NGRPO, arXiv 2509.18851): the mean and the standard deviation are taken over the group's outcome
-              rewards and one virtual success, so that G equal rewards have the advantage `-1 / sqrt(G + 1)`. The paper
-              also clips asymmetrically: `epsilon=0.16` and `epsilon_high=0.24`, which are not set here.
-            - `"zvp"` (RL-ZVP, arXiv 2509.21880): per token, minus a tenth of what the policy's entropy there lacks to the
-              completion's largest one. Costs one more forward pass in rounds with a failed group.
-            - `"lens"` (LENS, arXiv 2510.08696): the surer the policy was of a wrong completion, the lower its reward, which
-              is then normalised inside the group. Costs one more forward pass in rounds with a failed group, unless TRL
-              has the log-probabilities already.
+            - `"ngrpo"` (NGRPO, arXiv 2509.18851): mean and standard deviation are taken over the group's outcome
+              rewards and one virtual success, so that G equal rewards have the advantage `-1 / sqrt(G + 1)`. The
+              paper's asymmetric clipping, `epsilon=0.16` and `epsilon_high=0.24`, is not set here.
+            - `"zvp"` (RL-ZVP, arXiv 2509.21880): per token, minus a tenth of what the policy's entropy there lacks to
+              the completion's largest one. Costs one more forward pass in rounds with a failed group.
+            - `"lens"` (LENS, arXiv 2510.08696): the surer the policy was of a wrong completion, the lower its reward,
+              which is then normalised inside the group. Costs one more forward pass in rounds with a failed group,
+              unless TRL has the log-probabilities already.
 
-            These add their advantages to those that the rewards of a failed group give; `scale_rewards` and `reward_weights`
-            do not reach them, and they work during the whole run.
+            These add their advantages to those that the rewards of a failed group give. `scale_rewards` and
+            `reward_weights` do not reach them, and they work during the whole run.
         outcome_reward (`str` or `list[str]`, *optional*):
-            Name of the reward function that says whether a completion is right or wrong, as it appears in the metric
-            `rewards/<name>/mean`. With a single reward function beside the judge it is that one; with several it must
-            be given. A run with several tasks gives several names: each function returns None for the rows of the other
-            tasks, and for each row the outcome is the one that is not None. The rewards of environments are found
-            together.
+            Name of the reward function that says whether a completion is right or wrong, as in the metric
+            `rewards/<name>/mean`. It must be given if there are several reward functions beside the judge. A run with
+            several tasks gives several names: each function returns None for the rows of the other tasks, and the
+            outcome of a row is the one that is not None. The rewards of environments are found together.
         success_threshold (`float`, *optional*, defaults to `0.5`):
             A completion is correct when its outcome reward reaches this value.
         judge_scope (`str`, *optional*, defaults to `"failed_groups"`):
             Which completions are judged. `"failed_groups"`: those of groups in which no completion is correct, as the
-            paper ran it. `"all_incorrect"`: every wrong completion (Eq. 2 read literally; an ablation). Judged or not,
-            a wrong completion never ends above a correct one of its group because of the judge.
+            paper ran it. `"all_incorrect"`: every wrong completion (Eq. 2 read literally; an ablation). A wrong
+            completion never ends above a correct one of its group because of the judge.
         judge_until (`float`, *optional*, defaults to `1.0`):
             Judging stops after this fraction of the run's updates, in (0, 1]. The paper judged during 3 of 12 epochs,
             which is 0.25. It needs no dataset length, so it works with streaming data.
         failed_group_weight (`float`, *optional*, defaults to `1.0`):
-            Factor on what `failed_groups` gives a failed group: with `"sgpo"` on the judge's part of its advantages, with
-            the others on the advantages that they add (with `"zvp"` it is ten times the alpha of RL-ZVP). 1 is the paper.
+            Factor on what `failed_groups` gives a failed group: with `"sgpo"` on the judge's part of its advantages,
+            with the others on the advantages that they add (with `"zvp"` it is ten times the alpha of RL-ZVP). 1 is
+            the paper.
         prefix_reward (`float`, *optional*, defaults to `1.0`):
-            Advantage of a token of the verified prefix, under `failed_groups="prefix"`.
+            Advantage of the tokens of the verified prefix, under `failed_groups="prefix"`.
         error_penalty (`float`, *optional*, defaults to `0.5`):
-            The tokens of the first wrong step have minus this as their advantage, under `failed_groups="prefix"`.
+            Minus the advantage of the tokens of the first wrong step, under `failed_groups="prefix"`.
         exclude_dead_groups (`bool`, *optional*, defaults to `False`):
             Whether groups without any advantage are left out of what the loss divides by (AGPO, arXiv 2503.15952). TRL
-            divides by the tokens or the rows of all groups, so with many dead ones the others take smaller steps, and a
-            method that revives groups is credited with undoing that: this is the control to put beside every method. The
-            advantages of all other groups are multiplied by the whole denominator over theirs, counted over the generation
-            round and all processes; KL and entropy terms stay as they are. Exact for the losses that divide by tokens
-            (`"dapo"`, `"cispo"`, `"vespo"`), and for those that divide by rows (`"grpo"`, `"sapo"`, `"dr_grpo"`,
-            `"luspo"`) with one update per round; with several, an update divides by its share of the round's live rows
-            rather than by its own. An approximation for `"bnpo"` with several micro-batches or processes, of which each
-            divides by its own tokens.
+            divides by the tokens or rows of all groups. With many dead groups the others then take smaller steps, and
+            a method that revives groups is credited with undoing that: this is the control to put beside every method.
+            The advantages of all other groups are multiplied by the whole denominator over theirs, counted over the
+            generation round and all processes. KL and entropy terms stay as they are. It is exact for the losses that
+            divide by tokens (`"dapo"`, `"cispo"`, `"vespo"`), and with one update per round for those that divide by
+            rows (`"grpo"`, `"sapo"`, `"dr_grpo"`, `"luspo"`). With several, an update divides by its share of the
+            round's live rows instead of by its own. It is an approximation for `"bnpo"` with several micro-batches or
+            processes, because each divides by its own tokens.
     """
 
     failed_groups: str = field(
@@ -106,8 +106,7 @@ class SGPOConfig(GRPOConfig):
         },
     )
     success_threshold: float = field(
-        default=0.5,
-        metadata={"help": "A completion is correct when its outcome reward reaches this value."},
+        default=0.5, metadata={"help": "A completion is correct when its outcome reward reaches this value."}
     )
     judge_scope: str = field(
         default="failed_groups",
@@ -124,8 +123,7 @@ class SGPOConfig(GRPOConfig):
         },
     )
     failed_group_weight: float = field(
-        default=1.0,
-        metadata={"help": "Factor on what failed_groups gives a failed group. 1 is the paper."},
+        default=1.0, metadata={"help": "Factor on what failed_groups gives a failed group. 1 is the paper."}
     )
     prefix_reward: float = field(
         default=1.0,
@@ -164,18 +162,16 @@ def _check(args: SGPOConfig) -> None:
             f"judge_until={args.judge_until} must lie in (0, 1]: it is the fraction of the run's updates during "
             "which the judge is asked. To train without a judge, leave `StepwiseJudge` out of `reward_funcs`."
         )
-    if not (args.failed_group_weight >= 0 and math.isfinite(args.failed_group_weight)):
-        raise ValueError(
-            f"failed_group_weight={args.failed_group_weight} must be a finite number of at least 0: it scales what "
-            "failed groups are given, and a negative one would reward what is wrong. Use 1 for the paper's setting."
-        )
-    for name in ("prefix_reward", "error_penalty"):
+    tokens = "a negative one would blame what is right or reward what is wrong. Use 0 to leave those tokens alone."
+    for name, why in {
+        "failed_group_weight": "it scales what failed groups are given, and a negative one would reward what is "
+        "wrong. Use 1 for the paper's setting.",
+        "prefix_reward": tokens,
+        "error_penalty": tokens,
+    }.items():
         value = getattr(args, name)
         if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(
-                f"{name}={value} must be a finite number of at least 0: a negative one would blame what is right or "
-                "reward what is wrong. Use 0 to leave those tokens alone."
-            )
+            raise ValueError(f"{name}={value} must be a finite number of at least 0: {why}")
     if args.failed_groups not in TREATMENTS:
         raise ValueError(
             f"failed_groups={args.failed_groups!r} is unknown: it must be one of {list(TREATMENTS)}. Use 'sgpo' for "

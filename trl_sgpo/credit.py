@@ -1,6 +1,6 @@
 """
-Where a verdict's steps stand among the tokens of a completion: from spans of characters to ranges of tokens. Which credit the
-tokens get is the treatment's business (`treatments/prefix.py`). Nothing here knows about TRL.
+Where a verdict's steps stand among the tokens of a completion: from spans of characters to ranges of tokens. Which
+credit the tokens get is decided in `treatments/prefix.py`. Nothing here knows about TRL.
 """
 
 import re
@@ -18,13 +18,8 @@ _THINKING_ENDS = re.compile(r"\s*</think(?:ing)?>")
 
 class StepTokens(NamedTuple):
     """
-    The tokens of a completion that a verdict speaks of, as half-open ranges of positions in the completion.
-
-    Args:
-        verified (`tuple[tuple[int, int], ...]`):
-            The steps before the first wrong one: one range for those of a turn that follow each other.
-        error (`tuple[int, int]`):
-            The first wrong step.
+    The tokens of a completion that a verdict speaks of, as half-open ranges of positions: the steps before the first
+    wrong one (one range for those of a turn that follow each other), and the first wrong step.
     """
 
     verified: tuple[Span, ...]
@@ -32,36 +27,26 @@ class StepTokens(NamedTuple):
 
 
 def locate_steps(
-    decode: Decode,
-    ids: Sequence[int],
-    cut: CutCompletion,
-    first_error: int,
-    by_policy: Sequence[bool] | None = None,
+    decode: Decode, ids: Sequence[int], cut: CutCompletion, first_error: int, by_policy: Sequence[bool] | None = None
 ) -> StepTokens | None:
     """
-    Finds the verified steps and the first wrong one among a completion's own tokens.
+    Finds the verified steps and the first wrong one among a completion's own tokens. `None` if the wrong step is not
+    in the decoded text. A verified step that is not there has no tokens.
 
-    Steps are cut in the text of a completion's messages, which is not quite what the policy wrote: a chat parser puts thinking
-    and tool calls elsewhere and takes marks and white space off. So what each turn holds word for word is looked for in the
-    text that the turn's own ids decode to, and the steps lie in it where they lie in the turn; a tool call takes what
-    stands behind that text. Thinking that is not judged is part of no step, whatever it quotes. White space around a step
-    is not part of it, and a token that holds the end of one step and the beginning of the next is the next one's. A
-    character that is spread over several tokens, as in byte-level vocabularies, takes all of them along.
+    Steps are cut in the text of a completion's messages, which is not quite what the policy wrote: a chat parser moves
+    thinking and tool calls, and strips marks and white space. So what each turn holds word for word is looked for in
+    the text that the turn's own ids decode to. The steps lie in it where they lie in the turn. A tool call takes what
+    stands after that text.
+
+    - Thinking that is not judged is part of no step, whatever it quotes. White space around a step is not part of it.
+    - A token that holds the end of one step and the beginning of the next is the next one's.
+    - A character that is spread over several tokens, as in byte-level vocabularies, takes all of them along.
 
     Args:
-        decode (`Callable`):
-            Decodes a list of ids into text.
         ids (`Sequence[int]` of length T):
             The completion's ids, without padding.
-        cut ([`~trl_sgpo.steps.CutCompletion`]):
-            The completion's text and steps.
-        first_error (`int`):
-            0-based index of the first wrong one.
         by_policy (`Sequence[bool]` of length T, *optional*):
             Which tokens the policy wrote. With several turns, each stretch of them is a turn.
-
-    Returns:
-        [`StepTokens`] or `None`: `None` if the wrong step is not in the decoded text. A verified step that is not has no tokens.
     """
     # One turn may hold what others wrote, if a rollout function has put it there: its text is that of all ids
     runs = [(0, len(ids))] if len(cut.turns) == 1 else _runs(by_policy, len(ids))
@@ -74,14 +59,14 @@ def locate_steps(
         blocks = _align(turn, text.text)
         found = {i: _place(turn.text, cut.spans[i][0] - offset, cut.spans[i][1] - offset, blocks) for i in mine}
         places = {i: place for i, place in found.items() if place is not None}
-        # Joined as characters, for finding a token takes its time
+        # Joined as characters, because finding a token takes time
         for start, end in _join_verified(cut, places, first_error, offset + len(turn.text)):
-            stop = last if end is None else first + text.token_behind(end)
+            stop = last if end is None else first + text.token_after(end)
             verified.append((first + text.token_at(start), stop))
         if first_error in places:
             start, end = places[first_error]
             error = first + text.token_at(start)
-            return StepTokens(tuple(verified), (error, max(first + text.token_behind(end), error + 1)))
+            return StepTokens(tuple(verified), (error, max(first + text.token_after(end), error + 1)))
     return None
 
 
@@ -150,18 +135,18 @@ def _join_verified(
     cut: CutCompletion, places: Mapping[int, Span], first_error: int, turn_end: int
 ) -> list[tuple[int, int | None]]:
     """
-    The places of a turn's steps before the first wrong one, those with nothing but white space between them as one. The end
+    The places of a turn's steps before the first wrong one. Those with only white space between them are one. The end
     is `None` where the turn ends: that is verified with its last step.
     """
     joined: list[tuple[int, int | None]] = []
     for i, (start, end) in places.items():
         if i == first_error:
             break
-        behind = cut.spans[i][1]
+        after = cut.spans[i][1]
         stop: int | None = end
-        if i + 1 in places and not cut.text[behind : cut.spans[i + 1][0]].strip():
+        if i + 1 in places and not cut.text[after : cut.spans[i + 1][0]].strip():
             stop = places[i + 1][0]
-        elif not cut.text[behind:turn_end].strip():
+        elif not cut.text[after:turn_end].strip():
             stop = None
         if joined and joined[-1][1] == start:
             joined[-1] = (joined[-1][0], stop)
@@ -200,13 +185,14 @@ class _DecodedText:
             self._n_visible -= 1
 
     def _is_silent(self, i: int) -> bool:
-        """Whether an id never has text, as an end-of-text token. Twice, for a single space may be stripped."""
+        """Whether an id never has text, as an end-of-text token. Twice, because a single space may be stripped."""
         return not self.decode([self.ids[i]] * 2)
 
     def _beginning(self, n: int) -> tuple[int, bool]:
         """
-        How many characters of the text the first `n` ids give in full, which never falls as `n` grows, and whether they hold
-        first bytes of the next one too. Such a character garbles itself and, in some vocabularies, bytes in front of it.
+        How many characters of the text the first `n` ids give in full, which never falls as `n` grows, and whether
+        they hold first bytes of the next one too. Such a character garbles itself and, in some vocabularies, bytes in
+        front of it.
         """
         if n not in self._beginnings:
             k, length = n, 0
@@ -235,6 +221,6 @@ class _DecodedText:
             low -= 1
         return low
 
-    def token_behind(self, position: int) -> int:
-        """The first id that has no part in any character before `position`, but for one that it shares with those behind."""
+    def token_after(self, position: int) -> int:
+        """The first id that has no part in any character before `position`, or that it shares with those after it."""
         return self.token_at(position) if position < len(self.text) else self._n_visible

@@ -1,12 +1,8 @@
 """
-Groups as pure tensor functions: which of them failed (`group_kinds`), what a reasoning trajectory score is worth (Eq. 2,
-`rts_to_reward`), and the advantages inside a group (Eq. 1, `group_advantages`).
-
-Shape suffixes: `_P` prompts (groups), `_G` completions of a group, `_F` reward functions. NaN means "no value": an
-outcome reward that is None, a completion that nobody judged. Nothing here knows about TRL's trainer, judges or processes.
-What a method does with a failed group is in `treatments/`.
-
-Paper: Stepwise Guided Policy Optimization, arXiv 2505.11595.
+Groups as pure tensor functions (arXiv 2505.11595): which of them failed (`group_kinds`), what a reasoning trajectory
+score is worth (Eq. 2, `rts_to_reward`), and the advantages inside a group (Eq. 1, `group_advantages`). Shape suffixes:
+`_P` prompts (groups), `_G` completions of a group, `_F` reward functions. NaN means "no value": an outcome reward that
+is None, a completion that nobody judged. Nothing here knows about TRL's trainer, judges or processes.
 """
 
 from dataclasses import dataclass
@@ -33,17 +29,9 @@ class GroupKinds(NamedTuple):
 
 def group_kinds(outcome_PG: Tensor, success_threshold: float) -> GroupKinds:
     """
-    Sorts groups by their outcome rewards. A group counts only if at least two of its completions have an outcome.
-
-    Args:
-        outcome_PG (`torch.Tensor` of shape `(P, G)`):
-            Outcome rewards, NaN where a completion has none.
-        success_threshold (`float`):
-            A completion is correct when its outcome reward reaches this value.
-
-    Returns:
-        [`GroupKinds`]: solved (all correct), mixed (some correct), failed (none correct; the paper's all-negative-sample
-        groups).
+    Sorts groups by their outcome rewards: solved (all correct), mixed (some correct), failed (none correct; the
+    paper's all-negative-sample groups). A group counts only if at least two of its completions have an outcome. A
+    completion is correct when its outcome reward reaches the threshold.
 
     Example:
 
@@ -65,13 +53,8 @@ def group_kinds(outcome_PG: Tensor, success_threshold: float) -> GroupKinds:
 @dataclass
 class SortedGroups:
     """
-    What the verdicts make of the failed groups. Failed groups with too few verdicts are neither.
-
-    Args:
-        rescued_P (`torch.Tensor` of shape `(P,)`):
-            Failed groups that teach now, boolean.
-        tied_P (`torch.Tensor` of shape `(P,)`):
-            Failed groups that were judged and teach nothing all the same, boolean.
+    What the verdicts make of the failed groups: those that teach now, and those that were judged and teach nothing all
+    the same, both boolean of shape `(P,)`. Failed groups with too few verdicts are neither.
     """
 
     rescued_P: Tensor
@@ -80,18 +63,9 @@ class SortedGroups:
 
 def group_pass_at_k(outcome_PG: Tensor, success_threshold: float) -> dict[int, float]:
     """
-    Mean pass@k over the groups, for k = 1, 2, 4, ... and G: `1 - C(n - c, k) / C(n, k)` for a group with n outcomes of which
-    c are correct (arXiv 2107.03374). A group with fewer than k outcomes does not count, and a k without any group is left
-    out.
-
-    Args:
-        outcome_PG (`torch.Tensor` of shape `(P, G)`):
-            Outcome rewards, NaN where a completion has none.
-        success_threshold (`float`):
-            A completion is correct when its outcome reward reaches this value.
-
-    Returns:
-        `dict[int, float]`: From k to the estimate in [0, 1].
+    Mean pass@k over the groups, for k = 1, 2, 4, ... and G: `1 - C(n - c, k) / C(n, k)` for a group with n outcomes of
+    which c are correct (arXiv 2107.03374). A group with fewer than k outcomes does not count, and a k without any
+    group is left out.
 
     Example:
 
@@ -113,23 +87,11 @@ def group_pass_at_k(outcome_PG: Tensor, success_threshold: float) -> dict[int, f
 
 def rts_to_reward(rts: Tensor, beta: float = 10.0, gamma: float = 0.5, transform: str = "logistic") -> Tensor:
     """
-    The reward of a wrong completion (Eq. 2): `1 / (1 + exp(-beta * (RTS - gamma)))`, which increases with RTS.
+    The reward of a wrong completion (Eq. 2), which increases with RTS: `1 / (1 + exp(-beta * (RTS - gamma)))`, or the
+    RTS itself with `transform="identity"`, the paper's ablation. NaN stays NaN.
 
     The paper's text gives "gamma and beta, taken as 10 and 0.5". Read literally that is gamma=10, beta=0.5, and every
-    reward lies between 0.007 and 0.011; the sensible reading, and the default here, is beta=10, gamma=0.5.
-
-    Args:
-        rts (`torch.Tensor`):
-            Reasoning trajectory scores in [0, 1], any shape, NaN where there is none.
-        beta (`float`, *optional*, defaults to `10.0`):
-            Steepness of the logistic.
-        gamma (`float`, *optional*, defaults to `0.5`):
-            The RTS that earns a reward of one half.
-        transform (`str`, *optional*, defaults to `"logistic"`):
-            `"logistic"` (Eq. 2) or `"identity"`: the reward is the RTS itself, the paper's ablation.
-
-    Returns:
-        `torch.Tensor`: Rewards in [0, 1] of the same shape, NaN where `rts` is.
+    reward lies between 0.007 and 0.011. The sensible reading, and the default here, is beta=10, gamma=0.5.
 
     Example:
 
@@ -147,14 +109,8 @@ def rts_to_reward(rts: Tensor, beta: float = 10.0, gamma: float = 0.5, transform
 
 def enough_verdicts(outcome_PG: Tensor, rts_PG: Tensor) -> Tensor:
     """
-    Which groups have verdicts for at least half of their completions with an outcome, shape `(P,)`, boolean. If the judge
-    abstains on most of a group, for example because its votes disagree, the few verdicts left are unreliable.
-
-    Args:
-        outcome_PG (`torch.Tensor` of shape `(P, G)`):
-            Outcome rewards, NaN where a completion has none.
-        rts_PG (`torch.Tensor` of shape `(P, G)`):
-            Reasoning trajectory scores, NaN where there is no verdict.
+    Which groups have verdicts for at least half of their completions with an outcome, shape `(P,)`, boolean. If the
+    judge abstains on most of a group, for example because its votes disagree, the few verdicts left are unreliable.
     """
     n_judged_P = (~torch.isnan(rts_PG)).sum(dim=1)
     return 2 * n_judged_P >= (~torch.isnan(outcome_PG)).sum(dim=1)
@@ -169,8 +125,8 @@ def value_range(values_PG: Tensor) -> Tensor:
 
 def weighted_sum(rewards_PGF: Tensor, weights_F: Tensor) -> Tensor:
     """
-    The reward of each completion, shape `(P, G)`: the weighted sum of its rewards, None (NaN) ones left out; NaN if all
-    are.
+    The reward of each completion, shape `(P, G)`: the weighted sum of its rewards. None (NaN) ones are left out. NaN
+    if all are None.
     """
     total_PG = (rewards_PGF * weights_F).nansum(dim=-1)
     return total_PG.masked_fill(torch.isnan(rewards_PGF).all(dim=-1), torch.nan)
@@ -179,7 +135,8 @@ def weighted_sum(rewards_PGF: Tensor, weights_F: Tensor) -> Tensor:
 def nanstd(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """
     Unbiased standard deviation, NaN left out and the dimension kept; NaN where fewer than two values are left. The
-    operations are those of TRL's function, in its order, so that equal rewards give advantages that are equal bit for bit.
+    operations are those of TRL's function, in its order, so that equal rewards give advantages that are equal bit for
+    bit.
     """
     n = (~torch.isnan(values)).sum(dim=dim, keepdim=True)
     variance = torch.nanmean((values - torch.nanmean(values, dim=dim, keepdim=True)) ** 2, dim=dim, keepdim=True)
@@ -188,19 +145,14 @@ def nanstd(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
 
 def group_advantages(reward_PG: Tensor, scale_rewards: str = "group", scale_PG: Tensor | None = None) -> Tensor:
     """
-    Advantages inside each group (Eq. 1): `A_i = (r_i - mean(r)) / (std(r) + 1e-4)`.
+    Advantages inside each group (Eq. 1): `A_i = (r_i - mean(r)) / (std(r) + 1e-4)`, 0 where the reward is NaN.
 
     Args:
-        reward_PG (`torch.Tensor` of shape `(P, G)`):
-            Rewards, NaN where a completion is unscorable.
         scale_rewards (`str`, *optional*, defaults to `"group"`):
             What to divide by, as in `GRPOConfig`: the standard deviation of the group, that of the whole `"batch"`, or
             `"none"`.
         scale_PG (`torch.Tensor` of shape `(P, G)`, *optional*):
             The rewards to take the standard deviation of `"batch"` from, when they are not `reward_PG` itself.
-
-    Returns:
-        `torch.Tensor` of shape `(P, G)`: The advantages, 0 for unscorable completions.
 
     Example:
 
@@ -218,29 +170,16 @@ def group_advantages(reward_PG: Tensor, scale_rewards: str = "group", scale_PG: 
 
 
 def grpo_advantages(
-    rewards_PGF: Tensor,
-    weights_F: Tensor,
-    scale_rewards: str = "group",
-    aggregation: str = "sum_then_normalize",
+    rewards_PGF: Tensor, weights_F: Tensor, scale_rewards: str = "group", aggregation: str = "sum_then_normalize"
 ) -> Tensor:
     """
-    The advantages that GRPOTrainer makes of a reward matrix. A treatment needs them for a matrix that TRL has not seen.
+    The advantages that GRPOTrainer makes of a reward matrix, shape `(P, G)`, 0 for a completion without any reward. A
+    treatment needs them for a matrix that TRL has not seen. `aggregation` is `multi_objective_aggregation` of
+    `GRPOConfig`:
 
     - `"sum_then_normalize"`: Eq. 1 of the weighted sum of the rewards.
-    - `"normalize_then_sum"`: Eq. 1 of each reward by itself, their weighted sum, and that sum normalised over the batch.
-
-    Args:
-        rewards_PGF (`torch.Tensor` of shape `(P, G, F)`):
-            Rewards, NaN for None.
-        weights_F (`torch.Tensor` of shape `(F,)`):
-            Their weights.
-        scale_rewards (`str`, *optional*, defaults to `"group"`):
-            As in `GRPOConfig`: `"group"`, `"batch"` or `"none"`. `"normalize_then_sum"` does not look at it.
-        aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
-            As `multi_objective_aggregation` in `GRPOConfig`.
-
-    Returns:
-        `torch.Tensor` of shape `(P, G)`: The advantages, 0 for a completion without any reward.
+    - `"normalize_then_sum"`: Eq. 1 of each reward by itself, their weighted sum, and that sum normalised over the
+      batch. It does not look at `scale_rewards`.
 
     Example:
 

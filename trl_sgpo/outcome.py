@@ -1,8 +1,7 @@
 """
-The outcome reward: which of the reward functions says right or wrong.
-
-One name is usual. A run with several tasks has several, TRL's pattern: each function returns None for the rows of the other
-tasks. For each completion the outcome is then the one that is not None.
+The outcome reward: which of the reward functions says right or wrong. One name is usual. A run with several tasks has
+several, TRL's pattern: each function returns None for the rows of the other tasks, and the outcome of a completion is
+the one that is not None.
 """
 
 from collections.abc import Sequence
@@ -31,27 +30,17 @@ def find_outcomes(
     n_given: int | None = None,
 ) -> list[int]:
     """
-    The columns of the outcome rewards.
+    The columns of the outcome rewards, empty if nothing needs an outcome and nothing says which one it is.
 
     Args:
-        names (`Sequence[str]`):
-            Names of the reward functions, by column.
-        judge_index (`int` or `None`):
-            Column of the judge, which is no outcome.
         outcome_reward (`str` or `Sequence[str]`, *optional*):
-            The names that the user gave. Without them it is the only candidate, or all environments' own rewards if there
-            is no other candidate.
+            The names that the user gave. Without them it is the only candidate, or all environments' own rewards if
+            there is no other candidate.
         needed_by (`str`, *optional*):
-            The setting that cannot do without an outcome, as a message names it. Without one an unknown outcome is no error.
+            The setting that cannot do without an outcome, as a message names it. Without one an unknown outcome is no
+            error.
         n_given (`int`, *optional*):
             How many of the names are the user's reward functions. Those after them are the environments' own.
-
-    Returns:
-        `list[int]`: Empty if nothing needs an outcome and nothing says which one it is.
-
-    Raises:
-        TypeError: If `outcome_reward` holds something else than names.
-        ValueError: If it cannot be told which reward says right or wrong.
     """
     candidates = [i for i in range(len(names)) if i != judge_index]
     listed = ", ".join(repr(names[i]) for i in candidates)
@@ -91,21 +80,8 @@ def find_outcomes(
 
 def join_outcomes(rewards_PGF: Tensor, indices: Sequence[int], names: Sequence[str]) -> Tensor:
     """
-    The outcome of each completion: the one outcome reward that is not None.
-
-    Args:
-        rewards_PGF (`torch.Tensor` of shape `(P, G, F)`):
-            Rewards, NaN for None.
-        indices (`Sequence[int]`):
-            Columns of the outcome rewards.
-        names (`Sequence[str]`):
-            Names of the reward functions, by column.
-
-    Returns:
-        `torch.Tensor` of shape `(P, G)`: NaN where no outcome reward has a value.
-
-    Raises:
-        ValueError: If a completion has two outcomes.
+    The outcome of each completion, shape `(P, G)`: the one of its outcome rewards, in the columns `indices`, that is
+    not None (NaN). A completion with two outcomes raises a `ValueError`.
 
     Example:
 

@@ -19,13 +19,8 @@ if TYPE_CHECKING:
 
 class Policy:
     """
-    The policy that is trained, as a treatment sees it. Every rank has to join `score` and `gather`.
-
-    Args:
-        trainer (`GRPOTrainer`):
-            The trainer.
-        judge ([`StepwiseJudge`], *optional*):
-            The judge in `reward_funcs`.
+    The policy that is trained, as a treatment sees it, and the judge in `reward_funcs`. Every rank has to join `score`
+    and `gather`.
     """
 
     def __init__(self, trainer: "GRPOTrainer", judge: StepwiseJudge | None) -> None:

@@ -1,7 +1,6 @@
 """
-What is logged of a generation round: metrics, the columns of the completions table, and the warnings that are said once.
-
-TRL's own log is kept true here, too: after a treatment has changed advantages, the table shows the changed ones.
+What is logged of a generation round: metrics, the columns of the completions table, and the warnings that are said
+once. TRL's own log is kept true here, too: after a treatment has changed advantages, the table shows the changed ones.
 """
 
 import json
@@ -10,6 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,8 @@ class RoundLog:
     Args:
         metrics (`dict`):
             TRL's `_metrics`: a list of values for each key, of which the mean is logged, by `"train"` and `"eval"`.
-        logs (`dict`):
-            TRL's `_logs`, what the completions table is made of.
-        log_extra (`Callable`):
-            TRL's `_log_completion_extra`.
-        outcome_names (`list[str]`):
-            Names of the outcome rewards.
+        logs, log_extra (`dict`, `Callable`):
+            TRL's `_logs`, what the completions table is made of, and its `_log_completion_extra`.
         judge ([`StepwiseJudge`], *optional*):
             The judge, if the treatment asks one.
         main_process (`bool`):
@@ -70,12 +66,8 @@ class RoundLog:
 
     def write(self, round: Round) -> None:
         """
-        Logs a round whose rewards and verdicts are there. It has to be called once in every round, before TRL flushes the
+        Logs a round whose rewards and verdicts are there. To be called once in every round, before TRL flushes the
         table's columns.
-
-        Args:
-            round ([`~trl_sgpo.rounds.Round`]):
-                The round.
         """
         self._log_groups(round)
         if self.judge is None:
@@ -93,15 +85,8 @@ class RoundLog:
     def write_table(self, round: Round, taken: Collection[str] = ()) -> None:
         """
         One value per local row in every round, judged or not: TRL appends columns, and a skipped call shifts them.
-
-        Args:
-            round ([`~trl_sgpo.rounds.Round`]):
-                The round.
-            taken (`Collection[str]`, *optional*):
-                Columns that reward functions have logged.
-
-        Raises:
-            ValueError: If a reward function has logged a column of the judge's name.
+        `taken` are the columns that reward functions have logged; one of the judge's names among them raises a
+        `ValueError`.
         """
         if self.judge is None:
             return
@@ -119,15 +104,8 @@ class RoundLog:
     def show(self, round: Round, advantages: Tensor, gather: Callable[[Tensor], Tensor] | None) -> None:
         """
         Puts what a treatment has changed where TRL has logged its own: the advantages, and the judge's rewards.
-
-        Args:
-            round ([`~trl_sgpo.rounds.Round`]):
-                The round, after its treatment.
-            advantages (`torch.Tensor` of shape `(B,)` or `(B, T)`):
-                Those that this rank trains with.
-            gather (`Callable`, *optional*):
-                From `(B,)` values to those of all ranks, `(P, G)`. Every rank joins it. Without one there is no table that
-                would show them.
+        `advantages`, of shape `(B,)` or `(B, T)`, are those that this rank trains with. Every rank joins `gather`.
+        Without one there is no table that would show them.
         """
         for key, value in round.metrics.items():
             try:
@@ -136,8 +114,7 @@ class RoundLog:
                 raise TypeError(
                     f"round.metrics[{key!r}]={value!r} is not a number, so it cannot be logged."
                 ) from error
-        if round.judge_rewards_PG is not None:
-            rewards_PG = round.judge_rewards_PG
+        if (rewards_PG := round.judge_rewards_PG) is not None:
             values = self.metrics["train"]
             values[f"rewards/{REWARD_NAME}/mean"][-1:] = [torch.nanmean(rewards_PG).item()]
             values[f"rewards/{REWARD_NAME}/std"][-1:] = [nanstd(rewards_PG, dim=(0, 1)).item()]
@@ -296,34 +273,38 @@ class RoundLog:
     @contextmanager
     def readable_table(self) -> Iterator[None]:
         """
-        While it lasts, TRL prints completions with one column `verdict` in place of the judge's six, which would squeeze
+        While it lasts, TRL prints completions with one column `verdict` in place of the judge's, which would squeeze
         prompt and completion to three letters. The files keep all columns.
         """
         if self.judge is None or not hasattr(grpo_trainer, "print_prompt_completions_sample"):
             yield
             return
         with _ONE_AT_A_TIME:
-            yield from self._printing_verdicts(grpo_trainer.print_prompt_completions_sample)
+            printer = grpo_trainer.print_prompt_completions_sample
+            grpo_trainer.print_prompt_completions_sample = partial(_print_verdicts, printer)
+            try:
+                yield
+            finally:
+                grpo_trainer.print_prompt_completions_sample = printer
 
-    def _printing_verdicts(self, printer: Callable[..., None]) -> Iterator[None]:
-        """Replaces TRL's function, and puts it back."""
 
-        def print_sample(
-            prompts: Any, completions: Any, rewards: dict, advantages: Any, *args: Any, extra: dict | None = None
-        ) -> None:
-            own = {name: (extra or {}).get(name, []) for name in JUDGE_COLUMNS}
-            others = {name: values for name, values in (extra or {}).items() if name not in JUDGE_COLUMNS}
-            judged = zip(own["judge_status"], own["judge_first_error"], own["judge_n_steps"], strict=True)
-            verdicts = [_verdict(*of_one) for of_one in judged]
-            shown = {_spaced(name): values for name, values in rewards.items() if name != REWARD_NAME}
-            extra = {**others, "verdict" if "verdict" not in others else "judge's verdict": verdicts}
-            printer(prompts, completions, shown, advantages, *args, extra=extra if verdicts else others)
-
-        grpo_trainer.print_prompt_completions_sample = print_sample  # type: ignore[assignment]  # passes on what it gets
-        try:
-            yield
-        finally:
-            grpo_trainer.print_prompt_completions_sample = printer
+def _print_verdicts(
+    printer: Callable[..., None],
+    prompts: Any,
+    completions: Any,
+    rewards: dict,
+    advantages: Any,
+    *args: Any,
+    extra: dict | None = None,
+) -> None:
+    """As TRL's `printer`, with verdicts in place of the judge's columns and names that a narrow column can break."""
+    own = {name: (extra or {}).get(name, []) for name in JUDGE_COLUMNS}
+    others = {name: values for name, values in (extra or {}).items() if name not in JUDGE_COLUMNS}
+    judged = zip(own["judge_status"], own["judge_first_error"], own["judge_n_steps"], strict=True)
+    verdicts = [_verdict(*of_one) for of_one in judged]
+    shown = {name.replace("_", " "): values for name, values in rewards.items() if name != REWARD_NAME}
+    extra = {**others, "verdict" if "verdict" not in others else "judge's verdict": verdicts}
+    printer(prompts, completions, shown, advantages, *args, extra=extra if verdicts else others)
 
 
 def _table_row(score: StepScore | None, judge: StepwiseJudge) -> tuple[float, float, float, str, str]:
@@ -347,11 +328,6 @@ def _verdict(status: str, first_error: float, n_steps: float) -> str:
     if not math.isnan(first_error):
         return f"step {first_error + 1:.0f} of {n_steps:.0f}"
     return {"abstain": "abstains", "no_error": "no error"}.get(status, "empty")
-
-
-def _spaced(name: str) -> str:
-    """A name that a narrow column can break."""
-    return name.replace("_", " ")
 
 
 def _replace_end(logged: Any, values_PG: Tensor, keep_nan: bool = False) -> None:

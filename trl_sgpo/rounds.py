@@ -1,7 +1,6 @@
 """
-[`Round`]: the data of one generation round, and how a judge is asked about it. There is no trainer and no config in it.
-
-A round is the only thing that the trainer's two hooks tell each other, and all that a treatment is told.
+[`Round`]: the data of one generation round, and how a judge is asked about it. There is no trainer and no config in
+it. A round is the only thing that the trainer's two hooks tell each other, and all that a treatment is told.
 """
 
 import math
@@ -20,43 +19,37 @@ from trl_sgpo.judges.stepwise import StepScore, StepwiseJudge
 
 STATUSES = ("error", "no_error", "abstain")
 
-_N_NUMBERS = 8  # of a score, as it is gathered
+_N_NUMBERS = 8  # of a completion, as they are gathered
 
 
 class Judged(NamedTuple):
     """
-    What a judge said in a round.
+    What a judge said in a round. Tensors have the shape `(P, G)`, with NaN where there is no score.
 
     Args:
         scores (`list[StepScore | None]` of length B):
             Those of this rank's completions, with the spans of their steps; `None` where nobody was asked.
-        rts_PG (`torch.Tensor` of shape `(P, G)`):
-            Reasoning trajectory scores of all ranks' completions in the judge's unit, NaN where there is none.
-        reward_PG (`torch.Tensor` of shape `(P, G)`):
-            Their rewards by Eq. 2.
-        rts_steps_PG, rts_characters_PG (`torch.Tensor` of shape `(P, G)`):
-            The scores by steps and by characters.
-        n_steps_PG (`torch.Tensor` of shape `(P, G)`):
-            Numbers of steps, NaN where there is no score.
-        status_PG (`torch.Tensor` of shape `(P, G)`):
-            Index in `STATUSES`, NaN where there is no score.
-        called_PG (`torch.Tensor` of shape `(P, G)`):
-            1 if the judge was asked, 0 if the score needed no call, NaN where there is no score.
-        length_PG (`torch.Tensor` of shape `(P, G)`):
+        rts_PG, rts_steps_PG, rts_characters_PG (`torch.Tensor`):
+            Reasoning trajectory scores in the judge's unit, by steps and by characters.
+        n_steps_PG, status_PG, called_PG (`torch.Tensor`):
+            Number of steps; index in `STATUSES`; 1 if the judge was asked, 0 if the score needed no call.
+        length_PG (`torch.Tensor`):
             Tokens of every completion, judged or not; NaN where the round does not know them.
+        reward_PG (`torch.Tensor`):
+            The rewards of `rts_PG` by Eq. 2.
         seconds (`float`):
             What the slowest rank spent judging.
     """
 
     scores: list[StepScore | None]
     rts_PG: Tensor
-    reward_PG: Tensor
     rts_steps_PG: Tensor
     rts_characters_PG: Tensor
     n_steps_PG: Tensor
     status_PG: Tensor
     called_PG: Tensor
     length_PG: Tensor
+    reward_PG: Tensor
     seconds: float
 
 
@@ -71,10 +64,8 @@ class Round:
             Whether it is a round of training, as TRL took it before it generated.
 
     Attributes:
-        rewards_PGF (`torch.Tensor` of shape `(P, G, F)`):
-            Rewards of all ranks, NaN for None. The judge's column is NaN throughout.
-        weights_F (`torch.Tensor` of shape `(F,)`):
-            Weights of the reward functions.
+        rewards_PGF (`torch.Tensor` of shape `(P, G, F)`), weights_F (`torch.Tensor` of shape `(F,)`):
+            Rewards of all ranks, NaN for None, and their weights. The judge's column is NaN throughout.
         judge_index (`int` or `None`):
             Column of the judge.
         outcome_PG (`torch.Tensor` of shape `(P, G)`):
@@ -87,18 +78,17 @@ class Round:
             Where this rank's B completions stand among the P * G of all ranks.
         completion_ids (`Sequence[Sequence[int]]` of length B):
             Token ids of this rank's completions, without padding.
-        judged ([`Judged`] or `None`):
-            What the judge said; `None` if nobody was asked.
-        groups ([`~trl_sgpo.groups.SortedGroups`] or `None`):
-            What the verdicts make of the failed groups, by the treatment's `sort`; `None` if nobody was asked.
+        judged ([`Judged`] or `None`), groups ([`~trl_sgpo.groups.SortedGroups`] or `None`):
+            What the judge said, and what that makes of the failed groups, by the treatment's `sort`; `None` if nobody
+            was asked.
         output (`dict` or `None`):
-            TRL's output for this rank's completions: ids, masks and GRPO's advantages (with `exclude_dead_groups` exactly 0 in
-            groups of equal rewards). There after super only.
+            TRL's output for this rank's completions: ids, masks and GRPO's advantages (with `exclude_dead_groups`
+            exactly 0 in groups of equal rewards). There after super only.
         metrics (`dict[str, float]`):
             What a treatment wants logged for this round; the same on every rank.
         advantages_PG (`torch.Tensor` of shape `(P, G)` or `None`):
-            For the log: advantages of all ranks' completions, NaN where TRL's own stand. A treatment that knows them spares
-            a gather. It sets them on every rank or on none.
+            For the log: advantages of all ranks' completions, NaN where TRL's own stand. A treatment that knows them
+            spares a gather. It sets them on every rank or on none.
         judge_rewards_PG (`torch.Tensor` of shape `(P, G)` or `None`):
             For the log: what the reward `stepwise_judge` shows, NaN where a completion has none.
     """
@@ -198,19 +188,8 @@ def ask_judge(
     rows: Sequence[Mapping[str, Any]],
 ) -> list[StepScore | None]:
     """
-    Has a judge score some of a list of wrong completions. Texts and rows go in and scores come out, so that it does not matter
-    which rank or thread asks.
-
-    Args:
-        judge ([`StepwiseJudge`]):
-            The judge.
-        wanted (`Sequence[int]`):
-            Which ones to score.
-        prompts, completions, rows (`Sequence` of length B):
-            Prompt, completion and dataset row of each.
-
-    Returns:
-        `list[StepScore | None]` of length B: `None` for those that were not wanted.
+    The scores of the `wanted` ones among wrong completions, `None` for the others. Texts and rows go in and scores come
+    out, so that it does not matter which rank or thread asks.
     """
     scores: list[StepScore | None] = [None] * len(completions)
     if wanted:
@@ -232,20 +211,9 @@ def judge_round(
     gather: Callable[[Tensor], Tensor],
 ) -> Judged:
     """
-    Each rank asks about its own completions, and all ranks learn the scores. Every rank joins the gather in it, with or
-    without anything to ask.
-
-    Args:
-        round ([`Round`]):
-            The round.
-        to_judge_PG (`torch.Tensor` of shape `(P, G)`):
-            Which completions the judge is asked about, boolean.
-        judge ([`StepwiseJudge`]):
-            The judge.
-        prompts, completions, rows (`Sequence` of length B):
-            Prompt, completion and dataset row of each of this rank's completions.
-        gather (`Callable`):
-            From this rank's `(B, N)` numbers to those of all ranks, `(P * G, N)`.
+    Each rank asks about its own completions in `to_judge_PG`, and all ranks learn the scores. `prompts`, `completions`
+    and `rows` are those of this rank, `gather` gives from its `(B, N)` numbers those of all ranks, `(P * G, N)`. Every
+    rank joins it, with or without anything to ask.
     """
     start = time.perf_counter()
     wanted = round.local(to_judge_PG).nonzero().flatten().tolist()
@@ -255,23 +223,12 @@ def judge_round(
     rows_BN = [[*_numbers(score, judge), n, seconds] for score, n in zip(scores, lengths, strict=True)]
     numbers_BN = torch.tensor(rows_BN, device=round.outcome_PG.device)
     numbers_NPG = gather(numbers_BN).T.reshape(_N_NUMBERS, *round.outcome_PG.shape)
-    rts_PG, rts_steps_PG, rts_characters_PG, n_steps_PG, status_PG, called_PG, length_PG, seconds_PG = numbers_NPG
-    return Judged(
-        scores=scores,
-        rts_PG=rts_PG,
-        reward_PG=judge.rewards(rts_PG),
-        rts_steps_PG=rts_steps_PG,
-        rts_characters_PG=rts_characters_PG,
-        n_steps_PG=n_steps_PG,
-        status_PG=status_PG,
-        called_PG=called_PG,
-        length_PG=length_PG,
-        seconds=seconds_PG.max().item(),
-    )
+    *scores_PG, seconds_PG = numbers_NPG
+    return Judged(scores, *scores_PG, reward_PG=judge.rewards(scores_PG[0]), seconds=seconds_PG.max().item())
 
 
 def _numbers(score: StepScore | None, judge: StepwiseJudge) -> list[float]:
-    """A score as a row of numbers that can be gathered; NaN for what is not there."""
+    """A score as a row of numbers that can be gathered, in the order of [`Judged`]; NaN for what is not there."""
     if score is None:
         return [math.nan] * (_N_NUMBERS - 2)
     rts = (judge.rts(score), score.rts_steps, score.rts_characters)

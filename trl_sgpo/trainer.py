@@ -1,9 +1,9 @@
 """
-[`SGPOTrainer`]: GRPOTrainer that treats its failed groups. Wiring only: what is done with them is in `treatments/`.
-
-It has two hooks into TRL, and copies nothing of it. `_calculate_rewards` returns the gathered matrix of rewards: here groups are
-sorted and the judge is asked, and the matrix is only read. `_generate_and_score_completions` returns TRL's advantages: here the
-treatment replaces those of failed groups. A [`~trl_sgpo.rounds.Round`] is all that the first hook tells the second one.
+[`SGPOTrainer`]: GRPOTrainer that treats its failed groups. Wiring only: what is done with them is in `treatments/`. It
+has two hooks into TRL, and copies nothing of it. `_calculate_rewards` returns the gathered matrix of rewards: here
+groups are sorted and the judge is asked, and the matrix is only read. `_generate_and_score_completions` returns TRL's
+advantages: here the treatment replaces those of failed groups. A [`~trl_sgpo.rounds.Round`] is all that the first hook
+tells the second one.
 """
 
 import logging

@@ -5,7 +5,7 @@ import pytest
 
 from trl_sgpo.judges import ArithmeticJudge, EarliestError, JudgeItem, ReferenceJudge
 from trl_sgpo.judges.reference import equations, final_answer, plain_text
-from trl_sgpo.scripts.loading import load_judge
+from trl_sgpo.loading import load_judge
 
 
 REFERENCE = (

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from trl_sgpo import StepwiseJudge
-from trl_sgpo.scripts.loading import load_judge, load_object, load_rows, load_stepwise_judge
+from trl_sgpo.loading import load_judge, load_object, load_rows, load_stepwise_judge
 from trl_sgpo.scripts.sgpo import make_parser
 
 

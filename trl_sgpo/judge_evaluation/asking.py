@@ -28,17 +28,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class EvaluationItem:
     """
-    One judgement: a row, in standard or known-wrong mode, as it is or perturbed.
-
-    Args:
-        row ([`Row`]):
-            The row.
-        known_wrong (`bool`):
-            Whether the judge is told that the answer is wrong.
-        variant (`str`, *optional*, defaults to `""`):
-            Name of the perturbation, if there is one.
-        perturbed ([`Perturbed`], *optional*):
-            The steps after the perturbation.
+    One judgement: a row, in standard or known-wrong mode, as it is or perturbed. `variant` names the perturbation.
     """
 
     row: Row
@@ -73,8 +63,9 @@ class EvaluationItem:
 
 def judge_identity(judge: "StepJudge", name: str, judge_args: Any) -> str:
     """
-    What tells two judges apart. A judge with a `cache_key` says itself what its verdicts depend on. For any other judge
-    it is the name on the command line, the arguments and the file that defines it: an edited function is a new judge.
+    What tells two judges apart. A judge with a `cache_key` says itself what its verdicts depend on. Any other one is
+    known by its name on the command line, its arguments and the file that defines it: an edited function is a new
+    judge.
     """
     from trl_sgpo.judges import CallableJudge
     from trl_sgpo.judges.base import identity
@@ -96,16 +87,8 @@ class Record:
     """
     The verdicts of one judge in a JSON-lines file that only grows: one line per distinct completion and mode, written
     as soon as its batch is judged. It keeps abstentions too, which a [`CachedJudge`] does not: a judge that rightly
-    abstains on most rows must not be asked again in every run.
-
-    Args:
-        path (`Path`):
-            The file.
-        judge (`str`):
-            Hash of the judge's identity.
-
-    Raises:
-        ValueError: If the file holds verdicts of another judge.
+    abstains on most rows must not be asked again in every run. `judge` is the hash of the judge's identity. A file
+    with verdicts of another judge raises a `ValueError`.
     """
 
     def __init__(self, path: Path, judge: str) -> None:
@@ -159,28 +142,15 @@ def ask_all(
     description: str = "",
 ) -> list[dict[str, Any]]:
     """
-    The lines of the record for all items, in their order. Items that the record does not hold are asked, in batches.
+    The lines of the record for all items, in their order. Items that the record does not hold are asked, in batches,
+    and items of one problem should follow each other, for servers with prefix caching. An interrupt raises
+    `SystemExit`, and the verdicts until then are kept.
 
     Args:
-        judge ([`StepJudge`]):
-            The judge, cached or not.
-        items (`Sequence[EvaluationItem]`):
-            What to ask. Items of one problem follow each other, for servers with prefix caching.
-        record ([`Record`]):
-            Where verdicts are kept.
-        batch_size (`int`):
-            Completions per call of the judge.
-        reference (`bool`, *optional*, defaults to `False`):
-            Whether the judge sees the reference answer.
         retry_abstained (`bool`, *optional*, defaults to `False`):
             Whether to ask again if the judge abstained in an earlier run.
         usage_of (*optional*):
             An object that may have an attribute `usage`, a mapping of counters: the judge inside the cache.
-        description (`str`, *optional*):
-            For the progress bar.
-
-    Raises:
-        SystemExit: After an interrupt. The verdicts until then are kept.
     """
     from tqdm.auto import tqdm
 

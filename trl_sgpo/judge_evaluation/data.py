@@ -1,9 +1,7 @@
 """
 Solutions whose first wrong step is annotated, from the Hub or from files: ProcessBench, Mr-Ben, rows with one boolean
-per step, and your own files.
-
-A row that cannot be understood raises an error that names its place. A row that is understood but cannot be used (no
-steps, or a label that is not a step) is skipped and counted.
+per step, and your own files. A row that cannot be understood raises an error that names its place. A row that is
+understood but cannot be used (no steps, or a label that is not a step) is skipped and counted.
 """
 
 import hashlib
@@ -19,14 +17,8 @@ from typing import Any
 PROBLEM_FIELDS = ("problem", "question", "prompt", "Question")
 STEPS_FIELDS = ("steps", "completions", "Model_Solution_Steps")
 LABEL_FIELDS = ("label", "first_error", "first_error_step", "labels", "Model_Solution_First_Error_Step")
-REFERENCE_FIELDS = (
-    "reference",
-    "reference_answer",
-    "solution",
-    "answer",
-    "Ground_Truth_Answer_Modified",
-    "Ground_Truth_Answer",
-)
+REFERENCE_FIELDS: tuple[str, ...] = ("reference", "reference_answer", "solution", "answer")
+REFERENCE_FIELDS += ("Ground_Truth_Answer_Modified", "Ground_Truth_Answer")
 ID_FIELDS = ("id", "Question_UUID")
 SUBSET_FIELDS = ("subset", "Subject")
 
@@ -37,16 +29,12 @@ class Row:
     One annotated solution.
 
     Args:
-        id, file, subset (`str`):
-            Where it comes from. `file` is the name of the file or dataset, without its folder.
-        problem (`str`), steps (`tuple[str, ...]`):
-            What is judged.
+        file (`str`):
+            Name of the file or dataset, without its folder.
         label (`int`):
             0-based index of the first wrong step, -1 for none.
         final_answer_correct (`bool`, *optional*):
-            Whether the final answer is right, if the data say so.
-        reference (`str`, *optional*):
-            The reference answer.
+            None if the data do not say it.
         columns (`Mapping[str, Any]`):
             Further columns that the judge may see.
     """
@@ -80,21 +68,10 @@ def read_rows(
     data: Sequence[str], split: str | None = None, columns: Sequence[str] = ()
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """
-    Reads annotated solutions.
-
-    Args:
-        data (`Sequence[str]`):
-            Names of the Hub or local files.
-        split (`str`, *optional*):
-            The split of a dataset of the Hub. All of them by default.
-        columns (`Sequence[str]`, *optional*):
-            Columns to keep for the judge.
-
-    Returns:
-        The rows. For each source its name, hash, number of rows, and number of skipped rows by reason.
-
-    Raises:
-        ValueError: If a row cannot be understood. The message says which row, which field, and what is expected.
+    Reads annotated solutions from datasets of the Hub (all splits, or the one that is named) and local files.
+    `columns` are kept for the judge. Returns the rows, and for each source its name, hash, number of rows, and number
+    of skipped rows by reason. A row that cannot be understood raises a `ValueError` that says which row, which field,
+    and what is expected.
     """
     rows: list[Row] = []
     sources = []
@@ -119,7 +96,7 @@ def _sources(name: str, split: str | None) -> Iterator[tuple[dict[str, Any], Ite
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         yield {"name": path.name, "sha256": digest}, _json_records(path)
         return
-    from trl_sgpo.scripts.loading import load_rows
+    from trl_sgpo.loading import load_rows
 
     splits = load_rows(name)
     if split is not None and split not in splits:

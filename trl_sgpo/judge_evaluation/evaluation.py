@@ -39,17 +39,12 @@ _HEADLINE_RTS = ("rts_mae", "rts_mae_constant", "rts_mae_minus_constant", "rts_b
 
 def evaluate(args: "JudgeEvalArguments") -> dict[str, Any]:
     """
-    Evaluates the judge that the arguments name and writes `results.json`, `verdicts.jsonl` and `judge.png`.
-
-    Returns:
-        `dict`: The content of `results.json`.
-
-    Raises:
-        ValueError: If the judge or the data cannot be read, or the folder holds another judge's verdicts.
+    Evaluates the judge that the arguments name. Writes `results.json`, whose content it returns, `verdicts.jsonl` and
+    `judge.png`. A judge or data that cannot be read, or a folder with another judge's verdicts, raises a `ValueError`.
     """
     from trl_sgpo.judges import CachedJudge, StepwiseJudge
     from trl_sgpo.judges.combinators import as_judge
-    from trl_sgpo.scripts.loading import load_judge
+    from trl_sgpo.loading import load_judge
 
     found = load_judge(args.judge, args.judge_args)
     inner = as_judge(found.judge if isinstance(found, StepwiseJudge) else found)

@@ -1,17 +1,13 @@
 """
-How good a step-wise judge is, as pure functions of arrays: what the judge said and what the annotators said.
-
-A verdict is an integer: the 0-based index of the first wrong step, `NO_ERROR` or `ABSTAIN`. Labels are the same
-without `ABSTAIN`. Three things are measured. Does the judge find errors and accept right solutions (ProcessBench's F1)?
-How far is its RTS from the true one if there is an error? Does it put several wrong solutions of one problem into the
-right order? A group's advantages depend on that order alone.
-
-Every score is a function of sums over rows, so that one bootstrap serves all. It draws problems, not rows, because
-solutions of one problem are not independent. Shapes: `_N` rows, `_G` problems, `_S` sums, `_B` resamples.
+How good a step-wise judge is, as pure functions of arrays. A verdict is an integer: the 0-based index of the first
+wrong step, `NO_ERROR` or `ABSTAIN`. Labels are the same without `ABSTAIN`. Every score is a function of sums over
+rows, so one bootstrap serves all. It draws problems, not rows, because solutions of one problem are not independent.
+Shapes: `_G` problems, `_S` sums, `_B` resamples.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,76 +29,36 @@ def verdict_index(status: str, first_error: int | None) -> int:
     return first_error if first_error is not None else (NO_ERROR if status == "no_error" else ABSTAIN)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors found, right solutions accepted
-# ---------------------------------------------------------------------------------------------------------------------
-
-_ACCURACY_SUMS = 8
+# ProcessBench's scores that are shares. `false_alarm_rate` is of the rows without an error
+_ACCURACIES = ("acc_error", "acc_correct", "acc_error_within_1", "false_alarm_rate", "abstain_rate")
 
 
-def accuracy_columns(predicted: ArrayLike, label: ArrayLike) -> np.ndarray:
-    """
-    The columns that [`accuracy_scores`] sums, per row: it has an error; the error was found; it was found within one
-    step; it has no error; the judge said so; the judge named an error anyway; the judge abstained; 1.
-
-    Args:
-        predicted, label (`ArrayLike` of integers, shape `(N,)`):
-            First wrong step, `NO_ERROR`, or (`predicted` only) `ABSTAIN`.
-
-    Returns:
-        `np.ndarray` of shape `(N, 8)`.
-
-    Raises:
-        ValueError: If the lengths differ, or a number is neither an index nor one of the constants.
-    """
+def _accuracy_columns(predicted: ArrayLike, label: ArrayLike) -> np.ndarray:
     predicted, label = _integers(predicted=predicted, label=label, lowest=(ABSTAIN, NO_ERROR))
-    wrong = label != NO_ERROR
-    near = (predicted >= 0) & (abs(predicted - label) <= 1)
-    columns = (
-        wrong,
-        wrong & (predicted == label),
-        wrong & near,
-        ~wrong,
-        ~wrong & (predicted == NO_ERROR),
-        ~wrong & (predicted >= 0),
-        predicted == ABSTAIN,
-        np.ones(len(label)),
+    wrong, named = label != NO_ERROR, predicted >= 0
+    shares = (
+        (wrong & (predicted == label), wrong),
+        (~wrong & (predicted == NO_ERROR), ~wrong),
+        (wrong & named & (abs(predicted - label) <= 1), wrong),
+        (~wrong & named, ~wrong),
+        (predicted == ABSTAIN, np.ones(len(label))),
     )
-    return np.stack(columns, axis=-1).astype(np.float64)
+    return _columns(shares)
 
 
-def accuracy_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """
-    ProcessBench's scores from the sums of [`accuracy_columns`], shape `(..., 8)`: `acc_error` and `acc_correct`, their
-    harmonic mean `f1` (0 if both are 0), `acc_error_within_1`, `false_alarm_rate` (the share of rows without an error in
-    which the judge named one) and `abstain_rate`. A score without rows is NaN.
-    """
-    wrong, hit, near, right, seen, alarms, abstained, rows = np.moveaxis(np.asarray(sums, dtype=np.float64), -1, 0)
-    acc_error, acc_correct = ratio(hit, wrong), ratio(seen, right)
+def _accuracy_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """`_ACCURACIES`, and `f1`, the harmonic mean of the first two (0 if both are 0)."""
+    scores = _shares(_ACCURACIES, sums)
+    acc_error, acc_correct = scores["acc_error"], scores["acc_correct"]
     total = acc_error + acc_correct
-    f1 = np.where(total == 0, 0.0, ratio(2 * acc_error * acc_correct, total))
-    return {
-        "f1": f1,
-        "acc_error": acc_error,
-        "acc_correct": acc_correct,
-        "acc_error_within_1": ratio(near, wrong),
-        "false_alarm_rate": ratio(alarms, right),
-        "abstain_rate": ratio(abstained, rows),
-    }
+    return {"f1": np.where(total == 0, 0.0, ratio(2 * acc_error * acc_correct, total)), **scores}
 
 
 def first_error_f1(predicted: ArrayLike, label: ArrayLike) -> dict[str, float]:
     """
-    ProcessBench's F1 and its parts (arXiv 2412.06559) on the rows of one subset. An abstention is wrong on every row.
-
-    Args:
-        predicted, label (`ArrayLike` of integers, shape `(N,)`):
-            First wrong step, `NO_ERROR`, or (`predicted` only) `ABSTAIN`.
-
-    Returns:
-        `dict[str, float]`: `acc_error = mean(pred == label | label != -1)`, `acc_correct = mean(pred == -1 | label ==
-        -1)`, their harmonic mean `f1`, `acc_error_within_1`, `false_alarm_rate` and `abstain_rate`. A score without
-        rows is NaN.
+    ProcessBench's F1 and its parts (arXiv 2412.06559) on the rows of one subset: `acc_error = mean(pred == label |
+    label != -1)`, `acc_correct = mean(pred == -1 | label == -1)`, their harmonic mean `f1`, `acc_error_within_1`,
+    `false_alarm_rate` and `abstain_rate`. An abstention is wrong on every row. A score without rows is NaN.
 
     Example:
 
@@ -111,7 +67,7 @@ def first_error_f1(predicted: ArrayLike, label: ArrayLike) -> dict[str, float]:
     0.5
     ```
     """
-    return _floats(accuracy_scores(accuracy_columns(predicted, label).sum(axis=0)))
+    return _floats(_accuracy_scores(_accuracy_columns(predicted, label).sum(axis=0)))
 
 
 def standard_summary(
@@ -124,33 +80,21 @@ def standard_summary(
 ) -> dict[str, Any]:
     """
     Standard mode: ProcessBench's scores of each subset, their *unweighted* means over the subsets that have them, the
-    scores of all rows pooled, and 95 % bootstrap intervals.
-
-    Args:
-        predicted, label (`ArrayLike` of integers, shape `(N,)`):
-            First wrong step, `NO_ERROR`, or (`predicted` only) `ABSTAIN`.
-        subset (`Sequence[str]`):
-            The subset of each row.
-        problem (`Sequence`):
-            What tells the problems apart: the bootstrap draws these.
-        resamples, seed (`int`, *optional*, default to `1000` and `0`):
-            Of the bootstrap.
-
-    Returns:
-        `dict`: The means at the top, and `pooled`, `subsets`, `intervals`, `n`.
+    scores of all rows pooled, and 95 % intervals by a bootstrap that draws problems.
     """
-    columns = accuracy_columns(predicted, label)
+    columns = _accuracy_columns(predicted, label)
+    width = columns.shape[1]
     names = sorted(set(subset))
     place = np.array([names.index(name) for name in subset])
     # One block of columns per subset, so that a resample yields the scores of each
-    by_subset = np.zeros((len(columns), len(names), _ACCURACY_SUMS))
+    by_subset = np.zeros((len(columns), len(names), width))
     by_subset[np.arange(len(columns)), place] = columns
     blocks = by_subset.reshape(len(columns), -1)
 
     def means(sums: np.ndarray) -> dict[str, np.ndarray]:
-        sums = sums.reshape(*sums.shape[:-1], len(names), _ACCURACY_SUMS)
-        scores = {name: _mean(value) for name, value in accuracy_scores(sums).items()}
-        pooled = accuracy_scores(sums.sum(axis=-2))
+        sums = sums.reshape(*sums.shape[:-1], len(names), width)
+        scores = {name: _mean(value) for name, value in _accuracy_scores(sums).items()}
+        pooled = _accuracy_scores(sums.sum(axis=-2))
         return {**scores, **{f"pooled/{name}": value for name, value in pooled.items()}}
 
     values = _with_intervals(blocks, problem, means, resamples, seed)
@@ -158,19 +102,15 @@ def standard_summary(
     for i, name in enumerate(names):
         rows = columns[place == i]
         own_problem = [p for p, here in zip(problem, place == i, strict=True) if here]
-        own = _with_intervals(rows, own_problem, accuracy_scores, resamples, seed)
-        subsets[name] = {"n": len(rows), "n_error": int(rows[:, 0].sum()), **own}
+        own = _with_intervals(rows, own_problem, _accuracy_scores, resamples, seed)
+        n_error = int(rows[:, 1].sum())  # what `acc_error` divides by
+        subsets[name] = {"n": len(rows), "n_error": n_error, **own}
     return {
         **{key: value for key, value in values.items() if "/" not in key},
         "pooled": {key.removeprefix("pooled/"): value for key, value in values.items() if "/" in key},
         "n": len(columns),
         "subsets": subsets,
     }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The RTS of solutions that are known to be wrong
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def best_constant(gold: ArrayLike) -> float:
@@ -191,30 +131,19 @@ def known_wrong_summary(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    Known-wrong mode: where is the first error of solutions that have one?
+    Known-wrong mode: where is the first error of solutions that have one? A label that is no step raises a
+    `ValueError`.
 
     Accuracies and rates are over all rows. "No error" cannot be right here, so it counts as no answer, as in training.
 
     - `rts_mae` is the RTS error over the answered rows.
     - `rts_mae_constant` is the error of the best constant *for those same rows*, the strictest constant there is.
-    - `rts_mae_constant_step` is the error of the step nearest to that constant. A judge that names steps is on the same
-      grid as the annotators, and that alone is worth a little.
+    - `rts_mae_constant_step` is the error of the step nearest to that constant. A judge that names steps is on the
+      same grid as the annotators, and that alone is worth a little.
     - `rts_mae_all` is over all rows. An unanswered row counts as the best constant of all rows
       (`rts_mae_constant_all`), so that no judge gains by abstaining.
 
-    Args:
-        predicted, label, n_steps (`ArrayLike` of integers, shape `(N,)`):
-            First wrong step (`NO_ERROR` and `ABSTAIN` in `predicted` only), and number of steps.
-        problem (`Sequence`):
-            What tells the problems apart: the bootstrap draws these.
-        resamples, seed (`int`, *optional*, default to `1000` and `0`):
-            Of the bootstrap. Each resample keeps the constants of all rows.
-
-    Returns:
-        `dict`: Scores, constants, histograms and `intervals`.
-
-    Raises:
-        ValueError: If a label is no step of its row.
+    The bootstrap draws problems, and each resample keeps the constants of all rows.
     """
     predicted, label = _integers(predicted=predicted, label=label, lowest=(ABSTAIN, 0))
     n_steps = np.asarray(n_steps, dtype=np.int64)
@@ -225,45 +154,26 @@ def known_wrong_summary(
     constant, constant_all = best_constant(gold[answered]), best_constant(gold)
     filled = np.where(answered, rts, constant_all)
     step = np.minimum(np.round(np.nan_to_num(constant) * n_steps), n_steps - 1) / n_steps
-    nothing = np.zeros(len(label))
-    columns = np.stack(
-        [
-            np.ones(len(label)),
-            predicted == label,
-            answered & (abs(predicted - label) <= 1),
-            predicted == ABSTAIN,
-            predicted == NO_ERROR,
-            answered,
-            np.where(answered, abs(rts - gold), nothing),
-            np.where(answered, abs(constant - gold), nothing),
-            np.where(answered, abs(step - gold), nothing),
-            np.where(answered, rts - gold, nothing),
-            abs(filled - gold),
-            abs(constant_all - gold),
-        ],
-        axis=-1,
-    ).astype(np.float64)
-
-    def scores(sums: np.ndarray) -> dict[str, np.ndarray]:
-        rows, exact, near, abstained, no_error, n, *errors = np.moveaxis(sums, -1, 0)
-        mae, mae_constant, mae_step, bias, mae_all, mae_constant_all = errors
-        return {
-            "acc_error": ratio(exact, rows),
-            "acc_error_within_1": ratio(near, rows),
-            "coverage": ratio(n, rows),
-            "abstain_rate": ratio(abstained, rows),
-            "no_error_rate": ratio(no_error, rows),
-            "rts_mae": ratio(mae, n),
-            "rts_mae_constant": ratio(mae_constant, n),
-            "rts_mae_constant_step": ratio(mae_step, n),
-            "rts_mae_minus_constant": ratio(mae - mae_constant, n),
-            "rts_bias": ratio(bias, n),
-            "rts_mae_all": ratio(mae_all, rows),
-            "rts_mae_constant_all": ratio(mae_constant_all, rows),
-        }
-
+    every = np.ones(len(label))
+    of_answered = {
+        "rts_mae": abs(rts - gold),
+        "rts_mae_constant": abs(constant - gold),
+        "rts_mae_constant_step": abs(step - gold),
+        "rts_mae_minus_constant": abs(rts - gold) - abs(constant - gold),
+        "rts_bias": rts - gold,
+    }
+    shares = {
+        "acc_error": (predicted == label, every),
+        "acc_error_within_1": (answered & (abs(predicted - label) <= 1), every),
+        "coverage": (answered, every),
+        "abstain_rate": (predicted == ABSTAIN, every),
+        "no_error_rate": (predicted == NO_ERROR, every),
+        **{name: (np.where(answered, values, 0.0), answered) for name, values in of_answered.items()},
+        "rts_mae_all": (abs(filled - gold), every),
+        "rts_mae_constant_all": (abs(constant_all - gold), every),
+    }
     return {
-        **_with_intervals(columns, problem, scores, resamples, seed),
+        **_shares_with_intervals(shares, problem, resamples, seed),
         "constant": constant,
         "constant_all": constant_all,
         "rts_gold_mean": float(gold.mean()) if len(gold) else math.nan,
@@ -280,11 +190,6 @@ def index_histogram(index: ArrayLike) -> dict[str, int]:
     counts = {str(i): int((index == i).sum()) for i in range(10)}
     counts["10+"] = int((index >= 10).sum())
     return counts | {"no_error": int((index == NO_ERROR).sum()), "abstain": int((index == ABSTAIN).sum())}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The order inside a group
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def pair_counts(gold: ArrayLike, predicted: ArrayLike) -> tuple[int, int, float]:
@@ -331,23 +236,13 @@ def group_summary(
     gold: ArrayLike, predicted: ArrayLike, group: Sequence[Any], resamples: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
     """
-    Group mode: does the judge order the wrong solutions of one problem as the annotators do?
+    Group mode: does the judge order the wrong solutions of one problem as the annotators do? NaN in `predicted` means
+    no answer. Groups without two different gold RTS are left out. The bootstrap draws groups.
 
     `pairwise_accuracy` is over the pairs that the judge answered. Pairs with equal gold RTS are left out, and a tie of
-    the judge is half right. `pairwise_accuracy_all` counts an unanswered pair as half right too. `kendall_tau_b` is the
-    mean over the groups whose answered rows differ in gold RTS. A group counts as 0 if the judge gives all of these rows
-    the same RTS.
-
-    Args:
-        gold, predicted (`ArrayLike` of floats, shape `(N,)`):
-            RTS. NaN in `predicted` means no answer.
-        group (`Sequence`):
-            What tells the groups apart. Groups of one row are left out. The bootstrap draws groups.
-        resamples, seed (`int`, *optional*, default to `1000` and `0`):
-            Of the bootstrap.
-
-    Returns:
-        `dict`: Scores, `n_groups`, `n_pairs`, `n_pairs_answered`, `n_groups_tau`, `intervals`.
+    the judge is half right. `pairwise_accuracy_all` counts an unanswered pair as half right too. `kendall_tau_b` is
+    the mean over the groups whose answered rows differ in gold RTS. A group counts as 0 if the judge gives all of
+    these rows the same RTS.
     """
     gold, predicted = np.asarray(gold, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
     members: dict[Any, list[int]] = {}
@@ -362,30 +257,20 @@ def group_summary(
         has_order = len(set(gold[known])) > 1
         tau = kendall_tau_b(gold[known], predicted[known]) if has_order else 0.0
         rows.append((pairs, answered, right, has_order, 0.0 if math.isnan(tau) else tau))
-    columns = np.array(rows, dtype=np.float64).reshape(-1, 5)
-
-    def scores(sums: np.ndarray) -> dict[str, np.ndarray]:
-        pairs, answered, right, n_tau, tau = np.moveaxis(sums, -1, 0)
-        return {
-            "pairwise_accuracy": ratio(right, answered),
-            "pairwise_accuracy_all": ratio(right + 0.5 * (pairs - answered), pairs),
-            "pair_coverage": ratio(answered, pairs),
-            "kendall_tau_b": ratio(tau, n_tau),
-        }
-
-    sums = columns.sum(axis=0)
-    return {
-        **_with_intervals(columns, range(len(columns)), scores, resamples, seed),
-        "n_groups": len(columns),
-        "n_pairs": int(sums[0]),
-        "n_pairs_answered": int(sums[1]),
-        "n_groups_tau": int(sums[3]),
+    n_pairs, n_answered, n_right, ordered, taus = np.array(rows, dtype=np.float64).reshape(-1, 5).T
+    shares = {
+        "pairwise_accuracy": (n_right, n_answered),
+        "pairwise_accuracy_all": (n_right + 0.5 * (n_pairs - n_answered), n_pairs),
+        "pair_coverage": (n_answered, n_pairs),
+        "kendall_tau_b": (taus, ordered),
     }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bootstrap
-# ---------------------------------------------------------------------------------------------------------------------
+    return {
+        **_shares_with_intervals(shares, range(len(rows)), resamples, seed),
+        "n_groups": len(rows),
+        "n_pairs": int(n_pairs.sum()),
+        "n_pairs_answered": int(n_answered.sum()),
+        "n_groups_tau": int(ordered.sum()),
+    }
 
 
 def bootstrap_intervals(
@@ -398,24 +283,15 @@ def bootstrap_intervals(
     """
     95 % percentile bootstrap of scores that are functions of sums over rows. It draws problems with replacement, each
     with all its rows. If it drew rows, it would treat the solutions of one problem as independent, and the interval
-    would be too short.
-
-    [`~trl_sgpo.analysis.metrics.bootstrap`] takes any statistic and calls it once per resample. Here resamples are
-    counts of problems, so that one call scores a hundred of them.
+    would be too short. [`~trl_sgpo.analysis.metrics.bootstrap`] takes any statistic and calls it once per resample.
+    Here one call scores a hundred of them.
 
     Args:
         columns (`np.ndarray` of shape `(N, S)`):
             What each row adds to each sum.
-        problem (`Sequence`):
-            What tells the problems apart, one per row.
         scores (`Callable`):
-            From sums of shape `(..., S)` to scores of shape `(...)` by name. A resample in which a score is undefined
-            (NaN) is left out of its interval.
-        resamples, seed (`int`, *optional*, default to `1000` and `0`):
-            Number of resamples, and seed of the draws.
-
-    Returns:
-        `dict[str, tuple[float, float]]`: Lower and upper end by name. NaN if the score was never defined.
+            From sums of shape `(..., S)` to scores of shape `(...)` by name. A resample in which a score is NaN is
+            left out of its interval. An interval is NaN if the score was never defined.
     """
     ids = {name: i for i, name in enumerate(dict.fromkeys(problem))}
     sums_GS = np.zeros((len(ids), columns.shape[1]))
@@ -430,6 +306,22 @@ def bootstrap_intervals(
         chunks.append(scores(counts_BG @ sums_GS))
     values = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
     return {name: percentile_interval(own, (1 - _LEVEL) / 2) for name, own in values.items()}
+
+
+def _columns(shares: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """What each row adds to the part and to the whole of each share: shape `(N, 2 * number of shares)`."""
+    return np.stack([column for pair in shares for column in pair], axis=-1).astype(np.float64)
+
+
+def _shares(names: Sequence[str], sums: np.ndarray) -> dict[str, np.ndarray]:
+    """The shares by name, from the sums of their columns."""
+    return {name: ratio(sums[..., 2 * i], sums[..., 2 * i + 1]) for i, name in enumerate(names)}
+
+
+def _shares_with_intervals(
+    shares: Mapping[str, tuple[np.ndarray, np.ndarray]], problem: Sequence[Any], resamples: int, seed: int
+) -> dict[str, Any]:
+    return _with_intervals(_columns(shares.values()), problem, partial(_shares, tuple(shares)), resamples, seed)
 
 
 def _with_intervals(

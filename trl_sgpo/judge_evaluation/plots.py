@@ -25,19 +25,9 @@ def plot_judge(
     seed: int = 0,
 ) -> None:
     """
-    Draws known-wrong mode.
-
-    Args:
-        path (`str` or `PathLike`):
-            The PNG file to write.
-        predicted, label, n_steps (`Sequence[int]`):
-            Per row the verdict (below 0: no step named), the first wrong step and the number of steps.
-        title (`str`):
-            The judge's name.
-        summary (`Mapping[str, Any]`):
-            The result of [`~trl_sgpo.judge_evaluation.metrics.known_wrong_summary`] on these rows.
-        seed (`int`, *optional*, defaults to `0`):
-            Of the jitter, which separates equal points.
+    Draws known-wrong mode into a PNG file. A verdict below 0 names no step. `summary` is the result of
+    [`~trl_sgpo.judge_evaluation.metrics.known_wrong_summary`] on these rows, and `seed` that of the jitter, which
+    separates equal points.
     """
     named, gold_index, steps = (np.asarray(values) for values in (predicted, label, n_steps))
     answered = named >= 0
@@ -56,20 +46,10 @@ def plot_judge(
         left.scatter(gold + noise[0], rts + noise[1], s=14, color=_JUDGE, alpha=0.4, linewidths=0, zorder=2)
     left.plot([0, 1], [0, 1], color="black", linewidth=1, label="right")
     if len(gold):
-        left.axhline(
-            summary["constant"],
-            color=_GOLD,
-            linewidth=1.5,
-            linestyle="--",
-            label=f"constant {summary['constant']:.2f}",
-        )
-    left.set(
-        xlim=(-0.03, 1.03),
-        ylim=(-0.03, 1.03),
-        aspect="equal",
-        xlabel="RTS of the annotators",
-        ylabel="RTS of the judge",
-    )
+        constant = summary["constant"]
+        left.axhline(constant, color=_GOLD, linewidth=1.5, linestyle="--", label=f"constant {constant:.2f}")
+    limits = (-0.03, 1.03)
+    left.set(xlim=limits, ylim=limits, aspect="equal", xlabel="RTS of the annotators", ylabel="RTS of the judge")
     left.set_title(
         f"{len(gold)} of {len(named)} answered\n"
         f"mean error {summary['rts_mae']:.3f}, constant {summary['rts_mae_constant']:.3f}"

@@ -4,10 +4,12 @@ import math
 from dataclasses import dataclass, field
 
 
-KINDS = ("discriminative", "generative")
-CLASS_BALANCES = ("weights", "none")
-BOOTSTRAPS = ("none", "missing", "all")
-ANSWERS = ("generate", "score")
+CHOICES = {
+    "kind": ("discriminative", "generative"),
+    "class_balance": ("weights", "none"),
+    "bootstrap": ("none", "missing", "all"),
+    "answer": ("generate", "score"),
+}
 
 # Judges are compared on these sets. A judge that was trained on one of them has no valid score there
 EVALUATION_SETS = ("processbench", "prmbench", "mr-ben", "mr_ben")
@@ -16,47 +18,15 @@ EVALUATION_SETS = ("processbench", "prmbench", "mr-ben", "mr_ben")
 @dataclass
 class JudgeTrainArguments:
     """
-    Arguments of the training of a judge.
+    Arguments of the training of a judge. Each field's `help` says what it is. Beyond that:
 
-    Args:
-        data (`list[str]`):
-            Annotated solutions: names of datasets on the Hub, or local files.
-        kind (`str`, *optional*, defaults to `"discriminative"`):
-            `"discriminative"` (a token classifier, for `PRMJudge`) or `"generative"` (for `GenerativeJudge`).
-        split (`str`, *optional*):
-            The split of a dataset on the Hub. All splits by default.
-        exclude (`list[str]`, *optional*):
-            Names on the Hub or local files. Their problems are taken out of the training data.
-        dev_data (`list[str]`, *optional*):
-            Data to calibrate and report on. By default a share of the problems of `data`.
-        dev_share (`float`, *optional*, defaults to `0.1`):
-            Share of the problems of `data` that becomes dev data if `dev_data` is not given.
-        separator (`str`, *optional*, defaults to `"<extra_0>"`):
-            Discriminative: text after every step. The judge scores the step there. If it is not in the vocabulary and
-            not blank, it is added as a special token, which no completion can contain.
-        class_balance (`str`, *optional*, defaults to `"weights"`):
-            Discriminative: `"weights"` gives right and wrong steps the same total weight in the loss. `"none"` counts
-            every labelled step once.
-        lm_weight (`float`, *optional*, defaults to `0.0`):
-            Discriminative: weight of a language-modelling loss on the tokens of the right steps, added to the loss on
-            the labels. One label per step teaches little. A model that can predict the right step sees the wrong one
-            more easily. Needs a model with tied embeddings, because a token classifier has no output embeddings.
-        samples (`int`, *optional*, defaults to `4`):
-            Generative: critiques that are sampled per solution and round.
-        rounds (`int`, *optional*, defaults to `1`):
-            Generative: rounds. Each round samples from the latest judge and trains `model_name_or_path` anew.
-        bootstrap (`str`, *optional*, defaults to `"none"`):
-            Generative: which solutions are trained with a bare verdict line instead of a critique. `"none"`: no
-            solution, those without a right critique are left out. `"missing"`: those without a right critique.
-            `"all"`: every solution, and nothing is sampled. `GenerativeJudge(answer="score")` needs `"all"`.
-        sampling_temperature (`float`, *optional*, defaults to `0.8`):
-            Generative: temperature at which critiques are sampled.
-        max_new_tokens (`int`, *optional*, defaults to `512`):
-            Generative: maximum number of tokens of a critique.
-        max_tokens_per_batch (`int`, *optional*, defaults to `16384`):
-            Maximum number of tokens of one batch when the judge is asked.
-        answer (`str`, *optional*, defaults to `"generate"`):
-            Generative: how the trained judge answers on the dev data, `"generate"` or `"score"`.
+    - `separator`: if it is not in the vocabulary and not blank, it is added as a special token, which no completion
+      can contain.
+    - `lm_weight`: one label per step teaches little, and a model that can predict the right step sees the wrong one
+      more easily. It needs tied embeddings, because a token classifier has no output embeddings.
+    - `rounds`: each round samples from the latest judge and trains `model_name_or_path` anew.
+    - `bootstrap`: `"none"` leaves out the solutions without a right critique. With `"all"` nothing is sampled, and
+      `GenerativeJudge(answer="score")` needs it.
     """
 
     data: list[str] = field(metadata={"help": "Annotated solutions: names of datasets on the Hub, or local files."})
@@ -73,8 +43,7 @@ class JudgeTrainArguments:
         default=None, metadata={"help": "Data to calibrate and report on. By default a share of the problems of data."}
     )
     dev_share: float = field(
-        default=0.1,
-        metadata={"help": "Share of the problems of data that becomes dev data if dev_data is not given."},
+        default=0.1, metadata={"help": "Share of the problems of data that becomes dev data if dev_data is not given."}
     )
     separator: str = field(
         default="<extra_0>",
@@ -118,12 +87,7 @@ class JudgeTrainArguments:
         for name in ("data", "exclude", "dev_data"):
             if isinstance(getattr(self, name), str):  # a single name in a YAML file
                 setattr(self, name, [getattr(self, name)])
-        for name, choices in (
-            ("kind", KINDS),
-            ("class_balance", CLASS_BALANCES),
-            ("bootstrap", BOOTSTRAPS),
-            ("answer", ANSWERS),
-        ):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: it must be one of {list(choices)}.")
         for name in ("samples", "rounds", "max_new_tokens", "max_tokens_per_batch"):

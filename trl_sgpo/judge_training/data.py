@@ -17,15 +17,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class JudgeData:
     """
-    Training and dev data, and how many rows are in neither.
-
-    Args:
-        train, dev (`list[Row]`):
-            Annotated solutions. No problem is in both.
-        excluded (`int`):
-            Rows that were taken out of `train`, because their problem is in `exclude` or in `dev_data`.
-        skipped (`dict[str, int]`):
-            Rows that could not be used, by reason.
+    Training and dev data. No problem is in both. `excluded` counts the rows that were taken out of `train`, because
+    their problem is in `exclude` or in `dev_data`. `skipped` counts those that could not be used, by reason.
     """
 
     train: list[Row]
@@ -36,17 +29,8 @@ class JudgeData:
 
 def read_data(arguments: "JudgeTrainArguments", seed: int = 0) -> JudgeData:
     """
-    Reads the data, takes out the excluded problems, and splits off the dev data.
-
-    Args:
-        arguments (`JudgeTrainArguments`):
-            Which data.
-        seed (`int`, *optional*, defaults to `0`):
-            Draws the problems of the dev data.
-
-    Raises:
-        ValueError: If a row cannot be understood (the message names file, row and field), or nothing is left to train
-            or calibrate on.
+    Reads the data, takes out the excluded problems, and splits off the dev data, whose problems `seed` draws. A row
+    that cannot be understood, or nothing left to train or calibrate on, raises a `ValueError`.
     """
     rows, sources = read_rows(arguments.data, arguments.split)
     skipped: Counter[str] = Counter()
@@ -76,14 +60,7 @@ def read_data(arguments: "JudgeTrainArguments", seed: int = 0) -> JudgeData:
 
 
 def same_problem(text: str) -> str:
-    """
-    The letters and digits of a problem. They are equal for two spellings of one problem.
-
-    ```python
-    >>> same_problem("What is 2+2 ?"), same_problem("what is 2 + 2?")
-    ('what is 2 2', 'what is 2 2')
-    ```
-    """
+    """The letters and digits of a problem. They are equal for two spellings of one problem."""
     return re.sub(r"[\W_]+", " ", text).strip().casefold()
 
 

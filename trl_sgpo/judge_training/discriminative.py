@@ -1,7 +1,6 @@
 """
-Trains a token classifier that scores every step of a solution in one pass. `PRMJudge(output_dir)` loads it.
-
-The separator after a step carries its label: 1 before the first wrong step, 0 at that step. Later steps have no label,
+Trains a token classifier that scores every step of a solution in one pass. `PRMJudge(output_dir)` loads it. The
+separator after a step carries its label: 1 before the first wrong step, 0 at that step. Later steps have no label,
 because the annotation does not say anything about them.
 """
 
@@ -14,12 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from transformers import (
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    DataCollatorForTokenClassification,
-    Trainer,
-)
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification, Trainer
 
 from trl_sgpo.judge_evaluation.metrics import ABSTAIN, NO_ERROR, first_error_f1
 from trl_sgpo.judge_training.data import JudgeData, as_item, same_problem
@@ -36,11 +31,6 @@ if TYPE_CHECKING:
 def step_labels(n_scores: int, first_error: int) -> list[int]:
     """
     Labels of the first `n_scores` steps: 1 before the first wrong step, 0 at that step, -100 (no label) after it.
-
-    ```python
-    >>> step_labels(4, first_error=1), step_labels(2, first_error=-1)
-    ([1, 0, -100, -100], [1, 1])
-    ```
     """
     if first_error < 0:
         return [1] * n_scores
@@ -49,30 +39,21 @@ def step_labels(n_scores: int, first_error: int) -> list[int]:
 
 def classifier_examples(rows: Sequence["Row"], encoder: PRMEncoder) -> list[dict[str, list[int]]]:
     """
-    Token ids and labels in the judge's own layout.
-
-    An example ends with its last label, because no later token is trained on. A solution is left out if none of its
-    labelled steps fits into the context.
+    Token ids and labels in the judge's own layout. An example ends with its last label, because no later token is
+    trained on. A solution is left out if none of its labelled steps fits into the context.
     """
     examples = []
     for row, encoded in zip(rows, encoder.encode([as_item(row) for row in rows]), strict=True):
         if isinstance(encoded, Exception):
             raise ValueError(f"row {row.id!r} of {row.file} cannot be encoded: {encoded}") from encoded
-        labelled = [
-            (start, position, label)
-            for start, position, label in zip(
-                encoded.starts, encoded.positions, step_labels(len(encoded.positions), row.label), strict=True
-            )
-            if label != -100
-        ]
+        labelled = [label for label in step_labels(len(encoded.positions), row.label) if label != -100]
         if not labelled:
             continue
-        end = labelled[-1][1] + 1
+        end = encoded.positions[len(labelled) - 1] + 1
         labels = [-100] * end
-        for _, position, label in labelled:
+        for position, label in zip(encoded.positions, labelled, strict=False):
             labels[position] = label
-        starts = [start for start, _, _ in labelled]
-        examples.append({"input_ids": encoded.ids[:end], "labels": labels, "starts": starts})
+        examples.append({"input_ids": encoded.ids[:end], "labels": labels, "starts": encoded.starts[: len(labelled)]})
     return examples
 
 
@@ -80,10 +61,6 @@ class ClassifierCollator:
     """
     Makes batches of examples, padded on the right. `lm_labels` holds the tokens of the right steps, and -100
     elsewhere.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            Pads.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -102,14 +79,7 @@ class ClassifierCollator:
 
 
 def class_weights(examples: Sequence[dict[str, list[int]]], balance: str) -> tuple[float, float]:
-    """
-    Weights of a wrong and of a right step in the loss. With `"weights"` each class has half of the total weight.
-
-    ```python
-    >>> class_weights([{"labels": [1, 1, 1, 0]}], "weights")
-    (2.0, 0.6666666666666666)
-    ```
-    """
+    """Weights of a wrong and of a right step in the loss. With `"weights"` each class has half of the total weight."""
     counts = Counter(label for example in examples for label in example["labels"] if label != -100)
     if balance == "none" or not counts[0] or not counts[1]:
         return 1.0, 1.0
@@ -120,10 +90,7 @@ def class_weights(examples: Sequence[dict[str, list[int]]], balance: str) -> tup
 def classifier_loss(logits: torch.Tensor, labels: torch.Tensor, weights: tuple[float, float]) -> torch.Tensor:
     """Weighted cross-entropy, summed over the labelled steps. Logits: `(N, T, 2)`, labels: `(N, T)`."""
     weight = torch.tensor(weights, device=logits.device)
-    logits = logits.float().view(-1, 2)
-    return torch.nn.functional.cross_entropy(
-        logits, labels.view(-1), weight=weight, ignore_index=-100, reduction="sum"
-    )
+    return cross_entropy(logits.float().view(-1, 2), labels.view(-1), weight, ignore_index=-100, reduction="sum")
 
 
 def right_step_lm_loss(hidden: torch.Tensor, embeddings: torch.Tensor, lm_labels: torch.Tensor) -> torch.Tensor:
@@ -135,20 +102,13 @@ def right_step_lm_loss(hidden: torch.Tensor, embeddings: torch.Tensor, lm_labels
     mask = targets != -100
     # Only the positions with a target: logits of all positions over the whole vocabulary would need much memory
     logits = (hidden[:, :-1][mask] @ embeddings.T).float()
-    return torch.nn.functional.cross_entropy(logits, targets[mask], reduction="sum") / mask.sum().clamp(min=1)
+    return cross_entropy(logits, targets[mask], reduction="sum") / mask.sum().clamp(min=1)
 
 
 class ClassifierTrainer(Trainer):
     """
-    A `transformers.Trainer` with [`classifier_loss`] and [`right_step_lm_loss`].
-
-    Args:
-        weights (`tuple[float, float]`):
-            Weights of a wrong and of a right step in the loss.
-        lm_weight (`float`):
-            Weight of the language-modelling loss. 0 leaves it out.
-        kwargs:
-            Arguments of `Trainer`.
+    A `transformers.Trainer` with [`classifier_loss`], whose `weights` are those of a wrong and of a right step, and
+    `lm_weight` times [`right_step_lm_loss`]. 0 leaves that out.
     """
 
     def __init__(self, *, weights: tuple[float, float], lm_weight: float, **kwargs: Any) -> None:
@@ -179,12 +139,7 @@ class ClassifierTrainer(Trainer):
 def load_classifier(
     arguments: "JudgeTrainArguments", training_args: "SFTConfig", model_args: "ModelConfig"
 ) -> tuple[Any, Any]:
-    """
-    The model with a new classification head, and its tokenizer with the separator.
-
-    Raises:
-        ValueError: If `lm_weight` is positive and the embeddings are not tied.
-    """
+    """The model with a new classification head, and its tokenizer with the separator."""
     path = str(model_args.model_name_or_path)
     found = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(path, **found)
@@ -215,12 +170,7 @@ def load_classifier(
 def train_classifier(
     arguments: "JudgeTrainArguments", training_args: "SFTConfig", model_args: "ModelConfig", data: JudgeData
 ) -> dict[str, Any]:
-    """
-    Trains a token classifier, saves it and calibrates its threshold. Returns its numbers on the dev data.
-
-    Raises:
-        ValueError: If the settings do not fit a token classifier, or no labelled step fits into `max_length`.
-    """
+    """Trains a token classifier, saves it and calibrates its threshold. Returns its numbers on the dev data."""
     if model_args.use_peft:
         raise ValueError(
             "use_peft=True does not go with kind='discriminative', because PRMJudge loads whole models. Leave it "
@@ -263,17 +213,12 @@ def train_classifier(
 
 def calibrate(folder: Path, dev: Sequence["Row"], use_cpu: bool, max_tokens_per_batch: int) -> dict[str, Any]:
     """
-    Finds the threshold of a saved judge on all dev rows, and writes it into the judge's `config.json`.
-
-    The returned numbers use another threshold: each half of the dev problems is judged with the threshold of the
-    *other* half. Otherwise the choice of the threshold would flatter them.
-
-    Raises:
-        ValueError: If no dev solution fits into the model.
+    Finds the threshold of a saved judge on all dev rows, and writes it into the judge's `config.json`. The returned
+    numbers use another threshold: each half of the dev problems is judged with the threshold of the *other* half.
+    Otherwise the choice of the threshold would flatter them.
     """
     judge = PRMJudge(folder, device="cpu" if use_cpu else None, max_tokens_per_batch=max_tokens_per_batch)
-    scores = judge.scores([as_item(row) for row in dev])
-    pairs = list(zip(dev, scores, strict=True))
+    pairs = list(zip(dev, judge.scores([as_item(row) for row in dev]), strict=True))
     rows = [(row, own) for row, own in pairs if not any(map(math.isnan, own))]
     if not rows:
         raise ValueError(f"none of the {len(dev)} dev solutions fits into the model, so no threshold can be found.")

@@ -1,8 +1,7 @@
 """
-Trains a causal language model on its own right critiques. `GenerativeJudge(output_dir)` loads it.
-
-A critique is right if its verdict can be read and equals the annotation. No verdict is trained on more often than the
-average one. A model that cannot judge yet begins with bare verdict lines instead of critiques.
+Trains a causal language model on its own right critiques. `GenerativeJudge(output_dir)` loads it. A critique is right
+if its verdict can be read and equals the annotation. No verdict is trained on more often than the average one. A model
+that cannot judge yet begins with bare verdict lines instead of critiques.
 """
 
 import logging
@@ -18,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
-from trl_sgpo.judge_evaluation.metrics import ABSTAIN, NO_ERROR, first_error_f1
+from trl_sgpo.judge_evaluation.metrics import first_error_f1, verdict_index
 from trl_sgpo.judge_training.data import JudgeData, as_item
 from trl_sgpo.judges.base import StepJudge, ask
 from trl_sgpo.judges.generative import GenerativeJudge, QuestionLayout
@@ -38,15 +37,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Critique:
     """
-    An answer to train on.
-
-    Args:
-        row (`Row`):
-            The solution that was judged.
-        known_wrong (`bool`):
-            Whether the question said that the final answer is known to be wrong.
-        text (`str`):
-            The answer, with the verdict line at its end.
+    An answer to train on, with the verdict line at its end. `known_wrong`: the question said that the final answer is
+    wrong.
     """
 
     row: "Row"
@@ -92,11 +84,8 @@ def bare_verdicts(rows: Sequence["Row"], critiques: Sequence[Critique]) -> list[
     """A bare verdict line for each solution that has no critique."""
     done = {id(critique.row) for critique in critiques}
     modes = known_wrong_by_turns(rows)
-    return [
-        Critique(row, mode, verdict_line(row.label))
-        for row, mode in zip(rows, modes, strict=True)
-        if id(row) not in done
-    ]
+    pairs = zip(rows, modes, strict=True)
+    return [Critique(row, mode, verdict_line(row.label)) for row, mode in pairs if id(row) not in done]
 
 
 def balanced(critiques: Sequence[Critique], seed: int) -> list[Critique]:
@@ -115,9 +104,8 @@ def sample_critiques(
     folder: str, arguments: "JudgeTrainArguments", training_args: "SFTConfig", rows: Sequence["Row"], seed: int
 ) -> tuple[list[Critique], dict[str, float]]:
     """
-    Samples the model's critiques of all solutions. Returns the right ones, and how many there were.
-
-    Each rank asks about a share of the solutions, and gets the critiques of all ranks.
+    Samples the model's critiques of all solutions. Returns the right ones, and how many there were. Each rank asks
+    about a share of the solutions, and gets the critiques of all ranks.
     """
     state = PartialState()
     judge = GenerativeJudge(
@@ -176,12 +164,7 @@ def critique_examples(
 def train_generative(
     arguments: "JudgeTrainArguments", training_args: "SFTConfig", model_args: "ModelConfig", data: JudgeData
 ) -> dict[str, Any]:
-    """
-    Samples, filters and fine-tunes, round after round, and saves the judge. Returns its numbers on the dev data.
-
-    Raises:
-        ValueError: If no critique is left to train on.
-    """
+    """Samples, filters and fine-tunes, round after round, and saves the judge. Returns its numbers on the dev data."""
     base, output = str(model_args.model_name_or_path), str(training_args.output_dir)
     prompt = JudgePrompt()
     tokenizer = AutoTokenizer.from_pretrained(
@@ -201,10 +184,8 @@ def train_generative(
     for turn in range(1 if arguments.bootstrap == "all" else arguments.rounds):
         critiques: list[Critique] = []
         if arguments.bootstrap != "all":
-            latest = base if turn == 0 else output
-            critiques, shares = sample_critiques(
-                latest, arguments, training_args, data.train, training_args.seed + turn
-            )
+            latest, seed = base if turn == 0 else output, training_args.seed + turn
+            critiques, shares = sample_critiques(latest, arguments, training_args, data.train, seed)
             print(f"round {turn + 1}: " + ", ".join(f"{name} {value:.3g}" for name, value in shares.items()))
             result |= {f"critiques/{name}": value for name, value in shares.items()}
         if arguments.bootstrap != "none":
@@ -249,6 +230,5 @@ def train_generative(
 def evaluate_generative(judge: StepJudge, dev: Sequence["Row"]) -> dict[str, Any]:
     """The numbers of a judge on the dev data. It is not told which solutions are wrong."""
     verdicts = ask(judge, [as_item(row) for row in dev])
-    codes = {"abstain": ABSTAIN, "no_error": NO_ERROR}
-    predicted = [codes.get(verdict.status, verdict.first_error) for verdict in verdicts]
-    return {**first_error_f1(predicted, [row.label for row in dev]), "dev_rows": len(dev)}  # type: ignore[arg-type]
+    predicted = [verdict_index(verdict.status, verdict.first_error) for verdict in verdicts]
+    return {**first_error_f1(predicted, [row.label for row in dev]), "dev_rows": len(dev)}

@@ -6,15 +6,11 @@ Evaluates a step-wise judge on solutions whose first wrong step is annotated.
         --judge_args '{"model": "m", "base_url": "http://localhost:8000/v1"}'
 
 Standard mode asks about every row and does not say whether the solution is right. It gives ProcessBench's F1.
-Known-wrong mode asks again about every row with an error and says that the answer is known to be wrong. It gives the
-error of the RTS and the order inside groups. So a row with an error costs two judgements. `--robustness` adds perturbed
-completions and injected instructions, on a sample.
-
-Every verdict is kept as soon as it is there. The same command continues a run that was ended, and asks nothing twice.
-
-Known-wrong mode leaves out solutions with an error and a right final answer (`final_answer_correct` is true). In
-training they count as solved, and it would be false to tell the judge that their answer is wrong. Without that field,
-the answer of a solution with an error counts as wrong.
+Known-wrong mode asks again about every row with an error and says that the answer is wrong. It gives the error of the
+RTS and the order inside groups. It leaves out solutions with an error and a right final answer (`final_answer_correct`
+is true), because training counts these as solved. `--robustness` adds perturbed completions and injected instructions,
+on a sample. Every verdict is kept as soon as it is there: the same command continues a run that was ended, and asks
+nothing twice.
 
 `--data` takes names of the Hub and local files (JSON, JSON lines, Parquet) with these fields:
 
@@ -39,43 +35,9 @@ if TYPE_CHECKING:
 @dataclass
 class JudgeEvalArguments:
     """
-    Arguments of the evaluation of a judge.
-
-    Args:
-        judge (`str`):
-            A short name (one of `JUDGE_NAMES`) or the dotted path of a judge function, of a judge class or instance, or
-            of a `StepwiseJudge`, whose inner judge is evaluated.
-        data (`list[str]`):
-            Names of the Hub or local files.
-        output (`str`):
-            Folder for the results. It belongs to one judge. Runs on other data may share it.
-        judge_args (`dict` or `str`, *optional*):
-            Arguments for the constructor of a judge class, as a mapping in YAML or as JSON on the command line.
-        split (`str`, *optional*):
-            The split of a dataset of the Hub. All of them by default.
-        limit (`int`, *optional*):
-            Evaluate a random sample of at most this many rows. All solutions of a problem stay together.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the samples and of the bootstrap.
-        reference (`bool`, *optional*, defaults to `False`):
-            Whether the judge sees the reference answer. That is another task: compare such results only with each other.
-        columns (`list[str]`, *optional*):
-            Other columns of the data that the judge may see. Never name one that reveals the label.
-        robustness (`bool`, *optional*, defaults to `False`):
-            Whether to try perturbed completions and injected instructions too.
-        robustness_rows (`int`, *optional*, defaults to `100`):
-            Rows with an error that are perturbed.
-        injection_rows (`int`, *optional*, defaults to `6`):
-            Rows for each payload.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Completions per call of the judge. A run that is killed loses at most one batch.
-        cache (`str`, *optional*):
-            SQLite file for the verdicts. Other runs may share it. `verdicts.sqlite` in `output` by default, `"none"` for
-            none.
-        retry_abstained (`bool`, *optional*, defaults to `False`):
-            Whether to ask again if the judge abstained in an earlier run, for example because a server was down.
-        resamples (`int`, *optional*, defaults to `1000`):
-            Resamples of the bootstrap for the 95 % intervals. It draws problems.
+    Arguments of the evaluation of a judge. Each field's `help` says what it is. Beyond that: of a `StepwiseJudge` the
+    inner judge is evaluated. Runs of one judge on other data may share `output`, and `cache` too. Results with
+    `reference` can be compared only with each other. A run that is killed loses at most one batch.
     """
 
     judge: str = field(
@@ -84,8 +46,7 @@ class JudgeEvalArguments:
     data: list[str] = field(metadata={"help": "Names of the Hub or local files."})
     output: str = field(metadata={"help": "Folder for the results. It belongs to one judge."})
     judge_args: dict | str | None = field(
-        default=None,
-        metadata={"help": "Arguments for the constructor of a judge class, a mapping in YAML or JSON."},
+        default=None, metadata={"help": "Arguments for the constructor of a judge class, a mapping in YAML or JSON."}
     )
     split: str | None = field(default=None, metadata={"help": "Split of a dataset of the Hub. All by default."})
     limit: int | None = field(
@@ -114,14 +75,8 @@ class JudgeEvalArguments:
     resamples: int = field(default=1000, metadata={"help": "Resamples of the bootstrap for the 95 %% intervals."})
 
     def __post_init__(self) -> None:
-        for name, least in {
-            "batch_size": 1,
-            "robustness_rows": 1,
-            "injection_rows": 1,
-            "resamples": 0,
-            "limit": 1,
-        }.items():
-            value = getattr(self, name)
+        for name in ("batch_size", "robustness_rows", "injection_rows", "resamples", "limit"):
+            value, least = getattr(self, name), 0 if name == "resamples" else 1
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}.")
         if isinstance(self.data, str):  # a single name in a YAML file

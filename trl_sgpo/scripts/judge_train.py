@@ -11,17 +11,13 @@ Trains a step-wise judge on solutions whose first wrong step is annotated.
     accelerate launch -m trl_sgpo.scripts.judge_train --config recipes/judge/rewrite_chain.yaml
 
 `--kind discriminative` trains a token classifier, which scores every step in one pass. `PRMJudge(output_dir)` loads it
-with its layout and its calibrated threshold.
+with its layout and its calibrated threshold. `--kind generative` trains a causal language model on its own right
+critiques. `GenerativeJudge(output_dir)` loads it. A model that cannot judge yet begins with `--bootstrap missing` or
+`all`.
 
-`--kind generative` trains a causal language model on its own right critiques. `GenerativeJudge(output_dir)` loads it.
-A model that cannot judge yet begins with `--bootstrap missing` or `all`: bare verdict lines instead of critiques.
-
-`--data` takes names of datasets on the Hub, and local files with the fields that `judge_eval` reads: `prompt`,
-`completions` and `labels` (one boolean per step), or `problem`, `steps` and `label` (0-based first wrong step, -1 for
-none).
-
-A share of the problems is kept out of training to calibrate and to report. Problems of the files in `--exclude`, on
-which the judge will be evaluated, are kept out too. All arguments of `SFTConfig` and `ModelConfig` are taken as well.
+`--data` takes what `judge_eval` reads. A share of the problems is kept out of training to calibrate and to report, and
+so are the problems of `--exclude`, on which the judge will be evaluated. All arguments of `SFTConfig` and
+`ModelConfig` are taken as well.
 """
 
 from time import perf_counter
@@ -48,9 +44,6 @@ def run(arguments: JudgeTrainArguments, training_args: "SFTConfig", model_args: 
     """
     Trains the judge that the arguments describe, and leaves it in `output_dir`. Returns its numbers on the main
     process.
-
-    Raises:
-        ValueError: If no model is named, the data cannot be used, or the settings do not fit together.
     """
     if not model_args.model_name_or_path:
         raise ValueError(

@@ -3,9 +3,9 @@ Makes a report of one or more runs, finished or not: one HTML page, pictures, an
 
     python -m trl_sgpo.scripts.report outputs/grpo-seed0 outputs/sgpo-seed0 --output outputs/report
 
-Reads a run's folder and starts nothing. It uses `trainer_state.json`, the parquet files of `log_completions=True` (of any TRL
-run, plain GRPO too) and, if they are there, the probes of `SharpeningCallback`. The report says what is missing. The pictures
-need the extra `plots`; without it the page has its words and tables.
+Reads a run's folder and starts nothing. It uses `trainer_state.json`, the parquet files of `log_completions=True` (of
+any TRL run, plain GRPO too) and, if they are there, the probes of `SharpeningCallback`. The report says what is
+missing. The pictures need the extra `plots`. Without it the page has its words and tables.
 """
 
 import argparse
@@ -56,13 +56,10 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_report(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict[str, Any]:
+def make_report(args: argparse.Namespace) -> dict[str, Any]:
     """
-    Reads the runs, writes the report and returns its summary.
-
-    Raises:
-        NoRunError: If none of the folders holds a run. The message says what was looked for.
-        ValueError: If the arguments do not fit together.
+    Reads the runs, writes the report and returns its summary. Raises `NoRunError` if none of the folders holds a run,
+    and `ValueError` if the arguments do not fit together.
     """
     import trl_sgpo
     from trl_sgpo.analysis.jsonable import write_json
@@ -71,7 +68,7 @@ def make_report(args: argparse.Namespace, say: Callable[[str], None] = print) ->
     from trl_sgpo.analysis.report.plots import figures
     from trl_sgpo.analysis.report.runs import NoRunError, Run, read_run
     from trl_sgpo.analysis.report.summary import summarise
-    from trl_sgpo.scripts.loading import load_object
+    from trl_sgpo.loading import load_object
 
     _check(args)
     extract = load_object(args.answer, "--answer") if args.answer else extract_answer
@@ -157,11 +154,8 @@ def show(summary: dict[str, Any]) -> None:
     from trl_sgpo.analysis.report import tables
     from trl_sgpo.analysis.report.diagnosis import LOSS_IS_ZERO
 
-    shown = [
-        table
-        for table in (tables.comparison(summary), tables.group_shares(summary), tables.judge_cost(summary))
-        if table
-    ]
+    possible = (tables.comparison(summary), tables.group_shares(summary), tables.judge_cost(summary))
+    shown = [table for table in possible if table]
     try:
         from rich.box import SIMPLE
         from rich.console import Console

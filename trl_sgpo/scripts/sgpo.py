@@ -29,20 +29,9 @@ if TYPE_CHECKING:
 @dataclass
 class SGPOScriptArguments(GRPOScriptArguments):
     """
-    Script arguments for the SGPO training script: those of TRL's GRPO script, and the judge.
-
-    Args:
-        judge (`str`, *optional*):
-            The step-wise judge: a short name (one of `JUDGE_NAMES`) or the dotted path of a judge function, a judge class or
-            instance, or a ready `StepwiseJudge`. Without one the run is plain GRPO.
-        judge_args (`dict` or `str`, *optional*):
-            Arguments for the constructor of a judge class, as a mapping in YAML or as JSON on the command line.
-        stepwise_judge_args (`dict` or `str`, *optional*):
-            Arguments of [`StepwiseJudge`] but the judge itself, as a mapping in YAML or as JSON on the command line: how a
-            verdict becomes a reward (`beta`, `gamma`, `transform`, `unit`), how a completion is cut (`segmenter`, by its dotted
-            path), what the judge sees (`reference_column`, `include_thinking`), and so on.
-        dataset_map (`str`, *optional*):
-            Dotted path of a function from a dataset row to the columns to add to it, for datasets without a `prompt`.
+    Script arguments for the SGPO training script: those of TRL's GRPO script, and the judge. `stepwise_judge_args` say
+    how a verdict becomes a reward (`beta`, `gamma`, `transform`, `unit`), how a completion is cut (`segmenter`), what
+    the judge sees (`reference_column`, `include_thinking`), and so on.
     """
 
     judge: str | None = field(
@@ -53,8 +42,7 @@ class SGPOScriptArguments(GRPOScriptArguments):
         },
     )
     judge_args: dict | str | None = field(
-        default=None,
-        metadata={"help": "Arguments for the constructor of a judge class, a mapping in YAML or JSON."},
+        default=None, metadata={"help": "Arguments for the constructor of a judge class, a mapping in YAML or JSON."}
     )
     stepwise_judge_args: dict | str | None = field(
         default=None,
@@ -73,7 +61,7 @@ def _reward_functions(script_args: SGPOScriptArguments) -> list[Any]:
     """The outcome and other rewards, named as in TRL's GRPO script."""
     import trl.rewards
 
-    from trl_sgpo.scripts.loading import load_object
+    from trl_sgpo.loading import load_object
 
     names = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
     found: list[Any] = [script_args.reward_model_name_or_path] if script_args.reward_model_name_or_path else []
@@ -96,7 +84,7 @@ def _splits(script_args: SGPOScriptArguments, dataset_args: "DatasetMixtureConfi
     """The dataset's splits, with the columns that `dataset_map` adds."""
     from trl import get_dataset
 
-    from trl_sgpo.scripts.loading import load_object, load_rows
+    from trl_sgpo.loading import load_object, load_rows
 
     if dataset_args.datasets:
         splits = get_dataset(dataset_args)
@@ -127,7 +115,7 @@ def make_trainer(
     from trl import get_peft_config, get_quantization_config
 
     from trl_sgpo import SGPOTrainer
-    from trl_sgpo.scripts.loading import load_stepwise_judge
+    from trl_sgpo.loading import load_stepwise_judge
 
     reward_funcs = _reward_functions(script_args)
     if script_args.judge:

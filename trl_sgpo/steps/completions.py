@@ -1,8 +1,6 @@
 """
-From a completion to its text and its steps.
-
-A completion may hold thinking, tool calls and tool results. Here it is decided what the policy wrote and what is
-judged.
+From a completion to its text and its steps. A completion may hold thinking, tool calls and tool results. Here it is
+decided what the policy wrote and what is judged.
 """
 
 import json
@@ -20,19 +18,18 @@ _THINK_TAG = re.compile(r"<(/?)think(?:ing)?>")
 @dataclass(frozen=True)
 class Turn:
     """
-    One message of a completion as text.
+    One message of a completion as text: thinking, content and tool calls.
 
     Args:
         text (`str`):
-            Thinking, content and tool calls of the message.
+            The text.
         by_policy (`bool`):
             Whether the policy wrote it. A tool result, for example, is not its work and is never judged.
         written (`tuple[tuple[int, int], ...]`):
             Spans of `text` that are word for word what the policy wrote: its thinking and its content. The tags around
             thinking do not belong to them, because they may come from the prompt.
         calls (`tuple[tuple[tuple[int, int], str], ...]`):
-            Spans of the tool calls in `text`, each with the name of its function. The policy wrote the calls in
-            another form.
+            Spans of the tool calls, each with the name of its function. The policy wrote the calls in another form.
     """
 
     text: str
@@ -42,21 +39,16 @@ class Turn:
 
 
 def completion_turns(completion: str | list[dict]) -> list[Turn]:
-    r"""
-    The turns of a completion as TRL hands it to reward functions.
+    """
+    The turns of a completion as TRL hands it to reward functions: one per message, or a single one for a string.
 
     The text of a turn holds all that the policy wrote and that can be wrong. Chat parsers move thinking to a field of
-    its
-    own (`reasoning_content`, `reasoning` or `thinking`): it is put back before the content, between `<think>` tags.
-    Tool calls follow the content, each on a line of its own. A message without a role counts as the policy's.
+    its own (`reasoning_content`, `reasoning` or `thinking`): it is put back before the content, between `<think>`
+    tags. Tool calls follow the content, each on a line of its own. A message without a role counts as the policy's.
 
     Args:
         completion (`str` or `list[dict]`):
-            A string (standard format), or the messages of the completion (conversational format). With tools there are
-            several messages.
-
-    Returns:
-        `list[Turn]`: One turn per message, or a single one for a string.
+            A string (standard format), or the messages of the completion (conversational format; several with tools).
 
     Raises:
         `TypeError`: If `completion` is neither a string nor a list of dicts.
@@ -96,14 +88,13 @@ def _policy_turn(message: Mapping[str, Any], content: str) -> Turn:
     written.append((len(text), len(text) + len(content)))
     text += content
     found = message.get("tool_calls") or []
-    found = found if isinstance(found, (list, tuple)) else [found]
-    rendered = [_call_text(call) for call in found]
-    if any(rendered) and content and not content.endswith("\n"):
+    named = [_call(call) for call in (found if isinstance(found, (list, tuple)) else [found])]
+    if any(shown for _, shown in named) and content and not content.endswith("\n"):
         text += "\n"
     calls = []
-    for number, (call, shown) in enumerate(zip(found, rendered, strict=True)):
+    for number, (name, shown) in enumerate(named):
         text += "\n" if number else ""
-        calls.append(((len(text), len(text) + len(shown)), _function_name(call)))
+        calls.append(((len(text), len(text) + len(shown)), name))
         text += shown
     return Turn(text, by_policy=True, written=tuple(written), calls=tuple(calls))
 
@@ -119,37 +110,24 @@ def _content_text(content: Any) -> str:
     return str(content)
 
 
-def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    return call["function"] if isinstance(call.get("function"), Mapping) else call
-
-
-def _function_name(call: Any) -> str:
-    return str(_function(call).get("name") or "") if isinstance(call, Mapping) else ""
-
-
-def _call_text(call: Any) -> str:
+def _call(call: Any) -> tuple[str, str]:
+    """The name of a tool call's function, and the call as text."""
     if not isinstance(call, Mapping):
-        return str(call)
-    call = _function(call)
-    arguments = call.get("arguments")
+        return "", str(call)
+    function = call["function"] if isinstance(call.get("function"), Mapping) else call
+    name, arguments = str(function.get("name") or ""), function.get("arguments")
     if not isinstance(arguments, str):
         try:
             arguments = json.dumps({} if arguments is None else arguments, ensure_ascii=False, default=str)
         except (TypeError, ValueError):  # keys that JSON does not have, circular references
             arguments = str(arguments)
-    return f"{call.get('name') or ''}({arguments})"
+    return name, f"{name}({arguments})"
 
 
 def completion_to_text(completion: str | list[dict]) -> str:
     r"""
-    The text in a completion that the policy wrote.
-
-    Args:
-        completion (`str` or `list[dict]`):
-            Completion as TRL hands it to reward functions, see [`completion_turns`].
-
-    Returns:
-        `str`: The policy's turns, joined by a blank line, without tool results and empty turns.
+    The text in a completion (see [`completion_turns`]) that the policy wrote: its turns, joined by a blank line,
+    without tool results and empty turns.
 
     Example:
 
@@ -163,20 +141,15 @@ def completion_to_text(completion: str | list[dict]) -> str:
 
 def judged_region(text: str, *, include_thinking: bool = False) -> Span:
     """
-    The part of a turn that is cut into steps.
+    The part of a turn's text that is cut into steps, as `(start, end)` in characters.
 
     By default it is the text after the last `</think>`. If there is none, for example because the completion ran out
     of tokens, it is the thinking itself. The opening `<think>` may be missing, because chat templates put it into the
     prompt. `<thinking>` is read the same way.
 
     Args:
-        text (`str`):
-            Text of the turn.
         include_thinking (`bool`, *optional*, defaults to `False`):
             Whether thinking is judged too. The region is then the whole text, with the tags.
-
-    Returns:
-        `tuple[int, int]`: Start and end of the region in characters.
 
     Example:
 
@@ -237,9 +210,8 @@ def cut_completion(
     completion: str | list[dict], segmenter: Segmenter = segment, *, include_thinking: bool = False
 ) -> CutCompletion:
     r"""
-    Cut the policy's text in a completion into steps.
-
-    Each turn is cut alone. So no step crosses a tool result, and the segmenter's limits hold for each turn.
+    Cuts the policy's text in a completion into steps. Each turn is cut alone. So no step crosses a tool result, and
+    the segmenter's limits hold for each turn.
 
     Args:
         completion (`str` or `list[dict]`):
@@ -248,9 +220,6 @@ def cut_completion(
             Function from a text to the spans of its steps. It is called with the judged region of each turn.
         include_thinking (`bool`, *optional*, defaults to `False`):
             Whether thinking is cut too. See [`judged_region`].
-
-    Returns:
-        [`CutCompletion`]: The text, the spans of its steps, and the tool results by the step that follows them.
 
     Raises:
         `TypeError`, `ValueError`: If the completion or the spans of the segmenter have the wrong form.

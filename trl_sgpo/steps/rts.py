@@ -1,8 +1,6 @@
 """
-The reasoning trajectory score (RTS): the share of a completion before its first wrong step.
-
-Stepwise Guided Policy Optimization (https://huggingface.co/papers/2505.11595) counts steps. Characters may be counted
-too.
+The reasoning trajectory score (RTS): the share of a completion before its first wrong step. Stepwise Guided Policy
+Optimization (https://huggingface.co/papers/2505.11595) counts steps. Characters may be counted too.
 """
 
 from collections.abc import Sequence
@@ -12,17 +10,15 @@ from trl_sgpo.steps.segmenter import Span
 
 def rts_by_steps(first_error: int, n_steps: int) -> float:
     """
-    The RTS of [SGPO](https://huggingface.co/papers/2505.11595): number of steps before the first wrong one / number of
-    all steps. A policy can raise it if it splits its right steps. [`rts_by_characters`] has no such weakness.
+    The RTS of [SGPO](https://huggingface.co/papers/2505.11595), in [0, 1): number of steps before the first wrong one
+    / number of all steps. A policy can raise it if it splits its right steps. [`rts_by_characters`] has no such
+    weakness.
 
     Args:
         first_error (`int`):
-            Index of the first wrong step, from 0.
+            0-based index of the first wrong step.
         n_steps (`int`):
             Number of steps. An empty completion, with 0 steps and `first_error=0`, scores 0.
-
-    Returns:
-        `float`: Score in [0, 1).
 
     Raises:
         `ValueError`: If there is no such step.
@@ -42,20 +38,8 @@ def rts_by_steps(first_error: int, n_steps: int) -> float:
 
 def rts_by_characters(first_error: int, spans: Sequence[Span]) -> float:
     """
-    The RTS in characters: characters of the steps before the first wrong one / characters of all steps. A step that is
-    split in two does not raise it.
-
-    Args:
-        first_error (`int`):
-            Index of the first wrong step, from 0.
-        spans (`Sequence[tuple[int, int]]`):
-            Spans of all steps. An empty completion, with no steps and `first_error=0`, scores 0.
-
-    Returns:
-        `float`: Score in [0, 1).
-
-    Raises:
-        `ValueError`: If there is no such step.
+    The RTS in characters, in [0, 1): characters of the steps before the first wrong one / characters of all steps. A
+    step that is split in two does not raise it. As [`rts_by_steps`], with the spans of all steps.
 
     Example:
 

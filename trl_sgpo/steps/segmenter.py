@@ -1,12 +1,8 @@
 """
-From a text to its steps: the default segmenter, and the check of any other one.
-
-The segmenter knows the forms in which models write solutions. It does not know what they say: there is no model, no
-tokenizer and no language detection. `Step`, `Answer` and the abbreviations are the English ones. A text of another
-kind needs a segmenter of its own: any function from a text to ordered, disjoint `(start, end)` spans.
-
-A *cut* is a position where a new step may begin. All patterns are anchored or bounded, or use possessive quantifiers
-(`++`). So no pattern can backtrack over more than a few characters.
+From a text to its steps: the default segmenter, and the check of any other one. The segmenter knows the forms in which
+models write solutions, not what they say: no model, no tokenizer, no language detection (`Step`, `Answer` and the
+abbreviations are the English ones). A *cut* is a position where a new step may begin. All patterns are anchored or
+bounded, or use possessive quantifiers (`++`), so no pattern can backtrack over more than a few characters.
 """
 
 import re
@@ -81,7 +77,7 @@ _LOOK_BEHIND = 12  # longer than every abbreviation and item mark
 
 def segment(text: str, *, max_steps: int = 64, max_step_chars: int = 4000) -> list[Span]:
     r"""
-    Cut a text into steps. The default [`Segmenter`].
+    Cuts a text into steps. The default [`Segmenter`].
 
     Four kinds of cuts are tried in this order, and the first kind that gives at least two steps is used: explicit
     heads (`Step 1:`, `1.`, `1)`, `## Title`), blank lines, lines, sentences. Heads count if at least two rise in
@@ -100,8 +96,6 @@ def segment(text: str, *, max_steps: int = 64, max_step_chars: int = 4000) -> li
       shortest neighbours are merged until `max_steps` are left, even if the merged steps are longer.
 
     Args:
-        text (`str`):
-            Text to cut.
         max_steps (`int`, *optional*, defaults to `64`):
             Largest number of steps. It has priority over `max_step_chars`.
         max_step_chars (`int`, *optional*, defaults to `4000`):
@@ -109,9 +103,8 @@ def segment(text: str, *, max_steps: int = 64, max_step_chars: int = 4000) -> li
             whole.
 
     Returns:
-        `list[tuple[int, int]]`:
-            Spans `(start, end)` of the steps in order. They tile the text: `"".join(text[start:end] ...) == text`.
-            Empty for the empty text.
+        `list[tuple[int, int]]`: Spans `(start, end)` of the steps in order. They tile the text:
+        `"".join(text[start:end] ...) == text`. Empty for the empty text.
 
     Raises:
         `ValueError`: If `max_steps` or `max_step_chars` is less than 1.
@@ -391,18 +384,8 @@ def _limit_number(starts: list[int], length: int, max_steps: int) -> list[int]:
 
 def check_spans(text: str, spans: Sequence[Span], *, name: str = "segmenter") -> list[Span]:
     """
-    Check the spans that a user's segmenter returned for a text.
-
-    Args:
-        text (`str`):
-            Text that was cut.
-        spans (`Sequence[tuple[int, int]]`):
-            The spans that the segmenter returned. Gaps between them are allowed.
-        name (`str`, *optional*, defaults to `"segmenter"`):
-            Name of the argument that held the segmenter, for the messages.
-
-    Returns:
-        `list[tuple[int, int]]`: The same spans as tuples of plain integers.
+    Checks the spans that a user's segmenter returned for a text, and returns them as tuples of plain integers. Gaps
+    between them are allowed. `name` is the argument that held the segmenter, for the messages.
 
     Raises:
         `TypeError`: If `spans` is not a sequence of pairs of integers.

@@ -1,23 +1,20 @@
 """
 RewriteChain: letters rewritten by a chain of operations. The controlled task of this package.
 
-A problem is a row of letters and a chain of operations. A solution has one block per operation, separated by `;`. A block is
-the letters after that operation, followed by the remaining operations. The last block has no operations left. It is the
-answer.
+A solution has one block per operation, separated by `;`: the letters after that operation, then the remaining
+operations. The last block has no operations left. It is the answer.
 
     prompt      a b c d [R] [V] =
     completion  b c d e [V] ; e d c b
 
 Every step can be checked, so the task has an exact outcome reward ([`accuracy_reward`]) and an exact step judge
-([`first_wrong_block`]).
+([`first_wrong_block`]). The difficulty is a dial. A small Llama is pretrained from scratch. Clean traces teach the
+skill first. Then traces whose steps are corrupted with probability `noise` bury it under failed groups: greedy
+decoding still solves the task, sampling fails. With three letters of six there are 216 answers, so a wrong solution
+sometimes has the right answer by luck, as in multiple choice.
 
-The difficulty is a dial. A small Llama is pretrained from scratch. Clean traces teach the skill first. Then traces whose steps
-are corrupted with probability `noise` bury the skill under failed groups. Greedy decoding still solves the task, sampling
-fails. With three letters of six there are 216 answers, so a wrong solution sometimes has the right answer by luck, as in
-multiple choice. The outcome reward is then noisy while true successes are rare: GRPO sees little, a step-wise judge much.
-
-After DataAlchemy (arXiv 2508.01191), but each block carries the remaining operations. Left out on purpose: a second model
-family, natural language. Text is split at spaces, so a token is a letter, an operation, `;` or `=`.
+After DataAlchemy (arXiv 2508.01191), but each block carries the remaining operations. Text is split at spaces, so a
+token is a letter, an operation, `;` or `=`.
 """
 
 import json
@@ -47,15 +44,7 @@ LONE_OPERATION = "S"  # the operation that pretraining shows only by itself, on 
 @dataclass(frozen=True)
 class Problem:
     """
-    One RewriteChain problem.
-
-    Args:
-        letters (`tuple[str, ...]`):
-            The letters to rewrite, all from one alphabet.
-        operations (`tuple[str, ...]`):
-            The chain, each one of `OPERATIONS`, applied from left to right.
-        alphabet (`str`, *optional*, defaults to `"abcdef"`):
-            The alphabet in which operation `R` rotates.
+    One RewriteChain problem. The operations are applied from left to right. `R` rotates in the alphabet.
 
     Example:
 
@@ -101,8 +90,8 @@ class Problem:
 
     def blocks(self, noise: float = 0.0, rng: random.Random | None = None) -> list[str]:
         """
-        The solution, one block per operation. With probability `noise` the letters of a block have one letter replaced
-        by another of the alphabet; the chain goes on from the corrupted letters, so later blocks follow from it.
+        The solution, one block per operation. With probability `noise` one letter of a block is replaced by another of
+        the alphabet. The chain goes on from there, so later blocks follow from it.
         """
         letters, blocks = self.letters, []
         for i, operation in enumerate(self.operations):
@@ -132,17 +121,10 @@ def sample_problem(
 
 def sample_unseen(rng: random.Random, axis: str, n_operations: int, length: int) -> Problem:
     """
-    A problem that lies outside of a pretraining on chains of up to `n_operations` operations over `length` letters.
-
-    Args:
-        rng (`random.Random`):
-            Source of randomness.
-        axis (`str`):
-            How it lies outside. `"depth"`: two operations more. `"length"`: one letter more. `"representation"`: the letters of
-            the second alphabet. `"composition"`: a chain of `n_operations` with `LONE_OPERATION`, an operation that a
-            pretraining with this axis shows only by itself.
-        n_operations, length (`int`):
-            The most operations, and the letters, of the pretraining.
+    A problem outside of a pretraining on chains of up to `n_operations` operations over `length` letters. `"depth"`:
+    two operations more. `"length"`: one letter more. `"representation"`: the letters of the second alphabet.
+    `"composition"`: a chain of `n_operations` with `LONE_OPERATION`, which a pretraining with this axis shows only by
+    itself.
     """
     if axis == "depth":
         return sample_problem(rng, n_operations + 2, length)
@@ -161,10 +143,7 @@ def sample_unseen(rng: random.Random, axis: str, n_operations: int, length: int)
 def make_dataset(
     n: int, n_operations: int, seed: int, length: int = 3, alphabet: str = ALPHABET, operations: str = "RLVS"
 ) -> "Dataset":
-    """
-    `n` random problems as a dataset with the columns `prompt` and `solution` (the gold blocks, joined by `;`), ready
-    for a trainer.
-    """
+    """`n` random problems with the columns `prompt` and `solution` (the gold blocks, joined by `;`)."""
     rng = random.Random(seed)
     return _as_dataset([sample_problem(rng, n_operations, length, alphabet, operations) for _ in range(n)])
 
@@ -184,14 +163,7 @@ def _as_dataset(problems: Sequence[Problem]) -> "Dataset":
 
 
 def segment_blocks(text: str) -> list[tuple[int, int]]:
-    """
-    Segmenter for [`StepwiseJudge`]: one step per block, the separator with the block it ends.
-
-    ```python
-    >>> segment_blocks("b c [V] ; c b")
-    [(0, 9), (9, 13)]
-    ```
-    """
+    """Segmenter for [`StepwiseJudge`]: one step per block, the separator with the block it ends."""
     spans, start = [], 0
     while start < len(text):
         separator = text.find(SEPARATOR, start)
@@ -210,21 +182,13 @@ def _gold_blocks(prompt: str) -> tuple[tuple[str, ...], ...]:
 
 def first_wrong_block(problem: str, steps: Sequence[str], **row: Any) -> int | None:
     """
-    The step checker: an exact judge for [`StepwiseJudge`].
+    The step checker, an exact judge for [`StepwiseJudge`]: the 0-based index of the first wrong block, `None` if the
+    solution is right.
 
-    A step is right if its whole block equals the gold block. A solution with too few or too many blocks has no answer. It
-    counts as wrong from its first block on. Otherwise a policy is rewarded for stopping early, because one right block of two
-    is an RTS of 1/2 and one of five is 1/5. In training the solutions then shrank to three quarters of their length, and the
-    accuracy stayed the same.
-
-    Args:
-        problem (`str`):
-            The prompt.
-        steps (`Sequence[str]`):
-            The blocks of a solution, with or without their separators.
-
-    Returns:
-        `int` or `None`: The 0-based index of the first wrong block; `None` if the solution is right.
+    A step is right if its whole block equals the gold block. A solution with too few or too many blocks has no answer.
+    It counts as wrong from its first block on. Otherwise a policy is rewarded for stopping early, because one right
+    block of two is an RTS of 1/2 and one of five is 1/5. In training the solutions then shrank to three quarters of
+    their length, and the accuracy stayed the same.
     """
     gold = _gold_blocks(problem)
     if len(steps) != len(gold) or steps[-1].rstrip().endswith(SEPARATOR):
@@ -274,32 +238,19 @@ def build_tokenizer() -> "PreTrainedTokenizerBase":
 @dataclass(frozen=True)
 class PretrainConfig:
     """
-    How the tiny base model is made.
+    How the tiny base model is made. Every trace has 1 to `max_operations` operations over `length` letters. The
+    learning rate is the peak of AdamW's: linear warm-up over 50 updates, then cosine to a tenth.
 
     Args:
         noise (`float`, *optional*, defaults to `0.85`):
             Probability that a block of a noisy trace is corrupted: the difficulty dial.
-        clean_updates (`int`, *optional*, defaults to `500`):
-            Updates on clean traces. They teach the skill.
-        noisy_updates (`int`, *optional*, defaults to `120`):
-            Updates on noisy traces, afterwards. They bury it.
-        max_operations (`int`, *optional*, defaults to `5`):
-            Every trace has 1 to `max_operations` operations.
-        length (`int`, *optional*, defaults to `3`):
-            Letters per problem.
-        layers, width, heads (`int`, *optional*, default to `4`, `128`, `4`):
-            Size of the Llama.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Traces per update.
-        learning_rate (`float`, *optional*, defaults to `3e-3`):
-            Peak learning rate of AdamW: linear warm-up over 50 updates, then cosine to a tenth.
+        clean_updates, noisy_updates (`int`, *optional*, default to `500` and `120`):
+            Updates on clean traces, which teach the skill, and then on noisy ones, which bury it.
         axis (`str`, *optional*):
-            One of `AXES`: what lies outside of the pretraining, see [`sample_unseen`]. It is needed for `exposure`. With
-            `"composition"` no chain of several operations has `LONE_OPERATION`.
+            One of `AXES`: what lies outside of the pretraining, see [`sample_unseen`]. It is needed for `exposure`.
+            With `"composition"` no chain of several operations has `LONE_OPERATION`.
         exposure (`float`, *optional*, defaults to `0.0`):
             Share of the traces that are nevertheless drawn from outside.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the weights and of the traces.
     """
 
     noise: float = 0.85
@@ -373,10 +324,8 @@ def chain_operations(config: PretrainConfig) -> str:
 
 def pretrain(config: PretrainConfig, progress: bool = True) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """
-    Trains the base model from scratch on the completions of [`pretraining_traces`].
-
-    Returns:
-        `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: The model, in eval mode, and its tokenizer.
+    Trains the base model from scratch on the completions of [`pretraining_traces`]. Returns it in eval mode, and its
+    tokenizer.
     """
     import torch
     from tqdm.auto import tqdm
@@ -410,10 +359,8 @@ def pretrain(config: PretrainConfig, progress: bool = True) -> tuple["PreTrained
 
 def load_or_pretrain(path: str | Path, config: PretrainConfig, progress: bool = True) -> Path:
     """
-    Makes the base model once. If the folder has a model with the same `config`, it is used as it is. Any other is replaced.
-
-    Returns:
-        `Path`: The folder, loadable with `AutoModelForCausalLM.from_pretrained`.
+    Makes the base model once, and returns its folder. If that has a model with the same `config`, it is used as it is.
+    Any other is replaced.
     """
     path = Path(path)
     recipe_file = path / "pretrain_config.json"
@@ -429,17 +376,9 @@ def load_or_pretrain(path: str | Path, config: PretrainConfig, progress: bool = 
 @dataclass(frozen=True)
 class Evaluation:
     """
-    How good the sampled completions of a policy are.
-
-    Args:
-        accuracy (`float`):
-            Share of sampled completions that are correct: pass@1 at the sampling temperature.
-        greedy_accuracy (`float`):
-            Share of problems that greedy decoding solves.
-        right_prefix (`float`):
-            Mean share of leading right blocks.
-        failed_groups (`float`):
-            Share of problems without a correct sample.
+    How good the completions of a policy are: the share of correct samples (pass@1 at the sampling temperature), the
+    share of problems that greedy decoding solves, the mean share of leading right blocks of a sample, and the share of
+    problems without a correct sample.
     """
 
     accuracy: float
@@ -459,8 +398,8 @@ def evaluate(
     batch_size: int = 512,
 ) -> Evaluation:
     """
-    Samples `n_samples` completions for every prompt, and decodes each prompt once greedily. The random state of torch is
-    restored, so an evaluation does not change a training.
+    Samples `n_samples` completions for every prompt, and decodes each prompt once greedily. The random state of torch
+    is restored, so an evaluation does not change a training.
     """
     import torch
     from transformers import GenerationConfig

@@ -1,8 +1,6 @@
 """
-Runs that end after a number of generated tokens. Methods are compared at equal tokens, because an update generates more
-tokens with one method than with another.
-
-It is in the package because recipes and benchmarks need it, and a recipe has to run without the benchmarks.
+Runs that end after a number of generated tokens. Methods are compared at equal tokens, because an update generates
+more tokens with one method than with another. It is in the package because recipes have to run without the benchmarks.
 """
 
 from typing import Any
@@ -12,20 +10,10 @@ from transformers import TrainerCallback
 
 class TokenBudget(TrainerCallback):
     """
-    Counts the generated tokens and ends the run when `tokens` of them are spent. A subclass may evaluate along the way:
-    [`evaluate`] is called before training, whenever [`due`] says so, and when the run ends.
-
-    It counts what the trainer logs, so it needs `logging_steps=1` and one generation round per update.
-
-    Args:
-        tokens (`int`):
-            The budget, over all processes.
-
-    Attributes:
-        generated (`int`):
-            Tokens generated so far.
-        updates (`int`):
-            Updates so far.
+    Counts the generated tokens (`generated`) and updates (`updates`), and ends the run when `tokens` of them, over all
+    processes, are spent. A subclass may evaluate along the way: [`evaluate`] is called before training, whenever
+    [`due`] says so, and when the run ends. It counts what the trainer logs, so it needs `logging_steps=1` and one
+    generation round per update.
 
     Example:
 

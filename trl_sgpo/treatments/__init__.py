@@ -1,6 +1,6 @@
 """
-What is done with failed groups. Each method is a [`Treatment`]; `TREATMENTS` names the built-in ones for `failed_groups` in YAML,
-and an own one is passed as `SGPOTrainer(..., treatment=...)`.
+What is done with failed groups. Each method is a [`Treatment`]. `TREATMENTS` names the built-in ones for
+`failed_groups` in YAML, and an own one is passed as `SGPOTrainer(..., treatment=...)`.
 """
 
 import inspect
@@ -44,19 +44,9 @@ def choose_treatment(
     treatment: Treatment | None, args: "SGPOConfig", judge: "StepwiseJudge | None"
 ) -> tuple[Treatment, str]:
     """
-    The treatment of a run, and the setting that chose it, as a message names it.
-
-    Args:
-        treatment ([`Treatment`], *optional*):
-            The user's own.
-        args ([`SGPOConfig`]):
-            The run's settings.
-        judge ([`StepwiseJudge`], *optional*):
-            The judge in `reward_funcs`.
-
-    Raises:
-        TypeError: If `treatment` is no instance of a [`Treatment`].
-        ValueError: If both name a treatment, or the treatment asks a judge that is not there.
+    The treatment of a run, the user's own or the one that the settings name, and the setting that chose it, as a
+    message names it. `TypeError` if `treatment` is no instance of a [`Treatment`], `ValueError` if both name one, or
+    it asks a judge that is not there.
     """
     if treatment is None:
         treatment, setting = TREATMENTS[args.failed_groups](), f"failed_groups={args.failed_groups!r}"

@@ -1,8 +1,7 @@
 """
-[`Treatment`]: what is done with failed groups. One subclass per method, one file per family of them.
-
-A treatment is told about a finished generation round ([`~trl_sgpo.rounds.Round`]) and gives back advantages. It is one small
-object with pure parts: what belongs to a round stands in the `Round`, never on the treatment.
+[`Treatment`]: what is done with failed groups. One subclass per method, one file per family of them. A treatment is
+told about a finished generation round ([`~trl_sgpo.rounds.Round`]) and gives back advantages. What belongs to a round
+stands in the `Round`, never on the treatment.
 """
 
 import warnings
@@ -52,12 +51,9 @@ class Treatment(ABC):
 
     def setup(self, args: "SGPOConfig") -> None:
         """
-        Called once, before any weights are loaded: raises for settings under which the treatment cannot work, warns of those
-        under which it works badly, and keeps the settings that it needs.
-
-        Args:
-            args ([`SGPOConfig`]):
-                The run's settings. Of a plain `GRPOConfig` those of SGPO have their defaults.
+        Called once, before any weights are loaded: raises for settings under which the treatment cannot work, warns of
+        those under which it works badly, and keeps those that it needs. Of a plain `GRPOConfig` the settings of SGPO
+        have their defaults.
         """
         self.judge_scope = args.judge_scope
         if self.per_token:
@@ -71,9 +67,9 @@ class Treatment(ABC):
 
     def sort(self, round: Round) -> SortedGroups:
         """
-        Which failed groups of a judged round teach now, and which do not although they were judged, for the log. By default
-        those with verdicts for at least half of their completions: with different scores, and with equal ones. A treatment
-        under which equal scores teach too has to say so here.
+        Which failed groups of a judged round teach now, and which do not although they were judged, for the log. By
+        default those with verdicts for at least half of their completions: with different scores, and with equal ones.
+        A treatment under which equal scores teach too has to say so here.
         """
         assert round.judged is not None, "a round that nobody judged cannot be sorted"
         enough_P = round.kinds.failed_P & enough_verdicts(round.outcome_PG, round.judged.rts_PG)
@@ -82,8 +78,8 @@ class Treatment(ABC):
 
     def treats(self, round: Round) -> bool:
         """
-        Whether `advantages` is asked for in a round of training, the same on every rank. By default: if the round was judged,
-        or, for a treatment without a judge, if a group failed.
+        Whether `advantages` is asked for in a round of training, the same on every rank. By default: if the round was
+        judged, or, for a treatment without a judge, if a group failed.
         """
         return round.judged is not None if self.asks_judge else bool(round.kinds.failed_P.any())
 
@@ -91,13 +87,8 @@ class Treatment(ABC):
     def advantages(self, round: Round, policy: Policy) -> Tensor:
         """
         The advantages of this rank's completions, of shape `(B,)`, or per token, `(B, T)`, all finite. GRPO's are
-        `round.advantages_B`; they are to be returned, not written into.
-
-        Args:
-            round ([`~trl_sgpo.rounds.Round`]):
-                The round, with TRL's `output`.
-            policy ([`Policy`]):
-                What may be asked of the trainer. Every rank has to make the same calls.
+        `round.advantages_B`; they are to be returned, not written into. Every rank has to make the same calls of
+        `policy`.
         """
 
 
@@ -116,19 +107,18 @@ class NoTreatment(Treatment):
 
 def _warn_if_tokens_are_tied(args: "SGPOConfig", name: str) -> None:
     """Warns of options of TRL that are made for one advantage per completion."""
+    found = []
     if args.importance_sampling_level != "token":
-        warnings.warn(
-            f"importance_sampling_level={args.importance_sampling_level!r} ties the tokens of a completion to one ratio, so the "
-            f"gradient of one token's advantage reaches all of them, and the treatment {name!r} no longer tells the tokens apart. "
-            "Use importance_sampling_level='token'.",
-            UserWarning,
-            stacklevel=5,
+        found.append(
+            f"importance_sampling_level={args.importance_sampling_level!r} ties the tokens of a completion to one "
+            f"ratio, so the gradient of one token's advantage reaches all of them, and the treatment {name!r} no longer "
+            "tells the tokens apart. Use importance_sampling_level='token'."
         )
     if args.off_policy_mask_threshold is not None:
-        warnings.warn(
-            f"off_policy_mask_threshold={args.off_policy_mask_threshold} drops off-policy completions unless their advantage is "
-            f"positive. With the treatment {name!r} it goes by the advantage of each token, so of such a completion the blame is "
-            "dropped and the reward kept. Leave it out.",
-            UserWarning,
-            stacklevel=5,
+        found.append(
+            f"off_policy_mask_threshold={args.off_policy_mask_threshold} drops off-policy completions unless their "
+            f"advantage is positive. With the treatment {name!r} it goes by the advantage of each token, so of such a "
+            "completion the blame is dropped and the reward kept. Leave it out."
         )
+    for message in found:
+        warnings.warn(message, UserWarning, stacklevel=5)

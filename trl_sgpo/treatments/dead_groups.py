@@ -1,6 +1,6 @@
 """
-The exclusion of dead groups (AGPO, arXiv 2503.15952): groups without any advantage are left out of what the loss divides by. It
-is no treatment but a control that comes after any of them, `exclude_dead_groups=True`.
+The exclusion of dead groups (AGPO, arXiv 2503.15952): groups without any advantage are left out of what the loss
+divides by. It is no treatment but a control that comes after any of them, `exclude_dead_groups=True`.
 """
 
 import torch
@@ -29,8 +29,8 @@ def check_loss_type(loss_type: str) -> None:
 
 def without_residue(round: Round, aggregation: str) -> Tensor:
     """
-    GRPO's advantages of this rank's completions, shape `(B,)`, exactly 0 in groups of equal rewards: taking the mean leaves a
-    rounding residue there.
+    GRPO's advantages of this rank's completions, shape `(B,)`, exactly 0 in groups of equal rewards: taking the mean
+    leaves a rounding residue there.
     """
     if aggregation == "sum_then_normalize":
         equal_P = value_range(round.others_PG) == 0
@@ -42,19 +42,10 @@ def without_residue(round: Round, aggregation: str) -> Tensor:
 
 def without_dead_groups(advantages: Tensor, round: Round, policy: Policy, loss_type: str) -> Tensor:
     """
-    The advantages of this rank's completions, multiplied so that the loss is as if the rows of groups without any advantage
-    were not in its denominator. Every rank joins the gather in it. The loss's policy term is linear in a positive factor on
-    the advantages, whatever its type; the terms of KL and entropy do not see it.
-
-    Args:
-        advantages (`torch.Tensor` of shape `(B,)` or `(B, T)`):
-            What the treatment gives.
-        round ([`~trl_sgpo.rounds.Round`]):
-            The round. What the log has to show is put into it.
-        policy ([`~trl_sgpo.treatments.Policy`]):
-            The trainer.
-        loss_type (`str`):
-            TRL's name of the loss.
+    The advantages that the treatment gives, multiplied so that the loss is as if the rows of groups without any
+    advantage were not in its denominator. Every rank joins the gather in it. The loss's policy term is linear in a
+    positive factor on the advantages, whatever its type. The terms of KL and entropy do not see it. What the log has
+    to show is put into the round.
     """
     own_BT = round.own_BT
     advantages_BT = advantages if advantages.dim() > 1 else advantages.unsqueeze(1)
@@ -73,18 +64,10 @@ def without_dead_groups(advantages: Tensor, round: Round, policy: Policy, loss_t
 
 def exclusion_factor(live_P: Tensor, size_PG: Tensor) -> float:
     """
-    What the advantages of the live groups are multiplied by so that groups without any advantage do not dilute them (the
-    exclusion of AGPO, arXiv 2503.15952). A loss that divides by the size of all groups, dead ones included, then equals one
-    that divides by the size of the live ones.
-
-    Args:
-        live_P (`torch.Tensor` of shape `(P,)`):
-            Which groups have an advantage.
-        size_PG (`torch.Tensor` of shape `(P, G)`):
-            What each completion adds to the loss's denominator: its number of tokens, or 1.
-
-    Returns:
-        `float`: The factor, at least 1; 1 if no group is dead, or none is live.
+    What the advantages of the live groups are multiplied by so that groups without any advantage do not dilute them. A
+    loss that divides by the size of all groups, dead ones included, then equals one that divides by the size of the
+    live ones. 1 if no group is dead, or none is live. `size_PG` is what each completion adds to the loss's
+    denominator: its number of tokens, or 1.
 
     Example:
 

@@ -1,10 +1,8 @@
 """
-Per-token credit, `failed_groups="prefix"`: a verdict pays the tokens that it speaks of.
-
-A reward for the whole completion pays the tokens after the error too. The verdict says more: the steps before the first wrong
-one are verified, that step is wrong, and nobody has judged what follows. So the verified tokens get `prefix_reward`, those of
-the wrong step `-error_penalty`, and the rest 0 (VPPO, arXiv 2601.18984, is a similar thought). No group normalisation is
-involved. SGPO's paper has no per-token credit.
+Per-token credit, `failed_groups="prefix"` (SGPO's paper has none; VPPO, arXiv 2601.18984, is a similar thought). A
+reward for the whole completion pays the tokens after the error too. The verdict says more: the steps before the first
+wrong one are verified, that step is wrong, and nobody has judged what follows. So the verified tokens get
+`prefix_reward`, those of the wrong step `-error_penalty`, and the rest 0. No group normalisation is involved.
 """
 
 from collections.abc import Sequence
@@ -33,11 +31,8 @@ class PrefixCredit(Treatment):
 
     def setup(self, args: "SGPOConfig") -> None:
         super().setup(args)
-        self.weight, self.prefix_reward, self.error_penalty = (
-            args.failed_group_weight,
-            args.prefix_reward,
-            args.error_penalty,
-        )
+        self.weight = args.failed_group_weight
+        self.prefix_reward, self.error_penalty = args.prefix_reward, args.error_penalty
 
     def sort(self, round: Round) -> SortedGroups:
         assert round.judged is not None, "a round that nobody judged cannot be sorted"
@@ -85,23 +80,12 @@ class PrefixCredit(Treatment):
 
 def credited_groups(outcome_PG: Tensor, rts_PG: Tensor, failed_P: Tensor) -> SortedGroups:
     """
-    The failed groups whose verdicts pay tokens. What a token earns is not relative to the group, so equal scores teach too.
-    Two kinds of groups do not:
+    The failed groups whose verdicts pay tokens. What a token earns is not relative to the group, so equal scores teach
+    too. Two kinds of groups do not:
 
-    - Groups with verdicts for fewer than half of their completions.
-    - Groups in which no completion has a right step. They would only be punished. Punishment does not say what to write
-      instead, and it makes a policy that cannot solve the task forget what it knows.
-
-    Args:
-        outcome_PG (`torch.Tensor` of shape `(P, G)`):
-            Outcome rewards, NaN where a completion has none.
-        rts_PG (`torch.Tensor` of shape `(P, G)`):
-            Reasoning trajectory scores, NaN where there is no verdict.
-        failed_P (`torch.Tensor` of shape `(P,)`):
-            Which groups failed.
-
-    Returns:
-        [`~trl_sgpo.groups.SortedGroups`]: Failed groups with too few verdicts are neither rescued nor tied.
+    - Groups with verdicts for fewer than half of their completions, which are neither rescued nor tied.
+    - Groups in which no completion has a right step. They would only be punished. Punishment does not say what to
+      write instead, and it makes a policy that cannot solve the task forget what it knows.
 
     Example:
 
@@ -122,19 +106,8 @@ def prefix_credit(
     tokens: Sequence[StepTokens | None], length: int, prefix_reward: float, error_penalty: float
 ) -> Tensor:
     """
-    The advantages per token that the verdicts give: `prefix_reward` on the verified steps, `-error_penalty` on the first
-    wrong one, 0 elsewhere and where there is no verdict.
-
-    Args:
-        tokens (`Sequence[StepTokens | None]` of length N):
-            What the verdicts speak of.
-        length (`int`):
-            Number of token positions T.
-        prefix_reward, error_penalty (`float`):
-            The two coefficients, both at least 0.
-
-    Returns:
-        `torch.Tensor` of shape `(N, T)`.
+    The advantages per token that the verdicts give, shape `(N, T)` with T = `length`: `prefix_reward` on the verified
+    steps, `-error_penalty` on the first wrong one, 0 elsewhere and where there is no verdict.
 
     Example:
 

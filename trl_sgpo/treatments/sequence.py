@@ -1,11 +1,8 @@
 """
-The method of the paper, `failed_groups="sgpo"`: one reward for each completion of a failed group, by Eq. 2.
-
-The judge's rewards are put into a copy of the reward matrix, and a treated group gets the advantages that TRL's own formula
-makes of that copy. All other groups keep those that TRL has made of the matrix itself, bit for bit.
-
-Paper: Stepwise Guided Policy Optimization, arXiv 2505.11595. It differs in what the paper leaves open: abstentions and tied
-groups (see [`fill_failed_groups`]).
+The method of the paper (arXiv 2505.11595), `failed_groups="sgpo"`: one reward for each completion of a failed group,
+by Eq. 2. The judge's rewards are put into a copy of the reward matrix, and a treated group gets the advantages that
+TRL's own formula makes of that copy. All other groups keep TRL's advantages, bit for bit. What the paper leaves open,
+abstentions and tied groups, is in [`fill_failed_groups`].
 """
 
 from dataclasses import dataclass
@@ -89,8 +86,8 @@ class SequenceReward(Treatment):
     @staticmethod
     def _uneven(round: Round) -> Tensor:
         """
-        Groups in which a completion without an outcome has another reward. It would be compared with rewards that hold the
-        judge's while its own does not, so such a group stays as GRPO leaves it.
+        Groups in which a completion without an outcome has another reward. It would be compared with rewards that hold
+        the judge's while its own does not, so such a group stays as GRPO leaves it.
         """
         return (torch.isnan(round.outcome_PG) & ~torch.isnan(round.others_PG)).any(dim=1)
 
@@ -102,13 +99,12 @@ class JudgedGroups(SortedGroups):
 
     Args:
         rescued_P, tied_P (`torch.Tensor` of shape `(P,)`):
-            Failed groups that have a gradient now; failed groups whose scores are equal. Failed groups with too few verdicts
-            are neither.
+            Failed groups that have a gradient now, and those whose scores are equal. Those with too few verdicts are
+            neither.
         column_PG (`torch.Tensor` of shape `(P, G)`):
             The judge's column of the reward matrix, NaN wherever GRPO's reward stays as it is.
         spread_factor_P (`torch.Tensor` of shape `(P,)`):
-            `sqrt((J - 1) / (n - 1))` for rescued groups with J verdicts among n completions, else 1. See
-            [`fill_failed_groups`].
+            `sqrt((J - 1) / (n - 1))` for rescued groups with J verdicts among n completions, else 1.
     """
 
     column_PG: Tensor
@@ -117,29 +113,17 @@ class JudgedGroups(SortedGroups):
 
 def fill_failed_groups(outcome_PG: Tensor, rts_PG: Tensor, reward_PG: Tensor, failed_P: Tensor) -> JudgedGroups:
     """
-    The judge's column for the failed groups.
+    The judge's column for the failed groups, from outcomes, reasoning trajectory scores and their rewards by
+    [`rts_to_reward`].
 
     - A group with verdicts for fewer than half of its completions, or fewer than two, stays empty.
     - A tied group stays empty. Writing equal rewards would not be the same: the mean of eight times 0.0067 leaves a
       rounding residue, and an optimizer that normalises its steps turns the residue into a full-size one.
     - Elsewhere a judged completion gets its reward, and one the judge abstained on gets the mean of its group's judged
-      rewards: its advantage is 0 and the others' mean does not move. The group's standard deviation shrinks,
-      however, by `sqrt((J - 1) / (n - 1))`; where advantages are divided by it they must be multiplied by this factor
+      rewards: its advantage is 0 and the others' mean does not move. But the group's standard deviation shrinks by
+      `sqrt((J - 1) / (n - 1))`. Advantages that are divided by it must be multiplied by this factor
       (`spread_factor_P`), else two verdicts among eight rows would earn advantages of 1.87 instead of 0.71.
     - A completion without an outcome stays empty: it stays unscorable.
-
-    Args:
-        outcome_PG (`torch.Tensor` of shape `(P, G)`):
-            Outcome rewards, NaN where a completion has none.
-        rts_PG (`torch.Tensor` of shape `(P, G)`):
-            Reasoning trajectory scores, NaN where there is no verdict.
-        reward_PG (`torch.Tensor` of shape `(P, G)`):
-            Their rewards (see [`rts_to_reward`]), NaN where there is no verdict.
-        failed_P (`torch.Tensor` of shape `(P,)`):
-            Which groups failed.
-
-    Returns:
-        [`JudgedGroups`]
 
     Example:
 
@@ -179,29 +163,13 @@ def fill_mixed_groups(
     judge_weight: float,
 ) -> Tensor:
     """
-    The judge's column for the wrong completions of mixed groups (Eq. 2 read literally: every wrong completion earns the
-    reward of its correct prefix; a correct one keeps its outcome reward).
+    The judge's column for the wrong completions of mixed groups, NaN wherever GRPO's reward stays as it is (Eq. 2 read
+    literally: every wrong completion earns the reward of its correct prefix; a correct one keeps its outcome reward).
 
-    The judge's reward of a wrong completion is scaled down where, with its weight, it would lift that completion above
-    the least correct one of its group, whatever the scale of the outcome. A completion that the judge abstained on gets
-    the mean of its group's judged ones; a group with verdicts for fewer than half of its wrong completions stays empty.
-
-    Args:
-        outcome_PG (`torch.Tensor` of shape `(P, G)`):
-            Outcome rewards, NaN where a completion has none.
-        reward_PG (`torch.Tensor` of shape `(P, G)`):
-            Rewards of the judged completions in [0, 1], NaN where there is no verdict.
-        other_reward_PG (`torch.Tensor` of shape `(P, G)`):
-            The weighted sum of all other rewards.
-        mixed_P (`torch.Tensor` of shape `(P,)`):
-            Which groups are mixed.
-        success_threshold (`float`):
-            A completion is correct when its outcome reward reaches this value.
-        judge_weight (`float`):
-            The weight of the judge's column.
-
-    Returns:
-        `torch.Tensor` of shape `(P, G)`: The judge's column, NaN wherever GRPO's reward stays as it is.
+    The judge's reward is scaled down where, with `judge_weight`, it would lift a wrong completion above the least
+    correct one of its group, whatever the scale of the outcome. A completion that the judge abstained on gets the mean
+    of its group's judged ones. A group with verdicts for fewer than half of its wrong completions stays empty.
+    `other_reward_PG` is the weighted sum of all other rewards.
     """
     wrong_PG = (outcome_PG < success_threshold) & mixed_P.unsqueeze(1)
     correct_PG = (outcome_PG >= success_threshold) & mixed_P.unsqueeze(1)
@@ -221,9 +189,9 @@ def fill_mixed_groups(
 
 def blend_advantages(advantage_PG: Tensor, without_judge_PG: Tensor, factor_P: Tensor) -> Tensor:
     """
-    Scales the judge's part of the advantages, which is what they are more than they would be without the judge:
-    `A = A_without + factor * (A_with - A_without)`. A factor of 1 leaves the values as they are, bit for bit; a factor
-    of 0 gives GRPO's.
+    Scales the judge's part of the advantages, which is what they are more than they would be without the judge: `A =
+    A_without + factor * (A_with - A_without)`. A factor of 1 leaves the values as they are, bit for bit; a factor of 0
+    gives GRPO's.
     """
     factor_PG = factor_P.unsqueeze(1).expand_as(advantage_PG)
     blended_PG = without_judge_PG + factor_PG * (advantage_PG - without_judge_PG)

@@ -1,13 +1,9 @@
 """
-Treatments of failed groups that need no judge: what others have proposed to learn from completions that are all wrong. They are
-the controls of a comparison with a step-wise judge.
-
-Each adds its advantages to those that the rewards of a failed group give (0 if the outcome is the only reward). Shape suffixes:
-`_P` prompts (groups), `_G` completions of a group, `_N` completions, `_T` tokens. NaN means "no value", as in `groups.py`.
-
-Left out on purpose: whatever the papers change besides the advantages of failed groups. NGRPO calibrates mixed groups too and
-clips asymmetrically, RL-ZVP rewards solved groups, LENS penalises the wrong completions of mixed groups and estimates its
-difficulty `D` per prompt.
+Treatments of failed groups that need no judge, the controls of a comparison with a step-wise judge. Each adds its
+advantages to those that the rewards of a failed group give (0 if the outcome is the only reward). Shape suffixes: `_P`
+groups, `_G` completions of a group, `_N` completions, `_T` tokens; NaN means "no value". Left out on purpose: whatever
+the papers change besides failed groups. NGRPO calibrates mixed groups too and clips asymmetrically, RL-ZVP rewards
+solved groups, LENS penalises the wrong completions of mixed groups and estimates its difficulty `D` per prompt.
 """
 
 from typing import TYPE_CHECKING
@@ -103,15 +99,8 @@ class LENS(_WithoutJudge):
 
 def nsr_advantages(outcome_PG: Tensor) -> Tensor:
     """
-    Negative sample reinforcement (NSR, arXiv 2506.01347; also arXiv 2605.07689): `A = -1` for a wrong completion, whatever
-    the others of its group are.
-
-    Args:
-        outcome_PG (`torch.Tensor` of shape `(P, G)`):
-            Outcome rewards of failed groups, NaN where a completion has none.
-
-    Returns:
-        `torch.Tensor` of shape `(P, G)`: The advantages, 0 where there is no outcome.
+    Negative sample reinforcement (NSR, arXiv 2506.01347; also arXiv 2605.07689): `A = -1` for a wrong completion,
+    whatever the others of its group are, and 0 where there is no outcome.
 
     Example:
 
@@ -125,22 +114,13 @@ def nsr_advantages(outcome_PG: Tensor) -> Tensor:
 
 def ngrpo_advantages(outcome_PG: Tensor, max_reward: float = 1.0) -> Tensor:
     """
-    The advantage calibration of NGRPO (arXiv 2509.18851): Eq. 1 with the mean and the standard deviation taken over the
-    rewards of the group and one virtual completion that has the largest reward there is,
-    `A_i = (r_i - mean(r, r_max)) / (std(r, r_max) + 1e-4)`.
+    The advantage calibration of NGRPO (arXiv 2509.18851): Eq. 1 with the mean and the standard deviation taken over
+    the rewards of the group and one virtual completion that has the largest reward there is, `A_i = (r_i - mean(r,
+    r_max)) / (std(r, r_max) + 1e-4)`. For n equal rewards that is `-1 / sqrt(n + 1)`, whatever `r_max` is. 0 where
+    there is no outcome.
 
-    For n equal rewards that is `-1 / sqrt(n + 1)`, whatever `r_max` is. The paper calibrates every group in this way; here
-    the formula is meant for failed groups only. The paper's other half, asymmetric clipping (0.16 below, 0.24 above), is not
-    a matter of advantages: it is `epsilon=0.16, epsilon_high=0.24` of `GRPOConfig`.
-
-    Args:
-        outcome_PG (`torch.Tensor` of shape `(P, G)`):
-            Outcome rewards of failed groups, NaN where a completion has none.
-        max_reward (`float`, *optional*, defaults to `1.0`):
-            The reward `r_max` of the virtual completion.
-
-    Returns:
-        `torch.Tensor` of shape `(P, G)`: The advantages, 0 where there is no outcome.
+    The paper calibrates every group in this way; here the formula is meant for failed groups only. The paper's other
+    half, asymmetric clipping, is `epsilon=0.16, epsilon_high=0.24` of `GRPOConfig`.
 
     Example:
 
@@ -155,20 +135,10 @@ def ngrpo_advantages(outcome_PG: Tensor, max_reward: float = 1.0) -> Tensor:
 
 def zvp_advantages(entropy_NT: Tensor, mask_NT: Tensor, alpha: float = ZVP_ALPHA) -> Tensor:
     """
-    The advantages per token of a wrong completion in RL-ZVP (arXiv 2509.21880): `A_t = -alpha * (max_k H_k - H_t)`, with
-    `H_t` the entropy of the policy where it wrote token t. Where the policy was surest it is blamed most; where it was least
-    sure, that is, where it was exploring, not at all.
-
-    Args:
-        entropy_NT (`torch.Tensor` of shape `(N, T)`):
-            Entropies of the policy that sampled, without gradient.
-        mask_NT (`torch.Tensor` of shape `(N, T)`):
-            True where the policy wrote a token. The others get nothing and take no part in the maximum.
-        alpha (`float`, *optional*, defaults to `0.1`):
-            Scale of the advantages.
-
-    Returns:
-        `torch.Tensor` of shape `(N, T)`: The advantages, 0 outside the mask.
+    The advantages per token of a wrong completion in RL-ZVP (arXiv 2509.21880): `A_t = -alpha * (max_k H_k - H_t)`,
+    with `H_t` the entropy of the policy where it wrote token t. Where the policy was surest it is blamed most; where
+    it was least sure, that is, where it was exploring, not at all. Tokens outside the mask, which the policy did not
+    write, get 0 and take no part in the maximum.
 
     Example:
 
@@ -183,16 +153,8 @@ def zvp_advantages(entropy_NT: Tensor, mask_NT: Tensor, alpha: float = ZVP_ALPHA
 
 def sequence_likelihood(logps_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """
-    The length-normalised likelihood of each completion, `exp(mean_t log pi(y_t))`, the confidence that LENS goes by.
-
-    Args:
-        logps_NT (`torch.Tensor` of shape `(N, T)`):
-            Log-probabilities of the tokens.
-        mask_NT (`torch.Tensor` of shape `(N, T)`):
-            True where the policy wrote a token.
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`: Likelihoods in (0, 1], NaN for a completion without such a token.
+    The length-normalised likelihood of each completion, `exp(mean_t log pi(y_t))`, the confidence that LENS goes by:
+    shape `(N,)`, in (0, 1], NaN for a completion without a token in the mask.
 
     Example:
 
@@ -206,17 +168,9 @@ def sequence_likelihood(logps_NT: Tensor, mask_NT: Tensor) -> Tensor:
 
 def lens_rewards(likelihood_PG: Tensor, difficulty: float = LENS_DIFFICULTY) -> Tensor:
     """
-    The rewards of wrong completions in LENS (arXiv 2510.08696): `r = -pi / (D - pi)`, so that a wrong completion costs the
-    more the surer the policy was of it.
-
-    Args:
-        likelihood_PG (`torch.Tensor` of shape `(P, G)`):
-            Length-normalised likelihoods `pi` (see [`sequence_likelihood`]), NaN where there is none.
-        difficulty (`float`, *optional*, defaults to `1.0`):
-            The estimate `D` in (0, 1]. A likelihood that reaches it is taken to lie just below, where the reward is -999.
-
-    Returns:
-        `torch.Tensor` of shape `(P, G)`: Negative rewards, NaN where there is no likelihood.
+    The rewards of wrong completions in LENS (arXiv 2510.08696): `r = -pi / (D - pi)`, so the surer the policy was of a
+    wrong completion, the more it costs. NaN stays NaN. The difficulty `D` is in (0, 1]. A likelihood that reaches it
+    is taken to lie just below, where the reward is -999.
 
     Example:
 
@@ -231,17 +185,8 @@ def lens_rewards(likelihood_PG: Tensor, difficulty: float = LENS_DIFFICULTY) -> 
 
 def lens_advantages(likelihood_PG: Tensor, difficulty: float = LENS_DIFFICULTY) -> Tensor:
     """
-    The advantages that LENS' rewards (see [`lens_rewards`]) give inside a failed group by Eq. 1. A group of equal
-    likelihoods gets exactly 0: what rounding leaves of such a group is no signal.
-
-    Args:
-        likelihood_PG (`torch.Tensor` of shape `(P, G)`):
-            Length-normalised likelihoods, NaN where there is none.
-        difficulty (`float`, *optional*, defaults to `1.0`):
-            The estimate `D` in (0, 1].
-
-    Returns:
-        `torch.Tensor` of shape `(P, G)`: The advantages, 0 where there is no likelihood.
+    The advantages that LENS' rewards (see [`lens_rewards`]) give inside a failed group by Eq. 1, 0 where there is no
+    likelihood. A group of equal likelihoods gets exactly 0: what rounding leaves of such a group is no signal.
 
     Example:
 

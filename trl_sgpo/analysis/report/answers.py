@@ -1,4 +1,4 @@
-"""From a completion to its answer, by plain text matching: good enough to count distinct answers, not to grade them."""
+"""From a completion to its answer, by text matching: good enough to count distinct answers, not to grade them."""
 
 import re
 from collections.abc import Callable, Hashable
@@ -24,19 +24,10 @@ _MOST_MARKS = 64  # boxes or `####` that are looked at, from the end
 
 def extract_answer(text: str) -> str | None:
     r"""
-    The default extractor. It takes the first of these that exists: the content of the last `\boxed{..}` that is not empty; the
-    text after the last `####` that is no heading; the last number; the last line that is not empty. Of that line it takes the
-    text after the last `;`, so the answer of a chain of blocks is its last block.
-
-    Args:
-        text (`str`):
-            A completion.
-
-    Returns:
-        `str` or `None`: The answer, with normalised white space, minus signs and thousands separators; `None` for an empty
-        text.
-
-    Example:
+    The default extractor. It takes the first of these that exists: the content of the last `\boxed{..}` that is not
+    empty; the text after the last `####` that is no heading; the last number; the last line that is not empty. Of that
+    line it takes the text after the last `;`, so the answer of a chain of blocks is its last block. White space, minus
+    signs and thousands separators are normalised; an empty text gives `None`.
 
     ```python
     >>> extract_answer("3 + 4 = 7, so \\boxed{7}."), extract_answer("It is 1,234.0"), extract_answer("b c [V] ; c b")

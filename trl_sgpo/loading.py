@@ -31,16 +31,9 @@ _DATA_FILE_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", 
 
 def load_object(path: str, argument: str) -> Any:
     """
-    Imports an object by its dotted path, with the working directory on the import path.
-
-    Args:
-        path (`str`):
-            Dotted path, for instance `"my_project.judges.check_units"`.
-        argument (`str`):
-            Name of the argument that holds it, for the error message.
-
-    Raises:
-        ValueError: If it cannot be imported.
+    Imports an object by its dotted path, for instance `"my_project.judges.check_units"`, with the working directory on
+    the import path. `argument` names what holds the path, for the message of the `ValueError` if it cannot be
+    imported.
     """
     module_path, _, name = path.rpartition(".")
     if not module_path:
@@ -61,17 +54,9 @@ def load_object(path: str, argument: str) -> Any:
 
 def load_judge(judge: str, judge_args: dict[str, Any] | str | None = None) -> "StepJudge | StepwiseJudge | Any":
     """
-    The judge that a command line names.
-
-    Args:
-        judge (`str`):
-            A name (one of `JUDGE_NAMES`) or the dotted path of a judge function, a [`StepJudge`] (class or instance), or
-            a ready [`StepwiseJudge`].
-        judge_args (`dict` or `str`, *optional*):
-            Arguments for the constructor of a judge class, as a mapping or as JSON.
-
-    Raises:
-        ValueError: If the judge cannot be imported, or the arguments do not fit it.
+    The judge that a command line names: one of `JUDGE_NAMES`, or the dotted path of a judge function, a [`StepJudge`]
+    (class or instance), or a ready [`StepwiseJudge`]. `judge_args`, a mapping or JSON, go to the constructor of a
+    class. A `ValueError` says what cannot be imported or does not fit.
     """
     arguments = _as_mapping(judge_args, "judge_args", '{"model": "Qwen/Qwen2.5-7B-Instruct"}')
     found = load_object(JUDGE_NAMES.get(judge, judge), "judge")
@@ -89,21 +74,12 @@ def load_judge(judge: str, judge_args: dict[str, Any] | str | None = None) -> "S
 
 
 def load_stepwise_judge(
-    judge: str,
-    judge_args: dict[str, Any] | str | None = None,
-    stepwise_judge_args: dict[str, Any] | str | None = None,
+    judge: str, judge_args: dict[str, Any] | str | None = None, stepwise_judge_args: dict[str, Any] | str | None = None
 ) -> "StepwiseJudge":
     """
-    The [`StepwiseJudge`] that a command line or a YAML file describes.
-
-    Args:
-        judge, judge_args:
-            As in [`load_judge`].
-        stepwise_judge_args (`dict` or `str`, *optional*):
-            Arguments of `StepwiseJudge` but the judge, as a mapping or as JSON. Functions are given by their dotted paths.
-
-    Raises:
-        ValueError: If something cannot be imported, or the arguments do not fit.
+    The [`StepwiseJudge`] that a command line or a YAML file describes. `stepwise_judge_args` are its arguments but the
+    judge, as a mapping or JSON. Functions are given by their dotted paths. A `ValueError` says what cannot be imported
+    or does not fit.
     """
     from trl_sgpo.judges import StepwiseJudge
 
