@@ -8,6 +8,7 @@ higher score. This happened in a public run with such a reward, where accuracy f
 
 import statistics
 from collections import deque
+from collections.abc import Iterable
 
 
 WINDOW = 20  # rounds
@@ -40,7 +41,7 @@ class LengthAlarm:
         self._last.append((length, accuracy))
         if len(self._last) < WINDOW:
             return None
-        (length_before, accuracy_before), (length_now, accuracy_now) = map(_means, (self._first, self._last))
+        (length_before, accuracy_before), (length_now, accuracy_now) = _means(self._first), _means(self._last)
         if length_now < GROWTH * length_before or accuracy_now > accuracy_before:
             return None
         return (
@@ -52,5 +53,6 @@ class LengthAlarm:
         )
 
 
-def _means(rounds: "list[tuple[float, float]] | deque[tuple[float, float]]") -> tuple[float, float]:
-    return statistics.fmean(length for length, _ in rounds), statistics.fmean(accuracy for _, accuracy in rounds)
+def _means(rounds: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    lengths, accuracies = zip(*rounds, strict=True)
+    return statistics.fmean(lengths), statistics.fmean(accuracies)

@@ -223,8 +223,19 @@ def judge_round(
     rows_BN = [[*_numbers(score, judge), n, seconds] for score, n in zip(scores, lengths, strict=True)]
     numbers_BN = torch.tensor(rows_BN, device=round.outcome_PG.device)
     numbers_NPG = gather(numbers_BN).T.reshape(_N_NUMBERS, *round.outcome_PG.shape)
-    *scores_PG, seconds_PG = numbers_NPG
-    return Judged(scores, *scores_PG, reward_PG=judge.rewards(scores_PG[0]), seconds=seconds_PG.max().item())
+    rts_PG, by_steps_PG, by_characters_PG, n_steps_PG, status_PG, called_PG, length_PG, seconds_PG = numbers_NPG
+    return Judged(
+        scores,
+        rts_PG,
+        by_steps_PG,
+        by_characters_PG,
+        n_steps_PG,
+        status_PG,
+        called_PG,
+        length_PG,
+        reward_PG=judge.rewards(rts_PG),
+        seconds=seconds_PG.max().item(),
+    )
 
 
 def _numbers(score: StepScore | None, judge: StepwiseJudge) -> list[float]:
