@@ -282,6 +282,7 @@ def length_table(records: Records) -> str:
             label = ARMS[arm].label + (", last step blamed" if judge == BLAMES_LAST else "")
             lengths = [change(curve, name, 1) for name in ("length", "failed_length", "failed_steps")]
             said = f"update {alarm} of {r['updates']}" if alarm is not None else "silent"
+            said = said if judge == BLAMES_LAST else "-"
             rows.append([label, str(r["seed"]), *lengths, change(curve, "accuracy", 3), said])
     header = ["method", "seed", "tokens per completion", "of failed groups", "steps there", "accuracy", "alarm"]
     return markdown(header, rows)
