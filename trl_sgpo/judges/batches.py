@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from trl_sgpo.judges.log_once import LogOnce
 
@@ -41,26 +42,13 @@ def pad(
     rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask of shape `(n_rows, longest)`, padded on one side."""
-    longest = max(map(len, rows))
-    gaps = [[pad_id] * (longest - len(row)) for row in rows]
-    pairs = list(zip(gaps, rows, strict=True))
-    if side == "left":
-        ids = [[*gap, *row] for gap, row in pairs]
-        mask = [[0] * len(gap) + [1] * len(row) for gap, row in pairs]
-    else:
-        ids = [[*row, *gap] for gap, row in pairs]
-        mask = [[1] * len(row) + [0] * len(gap) for gap, row in pairs]
-    return torch.tensor(ids), torch.tensor(mask)
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    masks = [torch.ones_like(row) for row in ids]
+    return pad_sequence(ids, True, pad_id, side), pad_sequence(masks, True, 0, side)
 
 
 class BatchRunner:
-    """
-    Runs batches of one judge so that a failure costs verdicts and not the training.
-
-    Args:
-        device (`torch.device`):
-            Where the judge's model runs.
-    """
+    """Runs batches of one judge on `device`, so that a failure costs verdicts and not the training."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -75,13 +63,9 @@ class BatchRunner:
         name: str,
     ) -> list[T]:
         """
-        The results of `work` on a batch. If the batch does not fit into the memory, it is halved.
+        The results of `work` on a batch of keys, in order. If the batch does not fit into the memory, it is halved.
 
         Args:
-            work (`Callable`):
-                Keys -> one result per key.
-            keys (`Sequence[int]`):
-                The batch.
             failed (`Callable`):
                 A reason -> the result of a key whose batch failed.
             what (`Callable`):

@@ -16,8 +16,9 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from trl_sgpo.judges.log_once import LogOnce
 from trl_sgpo.judges.server_settings import RequestFormat, ServerSettings, api_key, redact
@@ -26,7 +27,8 @@ from trl_sgpo.judges.server_settings import RequestFormat, ServerSettings, api_k
 if TYPE_CHECKING:
     from aiohttp import ClientResponse, ClientSession
 
-T = TypeVar("T")
+# From the format of a request: something to remember, and the body of the request
+Write = Callable[[RequestFormat], tuple[Any, dict[str, Any]]]
 
 logger = logging.getLogger(__name__)
 log_once = LogOnce(logger)  # one for all servers of the process
@@ -53,6 +55,7 @@ def is_too_long(message: str) -> bool:
     return _TOO_LONG.search(message) is not None and not re.search("response_format|schema", message)
 
 
+@dataclass(eq=False)
 class RequestFailed(Exception):
     """
     Why a request has no answer.
@@ -63,43 +66,29 @@ class RequestFailed(Exception):
         text (`str`):
             The reason of the abstention. Holds no key.
         server (`bool`, *optional*, defaults to `True`):
-            Whether the server is to blame and not the request, so that the breaker counts it and another server may be
-            asked.
-        retry (`bool`, *optional*, defaults to `False`):
-            Whether the same server may be asked again.
-        delay (`float`, *optional*):
-            Seconds after which it wants to be asked again.
+            Whether the server is to blame and not the request. Then the breaker counts it, and another server is asked.
+        retry, delay (`bool` and `float`, *optional*):
+            Whether the same server may be asked again, and after how many seconds it wants to be.
         silent (`bool`, *optional*, defaults to `False`):
-            Whether there simply was no answer in time. Not a fault of a server that answers others meanwhile.
+            Whether there simply was no answer in time. No fault of a server that answers others meanwhile.
         refusal (`str`, *optional*):
-            What the server said, where it may have refused one of the optional keys of the request.
+            What the server said, if it may have refused one of the optional keys of the request.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        text: str,
-        server: bool = True,
-        retry: bool = False,
-        delay: float | None = None,
-        silent: bool = False,
-        refusal: str | None = None,
-    ) -> None:
-        super().__init__(text)
-        self.kind = kind
-        self.text = text
-        self.server = server
-        self.retry = retry
-        self.delay = delay
-        self.silent = silent
-        self.refusal = refusal
+    kind: str
+    text: str
+    server: bool = True
+    retry: bool = False
+    delay: float | None = None
+    silent: bool = False
+    refusal: str | None = None
 
 
 class Breaker:
     """
-    Keeps requests from a server that is down. After `failures` failed requests in a row none is sent for `seconds`. Then one
-    request tries, while the others wait for its result. Each failed trial doubles the pause, up to tenfold. Used in the
-    event loop only.
+    Keeps requests from a server that is down. After `failures` failed requests in a row none is sent for `seconds`.
+    Then one request tries, and the others wait for its result. Each failed trial doubles the pause, up to tenfold.
+    Used in the event loop only.
     """
 
     def __init__(self, label: str, failures: int, seconds: float) -> None:
@@ -147,7 +136,7 @@ class Breaker:
         if self._until is not None:
             self._until, self._pause = None, self.seconds
             logger.warning("The judge's server %s answers again.", self.label)
-        self._end_trial(trial)
+        self.ended(trial)
 
     def failed(self, text: str, trial: bool) -> None:
         self._in_a_row += 1
@@ -166,13 +155,10 @@ class Breaker:
                 text,
                 self._pause,
             )
-        self._end_trial(trial)
+        self.ended(trial)
 
-    def abandoned(self, trial: bool) -> None:
-        """The request ended without telling anything about the server."""
-        self._end_trial(trial)
-
-    def _end_trial(self, trial: bool) -> None:
+    def ended(self, trial: bool) -> None:
+        """A request ended. By itself this tells nothing about the server."""
         if trial and self._trial is not None:
             waiting, self._trial = self._trial, None
             if not waiting.done():
@@ -181,7 +167,7 @@ class Breaker:
 
 class Endpoint:
     """
-    One server. Made and used in the background event loop only.
+    One server. Made and used in the background event loop only. The key is read for every request and kept nowhere.
 
     Args:
         url (`str`):
@@ -189,7 +175,7 @@ class Endpoint:
         session (`ClientSession`):
             Holds the connections.
         settings ([`ServerSettings`]):
-            What is asked, and how. The key is read for every request and kept nowhere.
+            What is asked, and how.
         usage (`Counter`):
             Counters to add to.
         proxy (`str`, *optional*):
@@ -218,22 +204,15 @@ class Endpoint:
         self._walks_left = _WALKS
         self._last_answer = float("-inf")
 
-    async def ask(
-        self, write: Callable[[RequestFormat], tuple[T, dict[str, Any]]], retries: int, end: float
-    ) -> tuple[T, dict[str, Any]]:
+    async def ask(self, write: Write, retries: int, end: float) -> tuple[Any, dict[str, Any]]:
         """
-        Sends one request and brings it to an answer.
+        What `write` gave to remember, and the server's answer: an object with the list that the settings name.
 
         Args:
-            write (`Callable`):
-                Format -> something to remember, and the body of the request.
             retries (`int`):
-                How often it may be sent again if the server fails.
+                How often the request may be sent again if the server fails.
             end (`float`):
                 The deadline, on the clock of `time.monotonic`. The caller cancels then.
-
-        Returns:
-            What `write` gave to remember, and the server's answer: an object with the list that the settings name.
 
         Raises:
             [`RequestFailed`]: If there is no answer.
@@ -244,7 +223,7 @@ class Endpoint:
             answer = await self._retried(write, retries, end, trial)
         except RequestFailed as failure:
             if failure.kind == "breaker" or (failure.silent and self._last_answer > started):
-                self.breaker.abandoned(trial)
+                self.breaker.ended(trial)
             elif failure.server:
                 self.breaker.failed(failure.text, trial)
             else:
@@ -255,14 +234,12 @@ class Endpoint:
             if monotonic() > end - 0.01 and self._last_answer < started:
                 self.breaker.failed("no answer before batch_deadline", trial)
             else:
-                self.breaker.abandoned(trial)
+                self.breaker.ended(trial)
             raise
         self.breaker.succeeded(trial)
         return answer
 
-    async def _retried(
-        self, write: Callable[[RequestFormat], tuple[T, dict[str, Any]]], retries: int, end: float, trial: bool
-    ) -> tuple[T, dict[str, Any]]:
+    async def _retried(self, write: Write, retries: int, end: float, trial: bool) -> tuple[Any, dict[str, Any]]:
         backoff = _FIRST_BACKOFF
         while True:
             try:
@@ -278,9 +255,7 @@ class Endpoint:
             if self.breaker.is_open and not trial:
                 raise self.breaker.failure()
 
-    async def _understood(
-        self, write: Callable[[RequestFormat], tuple[T, dict[str, Any]]]
-    ) -> tuple[T, dict[str, Any]]:
+    async def _understood(self, write: Write) -> tuple[Any, dict[str, Any]]:
         """Sends a request, with fewer and fewer optional keys if the server refuses it."""
         request_format = self.request_format
         try:
@@ -293,33 +268,29 @@ class Endpoint:
             self._is_proven = self._is_proven or request_format == self.request_format
             return answer
         async with self._ladder:  # one request climbs down, and the others that were refused follow it
-            began_with = self.request_format
-            retry_present = request_format != self.request_format
             lower: RequestFormat | None = self.request_format
             named = True
-            while True:
-                if not retry_present:
-                    lower, named = (lower or request_format).without_one(message)
-                retry_present = False
-                # A refusal without an explanation is the request's own fault if others were understood
-                if lower is None or (not named and (self._is_proven or self._walks_left == 0)):
-                    self._walks_left -= self._walks_left > 0 and not self._is_proven
-                    raise refusal
+            if request_format == self.request_format:
+                lower, named = request_format.without_one(message)
+            # A refusal without an explanation is the request's own fault if others were understood
+            while lower is not None and (named or not (self._is_proven or self._walks_left == 0)):
                 try:
                     answer = await self._send(*write(lower))
                 except RequestFailed as failure:
                     if failure.refusal is None:
                         raise
-                    message = failure.refusal
-                    continue
-                if lower != began_with:
-                    self._remember(lower)
-                self._is_proven = True
-                return answer
+                    lower, named = lower.without_one(failure.refusal)
+                else:
+                    if lower != self.request_format:
+                        self._remember(lower)
+                    self._is_proven = True
+                    return answer
+            self._walks_left -= self._walks_left > 0 and not self._is_proven
+            raise refusal
 
     def _remember(self, request_format: RequestFormat) -> None:
-        difference = self.request_format.difference(request_format)
         before = self.request_format
+        difference = before.difference(request_format)
         lost = (before.temperature and not request_format.temperature) or before.extra != request_format.extra
         log_once(
             f"format {self.url} {difference}",
@@ -330,7 +301,7 @@ class Endpoint:
         )
         self.request_format = request_format
 
-    async def _send(self, remembered: T, body: dict[str, Any]) -> tuple[T, dict[str, Any]]:
+    async def _send(self, remembered: Any, body: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         key = api_key(self._settings.api_key_env)
         headers = {"Content-Type": "application/json"}
         if key:
@@ -340,8 +311,7 @@ class Endpoint:
             # Around everything, because a server that sends a byte now and then keeps a read timeout from running out
             async with asyncio.timeout(self._settings.timeout):
                 status, answer_headers, data = await self._post(json.dumps(body).encode(), headers)
-            delay = _retry_after(answer_headers)
-            answer = self._checked(status, data, delay, key)
+            answer = self._checked(status, data, _retry_after(answer_headers), key)
             self._last_answer = monotonic()
             return remembered, answer
         except RequestFailed as failure:
@@ -355,7 +325,6 @@ class Endpoint:
             raise self._failure(error, key) from None
 
     async def _post(self, data: bytes, headers: dict[str, str]) -> tuple[int, Mapping[str, str], bytes]:
-        """Status, headers and body of the answer to one request."""
         async with self._session.post(
             self.url + self._settings.path,
             data=data,
@@ -372,9 +341,8 @@ class Endpoint:
         if isinstance(error, aiohttp.ConnectionTimeoutError):
             return RequestFailed("connection", f"{self.url} could not be reached in time", retry=True, silent=True)
         if isinstance(error, TimeoutError):
-            return RequestFailed(
-                "timeout", f"no answer within timeout={self._settings.timeout:g} s from {self.url}", silent=True
-            )
+            text = f"no answer within timeout={self._settings.timeout:g} s from {self.url}"
+            return RequestFailed("timeout", text, silent=True)
         text = _shortened(redact(f"{self.url}: {type(error).__name__}: {error}", key))
         if isinstance(error, aiohttp.ClientError | OSError):
             return RequestFailed("connection", text, retry=True)
@@ -404,9 +372,8 @@ class Endpoint:
                 raise RequestFailed("too long", f"{self._settings.if_too_long} {text}", server=False)
             raise RequestFailed("refused", text, server=False, refusal=message[:_LONGEST_MESSAGE])
         if status in (401, 403):
-            hint = f"Check the key in the environment variable {self._settings.api_key_env}" + (
-                "." if key else ", which is not set."
-            )
+            hint = f"Check the key in the environment variable {self._settings.api_key_env}"
+            hint += "." if key else ", which is not set."
             raise RequestFailed("key", f"{text}. {hint}")
         if status == 404:
             raise RequestFailed("not found", f"{text}. {self._settings.if_not_found}")

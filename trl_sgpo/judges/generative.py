@@ -1,12 +1,12 @@
 """
 A generative judge in this process: a causal language model that is asked, in words, for the first wrong step.
 
-The question, and how its answer is read, are the same as for a judge on a server ([`JudgePrompt`]). Here transformers
-runs the model. The policy's text reaches the model as text only: control tokens of the tokenizer are broken up in it,
-and a question that still holds one is not asked.
+The question and how its answer is read are those of a judge on a server ([`JudgePrompt`]). The policy's text reaches the
+model as text only: control tokens of the tokenizer are broken up in it, and a question that still holds one is not
+asked.
 
-Left out on purpose: prefix caching, continuous batching, and models on several devices. A server has these. This judge
-is for small models beside the training, and for models that were trained to judge.
+Left out: prefix caching, continuous batching, and models on several devices. A server has these. This judge is for
+small models beside the training, and for models that were trained to judge.
 """
 
 import json
@@ -36,19 +36,15 @@ ANSWER_PREFIX = "FIRST_ERROR:"
 
 _TRIES = 8  # how often a question that is too long is made again with fewer steps
 
+# By index of the item: its question, and the token ids of the question
+Asked = dict[int, tuple[Question, list[int]]]
+
 
 @dataclass
 class Usage:
     """
-    The work of a judge so far.
-
-    Args:
-        calls (`int`):
-            Questions that the model has read. Every vote counts.
-        prompt_tokens (`int`):
-            Tokens of those questions.
-        completion_tokens (`int`):
-            Tokens that the model has written. 0 if it only scores the choices.
+    The work of a judge so far: questions that the model has read (every vote counts), tokens of those questions, and
+    tokens that the model has written (none if it only scores the choices).
     """
 
     calls: int = 0
@@ -61,9 +57,7 @@ class GenerativeJudge(LocalModelJudge):
     Judge that asks a causal language model for the first wrong step. transformers runs the model in this process.
 
     The model gets the tokenizer's chat template if there is one. Otherwise it gets the rules, the question and
-    `Answer:`, with empty lines between them. Its answer must end within `max_new_tokens`: an answer that is cut off is
-    an abstention. A completion that is too long is shown up to the last step that fits, and the verdict on that part
-    counts.
+    `Answer:`, with empty lines between them. If a completion is too long, the verdict is on the steps that fit.
 
     The judge restores torch's random state, so a judge that samples changes nothing in the training around it. The
     model may be loaded while the policy trains under DeepSpeed ZeRO-3.
@@ -82,15 +76,13 @@ class GenerativeJudge(LocalModelJudge):
             of their probability. This takes one forward pass per completion. It suits a small model that was trained
             to judge.
         max_new_tokens (`int`, *optional*, defaults to `1024`):
-            Tokens that the model may write per answer.
+            Tokens that the model may write per answer. An answer that does not end within them is an abstention.
         max_tokens_per_batch (`int`, *optional*, defaults to `16384`):
-            Most tokens of one batch, with answers and padding. A single question with its answer is never longer
-            either. If a batch does not fit into the memory, it is halved.
-        votes (`int`, *optional*, defaults to `1`):
-            Answers per completion. If there are several, the verdict is their plurality, see
+            Most tokens of one batch, with answers and padding, and of a single question with its answer. If a batch
+            does not fit into the memory, it is halved.
+        votes, min_agreement (`int` and `float`, *optional*, default to `1` and `0.5`):
+            Answers per completion, and the share of them that the winner needs. See
             [`~trl_sgpo.judges.combinators.plurality`].
-        min_agreement (`float`, *optional*, defaults to `0.5`):
-            Share of the votes that the winner needs.
         temperature (`float`, *optional*):
             Sampling temperature. Defaults to 0 (greedy decoding) for one vote and to 0.7 for several.
         seed (`int`, *optional*, defaults to `0`):
@@ -209,9 +201,8 @@ class GenerativeJudge(LocalModelJudge):
             self.layout.choice("1")  # raises if this tokenizer cannot
         # A number has hardly more tokens than digits. "none" and "later" have at most one per letter, and one for the
         # space
-        answer = (
-            self.max_new_tokens if self.answer == "generate" else len(self.layout.encode_answer(ANSWER_PREFIX)) + 8
-        )
+        prefix = len(self.layout.answer_prefix)
+        answer = self.max_new_tokens if self.answer == "generate" else prefix + 8
         if longest <= answer:
             raise ValueError(
                 f"max_new_tokens={answer} leaves no room for a question: {self.model_name!r} has room for {own} "
@@ -223,7 +214,6 @@ class GenerativeJudge(LocalModelJudge):
 
     @property
     def cache_key(self) -> str:
-        """Identifies this judge in a cache: it holds all that the verdicts depend on."""
         settings = {
             "revision": self.revision,
             "version": self._version,
@@ -242,54 +232,45 @@ class GenerativeJudge(LocalModelJudge):
 
     def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:
         end = math.inf if self.batch_deadline is None else monotonic() + self.batch_deadline
-        verdicts: list[Verdict | None] = [None] * len(items)
-        asked: dict[int, tuple[Question, list[int]]] = {}
-        for i, item in enumerate(items):
-            try:
-                asked[i] = self.layout.ask(self.prompt, item, self._limit)
-            except Exception as error:
-                verdicts[i] = Verdict.abstain(str(error) or type(error).__name__)
-        self._calls += 1
+        asked, verdicts = self._asked(items)
         try:
             with self._ready():
-                for i, verdict in (self._score if self.answer == "score" else self._generate)(asked, end).items():
-                    verdicts[i] = verdict
+                verdicts |= (self._score if self.answer == "score" else self._generate)(asked, end)
         except Exception as error:  # the model could not be moved
             self._runner.show_traceback(self.name)
-            reason = Verdict.abstain(f"{type(error).__name__}: {error}")
-            return [verdict or reason for verdict in verdicts]
-        return [verdict or self._late() for verdict in verdicts]
+            verdicts |= dict.fromkeys(asked, Verdict.abstain(f"{type(error).__name__}: {error}"))
+        return [verdicts[i] for i in range(len(items))]
 
     def sample(self, items: Sequence[JudgeItem]) -> list[list[tuple[str, Verdict]]]:
         """
         Critiques to train on: `votes` answers of the model per item, each with the verdict that is read from it. An
         item whose question cannot be asked has none.
         """
-        asked = {}
-        for i, item in enumerate(items):
-            try:
-                asked[i] = self.layout.ask(self.prompt, item, self._limit)
-            except Exception as error:
-                logger.info("Item %d is left out: %s", i, error)
-        self._calls += 1
+        asked, failed = self._asked(items)
+        for i, verdict in failed.items():
+            logger.info("Item %d is left out: %s", i, verdict.reason)
         with self._ready():
             answers = self._answers(asked, math.inf)
         return [answers.get(i, []) for i in range(len(items))]
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Written answers
-    # -----------------------------------------------------------------------------------------------------------------
+    def _asked(self, items: Sequence[JudgeItem]) -> tuple[Asked, dict[int, Verdict]]:
+        """The questions of a call, and abstentions on the items that cannot be asked about."""
+        asked: Asked = {}
+        failed: dict[int, Verdict] = {}
+        for i, item in enumerate(items):
+            try:
+                asked[i] = self.layout.ask(self.prompt, item, self._limit)
+            except Exception as error:
+                failed[i] = Verdict.abstain(str(error) or type(error).__name__)
+        self._calls += 1
+        return asked, failed
 
-    def _generate(self, asked: dict[int, tuple[Question, list[int]]], end: float) -> dict[int, Verdict]:
+    def _generate(self, asked: Asked, end: float) -> dict[int, Verdict]:
         answers = self._answers(asked, end)
-        verdicts = {i: [verdict for _, verdict in votes] for i, votes in answers.items()}
-        return {
-            i: votes[0] if self.votes == 1 else plurality(votes, self.min_agreement) for i, votes in verdicts.items()
-        }
+        votes = {i: [verdict for _, verdict in own] for i, own in answers.items()}
+        return {i: own[0] if self.votes == 1 else plurality(own, self.min_agreement) for i, own in votes.items()}
 
-    def _answers(
-        self, asked: dict[int, tuple[Question, list[int]]], end: float
-    ) -> dict[int, list[tuple[str, Verdict]]]:
+    def _answers(self, asked: Asked, end: float) -> dict[int, list[tuple[str, Verdict]]]:
         """Per item, `votes` answers and the verdicts read from them."""
         rows = [i for i in asked for _ in range(self.votes)]
         answers: dict[int, list[tuple[str, Verdict]]] = {i: [] for i in asked}
@@ -303,9 +284,9 @@ class GenerativeJudge(LocalModelJudge):
         return answers
 
     def _read(self, question: Question, ids: list[int]) -> tuple[str, Verdict]:
-        stops = [n for n, id in enumerate(ids) if id in self._eos_ids]
-        text = self.tokenizer.decode(ids[: stops[0]] if stops else ids, skip_special_tokens=True)
-        if stops:
+        ended = bool(ids) and ids[-1] in self._eos_ids
+        text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+        if ended:
             return text, question.verdict(text)
         if len(ids) >= self.max_new_tokens:
             return text, Verdict.abstain(f"the judge's answer was cut off at max_new_tokens={self.max_new_tokens}")
@@ -347,11 +328,7 @@ class GenerativeJudge(LocalModelJudge):
         self.usage.completion_tokens += sum(map(len, answers))
         return answers
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Scored choices
-    # -----------------------------------------------------------------------------------------------------------------
-
-    def _score(self, asked: dict[int, tuple[Question, list[int]]], end: float) -> dict[int, Verdict]:
+    def _score(self, asked: Asked, end: float) -> dict[int, Verdict]:
         rows: list[tuple[int, tuple[int, ...]]] = []  # an item, and a head: tokens after which choices are looked up
         for i, (question, _) in asked.items():
             rows += [(i, head) for head in _longest_heads([self.layout.choice(c) for c in question.choices])]
@@ -359,10 +336,8 @@ class GenerativeJudge(LocalModelJudge):
         found: dict[int, dict[tuple[int, ...], float]] = {i: {} for i in asked}
         verdicts: dict[int, Verdict] = {}
         for batch in token_batches({row: len(own) for row, own in enumerate(ids)}, self.max_tokens_per_batch):
-            heads = [rows[row][1] for row in batch]
-            results = self._in_memory(
-                self._log_probabilities, [ids[row] for row in batch], end, [len(h) for h in heads]
-            )
+            prompts, heads = [ids[row] for row in batch], [rows[row][1] for row in batch]
+            results = self._in_memory(self._log_probabilities, prompts, end, [len(head) for head in heads])
             for row, head, result in zip(batch, heads, results, strict=True):
                 i = rows[row][0]
                 if isinstance(result, Verdict):
@@ -401,10 +376,6 @@ class GenerativeJudge(LocalModelJudge):
         self.usage.calls += len(prompts)
         self.usage.prompt_tokens += sum(map(len, prompts))
         return [logits[row, -1 - n :].float().log_softmax(dim=-1).cpu() for row, n in enumerate(head_lengths)]
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Running the model
-    # -----------------------------------------------------------------------------------------------------------------
 
     def _in_memory(self, run: Any, prompts: list[list[int]], end: float, *columns: list[Any]) -> list[Any]:
         """The results of `run` on a batch, in parts if the memory is too small. A `Verdict` for each that failed."""
@@ -451,12 +422,6 @@ class QuestionLayout:
 
     Train a judge on the same ids: those of [`~QuestionLayout.ask`], then those of [`~QuestionLayout.encode_answer`]
     and an EOS token.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            The model's tokenizer.
-        chat_template_kwargs (`dict`, *optional*):
-            Arguments for the chat template.
     """
 
     def __init__(self, tokenizer: Any, chat_template_kwargs: dict[str, Any] | None = None) -> None:
@@ -514,21 +479,17 @@ class QuestionLayout:
 
     def encode(self, question: Question) -> list[int]:
         """Token ids of a question, up to where the answer begins."""
+        joined = "\n\n".join(message["content"] for message in question.messages)
         if self.tokenizer.chat_template is None:
-            text = "\n\n".join([*(message["content"] for message in question.messages), "Answer:\n"])
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = self.encode_answer(f"{joined}\n\nAnswer:\n")
             bos = self.tokenizer.bos_token_id
-            return list(ids) if bos is None else [bos, *ids]
-        return list(self.tokenizer(self._render(question.messages), add_special_tokens=False)["input_ids"])
-
-    def _render(self, messages: list[dict[str, str]]) -> str:
+            return ids if bos is None else [bos, *ids]
         settings = {"tokenize": False, "add_generation_prompt": True, **self.chat_template_kwargs}
         try:
-            return self.tokenizer.apply_chat_template(messages, **settings)
-        except Exception:
-            # Some families have no system message
-            joined = "\n\n".join(message["content"] for message in messages)
-            return self.tokenizer.apply_chat_template([{"role": "user", "content": joined}], **settings)
+            text = self.tokenizer.apply_chat_template(question.messages, **settings)
+        except Exception:  # some families have no system message
+            text = self.tokenizer.apply_chat_template([{"role": "user", "content": joined}], **settings)
+        return self.encode_answer(text)
 
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an answer, or of its beginning, as it follows a question."""
@@ -548,16 +509,11 @@ class QuestionLayout:
 
 def choice_shares(choices: Sequence[tuple[int, ...]], log_probabilities: Sequence[float]) -> list[float]:
     """
-    The share of each choice in the probability of all choices together.
+    The share of each choice in the probability of all choices together, from their tokens and log-probabilities. All are
+    NaN if one of these is not finite.
 
     If a tokenizer cuts numbers into digits, the probability that a text begins with `1` includes `10` and `12`. These
     are subtracted.
-
-    Args:
-        choices (`Sequence[tuple[int, ...]]`):
-            The tokens of each choice.
-        log_probabilities (`Sequence[float]`):
-            Their log-probabilities.
 
     Example:
 

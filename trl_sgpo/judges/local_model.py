@@ -1,8 +1,6 @@
 """
 The base of the judges that run a model in this process: [`LocalModelJudge`] loads the model or takes a loaded one, and
-moves it to its device and back. The training around the judge stays as it is.
-
-transformers is imported when a model is loaded, not before.
+moves it to its device and back. transformers is imported when a model is loaded, not before.
 """
 
 import os
@@ -28,10 +26,6 @@ class LocalModelJudge(StepJudge):
 
     A subclass writes `_load_model` and `_take_model`, which set its modules, and `_parts`, which lists them. It runs
     the model inside `_ready`. The arguments are those of [`~trl_sgpo.judges.GenerativeJudge`].
-
-    Raises:
-        TypeError: If `model` is neither a string nor a pair.
-        ValueError: If the model cannot be loaded.
     """
 
     _files = "config.json, the weights and the tokenizer's files"  # that a model's folder must have
@@ -161,15 +155,7 @@ def outside_deepspeed() -> Iterator[None]:
     As soon as training arguments with a ZeRO-3 config exist, transformers partitions the parameters of every new model
     over the ranks. The engine of the policy does not gather a judge's parameters, so the judge's first forward pass
     would fail. With FSDP's memory-saving loading only the first rank reads the weights, and nothing would send a
-    judge's weights to the others. Both settings are removed inside the context and restored after it, also after an
-    exception.
-
-    Example:
-
-    ```python
-    >>> with outside_deepspeed():
-    ...     model = AutoModelForCausalLM.from_pretrained(path)
-    ```
+    judge's weights to the others. Both settings are restored after the context, also after an exception.
     """
     from transformers.integrations import deepspeed
 

@@ -8,10 +8,6 @@ class LogOnce:
     """
     Logs the first message of each kind, and no later one.
 
-    Args:
-        logger (`logging.Logger`):
-            Where to log.
-
     Example:
 
     ```python
@@ -34,7 +30,6 @@ class LogOnce:
             self._logger.log(level, message, *args, exc_info=exc_info)
 
     def __contains__(self, kind: str) -> bool:
-        """Whether a message of this kind was logged."""
         return kind in self._logged
 
     def traceback(self, message: str, *args: Any) -> None:

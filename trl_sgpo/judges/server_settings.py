@@ -27,10 +27,7 @@ def check_whole(name: str, number: Any, least: int) -> None:
 
 
 def check_key_name(api_key_env: Any) -> None:
-    """
-    Raises a `ValueError` if an argument is no name of an environment variable, or what that holds cannot be sent. A key that
-    was given instead of a name is not printed.
-    """
+    """Raises a `ValueError` if the argument names no variable, or one that cannot be sent. It prints no key."""
     if not isinstance(api_key_env, str) or not (
         api_key_env in os.environ or re.fullmatch(r"[A-Z][A-Z0-9_]*", api_key_env)
     ):
@@ -42,8 +39,8 @@ def check_key_name(api_key_env: Any) -> None:
     if not (key.isascii() and key.isprintable()):
         # Otherwise the HTTP library would say so, and might show the key
         raise ValueError(
-            f"the environment variable {api_key_env} (api_key_env) holds characters that no HTTP header may have. Set it "
-            "anew."
+            f"the environment variable {api_key_env} (api_key_env) holds characters that no HTTP header may have. Set "
+            "it anew."
         )
 
 
@@ -57,15 +54,13 @@ def redact(text: str, key: str) -> str:
 @dataclass(frozen=True)
 class RequestFormat:
     """
-    Which optional keys a request has. If a server refuses a request, it is asked again with one of them less: the one that
-    its message names, else the output constraint, the temperature, the extra keys and the name of the length limit, in this
-    order.
+    Which optional keys a request has. If a server refuses a request, it is asked again with one of them less: the one
+    that its message names, else the output constraint, the temperature, the extra keys and the name of the length
+    limit, in this order.
 
     Args:
-        output (`str`):
-            `"json_schema"`, `"json_object"` or `"text"`.
-        output_is_fixed (`bool`):
-            Whether the output constraint stays as it is.
+        output, output_is_fixed (`str` and `bool`):
+            `"json_schema"`, `"json_object"` or `"text"`, and whether it stays as it is.
         temperature (`bool`):
             Whether a temperature is sent.
         extra (`tuple[str, ...]`):
@@ -114,22 +109,17 @@ class RequestFormat:
 @dataclass(frozen=True)
 class ServerSettings:
     """
-    What a judge asks its servers, and how. The arguments that are not described here are those of [`OpenAIJudge`].
+    What a judge asks its servers, and how. The other arguments are those of [`OpenAIJudge`].
 
     Args:
-        path (`str`):
-            What follows the base URL.
-        field (`str`):
-            Name of the list that every answer holds.
+        path, field (`str`):
+            What follows the base URL, and the name of the list that every answer holds.
         longest_answer (`int`):
             Bytes of an answer that are read at most.
         if_too_long, if_not_found (`str`):
             What to do if the server refuses a request because of its length, or does not know the path or the model.
         request_format ([`RequestFormat`]):
             What a request holds, unless a server refuses it.
-
-    Raises:
-        ValueError: If an argument is out of its range.
     """
 
     path: str

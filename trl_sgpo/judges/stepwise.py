@@ -1,10 +1,8 @@
 """
 [`StepwiseJudge`]: the reward function that turns a judge's verdicts into rewards.
 
-It owns everything between a completion and its reward: the problem and the reference in the row, the steps, the
-verdict, the RTS, Eq. 2. It does not know which completions deserve judging: [`SGPOTrainer`] decides that. Whatever the
-judge or the segmenter does, it does not raise during training and does not invent a number: what cannot be judged is an
-abstention with its reason.
+It does not know which completions deserve judging: [`SGPOTrainer`] decides that. Whatever the judge or the segmenter
+does, it does not raise during training: what cannot be judged is an abstention with its reason, never a number.
 """
 
 import inspect
@@ -50,23 +48,21 @@ _SEGMENTER_PROBE = "First we add 2 and 3.\n2 + 3 = 5; so x = 5\n\nStep 2: double
 @dataclass(frozen=True)
 class StepScore:
     """
-    What became of one completion.
+    The score of one completion.
 
     Args:
         status (`str`):
-            The verdict's status, after all checks: `"error"`, `"no_error"` or `"abstain"`.
-        first_error (`int` or `None`):
-            0-based index of the first wrong step.
-        n_steps (`int`):
-            Number of steps.
+            The verdict's status after all checks: `"error"`, `"no_error"` or `"abstain"`.
+        first_error, n_steps (`int`):
+            0-based index of the first wrong step, if there is one, and the number of steps.
         rts_steps, rts_characters (`float` or `None`):
-            Reasoning trajectory score by steps and by characters; `None` where the completion stays without a score.
+            Reasoning trajectory score by steps and by characters. `None` for a completion without a score.
         reason (`str`):
             The verdict's reason, or why there is none.
         called (`bool`):
             Whether the judge was asked.
         cut ([`~trl_sgpo.steps.CutCompletion`], *optional*):
-            The completion's text and steps, where it has a first wrong one.
+            The completion's text and steps, if it has a first wrong one.
     """
 
     status: str
@@ -84,18 +80,18 @@ class StepwiseJudge:
     Reward function that rewards the correct prefix of a completion, as found by a step-wise judge.
 
     Put it into `reward_funcs` beside the outcome reward. [`SGPOTrainer`] asks it about the completions of failed groups
-    only; called by any other trainer as a plain reward function, it judges every completion. Its reward column is
-    called `stepwise_judge`.
+    only. Any other trainer calls it as a plain reward function, and then it judges every completion. Its reward column
+    is called `stepwise_judge`.
 
-    The reward of a completion with reasoning trajectory score RTS (arXiv 2505.11595, Eq. 2) is
-    `1 / (1 + exp(-beta * (RTS - gamma)))`, and RTS is the share of the completion before its first wrong step.
+    The reasoning trajectory score RTS is the share of the completion before its first wrong step. The reward is
+    `1 / (1 + exp(-beta * (RTS - gamma)))` (arXiv 2505.11595, Eq. 2).
 
     Args:
         judge ([`StepJudge`] or `Callable`):
             The judge, or a plain function `f(problem, steps, **row) -> int | None` (see [`CallableJudge`]).
         beta (`float`, *optional*, defaults to `10.0`):
-            Steepness of the logistic in Eq. 2. Not GRPO's KL coefficient. The paper's text swaps the two values of
-            `beta` and `gamma`; see [`~trl_sgpo.groups.rts_to_reward`].
+            Steepness of the logistic in Eq. 2, not GRPO's KL coefficient. The paper's text swaps the values of `beta`
+            and `gamma`; see [`~trl_sgpo.groups.rts_to_reward`].
         gamma (`float`, *optional*, defaults to `0.5`):
             The RTS that earns a reward of one half.
         transform (`str`, *optional*, defaults to `"logistic"`):
@@ -107,13 +103,13 @@ class StepwiseJudge:
             [`~trl_sgpo.steps.segment`].
         no_error (`str`, *optional*, defaults to `"abstain"`):
             What "no error" means for a completion that is known to be wrong. `"abstain"`: the judge missed the error,
-            so there is no verdict (else a judge with little recall would pay for writing many steps). `"last_step"`:
-            the last step is the wrong one, for judges that see everything.
+            so there is no verdict. Otherwise a judge with little recall would pay for writing many steps.
+            `"last_step"`: the last step is the wrong one, for judges that see everything.
         reference_column (`str`, *optional*, defaults to `"solution"`):
             The dataset column that holds the reference solution or answer, if there is one.
         include_thinking (`bool`, *optional*, defaults to `False`):
-            Whether steps are cut in `<think>` text too. By default only what follows the thinking is judged, unless
-            nothing does.
+            Whether steps are cut in `<think>` text too. By default only the text after the thinking is judged, if
+            there is any.
 
     Raises:
         TypeError: If `judge` or `segmenter` is of a wrong type.
@@ -140,18 +136,9 @@ class StepwiseJudge:
         reference_column: str = "solution",
         include_thinking: bool = False,
     ) -> None:
-        if inspect.isclass(judge):
-            raise TypeError(
-                f"judge={judge.__name__} is a class, not a judge: give an instance, `StepwiseJudge({judge.__name__}())`."
-            )
         if isinstance(judge, StepwiseJudge):
             raise TypeError("judge is a `StepwiseJudge` already: put it into `reward_funcs` as it is.")
-        if not isinstance(judge, StepJudge) and not callable(judge):
-            raise TypeError(
-                f"judge={judge!r} is neither a `StepJudge` nor a function. Give a judge from `trl_sgpo.judges`, or a "
-                "function `f(problem, steps, **row)` that returns the 0-based index of the first wrong step, or None "
-                "for no error."
-            )
+        self.judge = as_judge(judge)
         if not (beta >= 0 and math.isfinite(beta)):
             raise ValueError(
                 f"beta={beta} must be a finite number of at least 0: with a negative one the reward of Eq. 2 would "
@@ -185,7 +172,6 @@ class StepwiseJudge:
                 )
             _probe(segmenter)
         self.__name__ = REWARD_NAME  # what TRL calls the column of a callable
-        self.judge = judge if isinstance(judge, StepJudge) else CallableJudge(judge)
         self.beta = beta
         self.gamma = gamma
         self.transform = transform
@@ -245,15 +231,10 @@ class StepwiseJudge:
         Cuts, judges and scores a batch of completions. Never raises for what a judge or a segmenter does.
 
         Args:
-            prompts, completions (`Sequence`):
-                One prompt and one completion per row, strings or lists of messages.
-            rows (`Sequence[Mapping[str, Any]]`):
-                The dataset rows they belong to.
+            prompts, completions, rows (`Sequence`):
+                Per completion its prompt, the completion (strings or lists of messages) and its dataset row.
             known_wrong (`bool`, *optional*, defaults to `True`):
-                Whether all these completions are known to be wrong.
-
-        Returns:
-            `list[StepScore]`: One score per completion, in order. RTS is below 1 for completions known to be wrong.
+                Whether all these completions are known to be wrong. Then every RTS is below 1.
         """
         scores: list[StepScore | None] = [None] * len(completions)
         cuts: dict[int, CutCompletion] = {}
@@ -276,7 +257,9 @@ class StepwiseJudge:
             cuts[i] = cut
             items.append(item)
         if items:
-            verdicts = ask(self.judge, items, self._show_judge_traceback)
+            verdicts = ask(
+                self.judge, items, lambda judge: self._show_traceback(f"The judge {judge.name} raised an exception")
+            )
             for (i, cut), verdict in zip(cuts.items(), verdicts, strict=True):
                 scores[i] = self._score(verdict, cut, known_wrong)
         return scores  # type: ignore[return-value]  # every row was filled above
@@ -312,15 +295,31 @@ class StepwiseJudge:
             cut=cut,
         )
 
-    def _show_judge_traceback(self, judge: StepJudge) -> None:
-        self._show_traceback(f"The judge {judge.name} raised an exception")
-
     def _show_traceback(self, what: str) -> None:
         self._log_once.traceback(
             "%s. What it was asked about counts as an abstention; further failures are counted in the metric "
             "`sgpo/abstain_rate` and not shown.",
             what,
         )
+
+
+def as_judge(judge: Any, argument: str = "judge") -> StepJudge:
+    """The judge itself, or a function as a judge; `argument` is what an error calls it."""
+    if inspect.isclass(judge):
+        raise TypeError(
+            f"{argument}={judge.__name__} is a class, not a judge: give an instance, `{judge.__name__}()`."
+        )
+    if isinstance(judge, StepwiseJudge):  # it is callable, but as a reward function
+        raise TypeError(f"{argument} is a `StepwiseJudge`, a reward function: give the judge inside it, its `.judge`.")
+    if isinstance(judge, StepJudge):
+        return judge
+    if not callable(judge):
+        raise TypeError(
+            f"{argument}={judge!r} is neither a `StepJudge` nor a function. Give a judge from `trl_sgpo.judges`, or a "
+            "function `f(problem, steps, **row)` that returns the 0-based index of the first wrong step, or None for "
+            "no error."
+        )
+    return CallableJudge(judge)
 
 
 def problem_text(prompt: Any) -> str:
@@ -360,11 +359,8 @@ _empty_column.__name__ = REWARD_NAME
 
 def take_judge(funcs: list[Any]) -> tuple[StepwiseJudge | None, int | None]:
     """
-    Takes the judge out of a list of reward functions, for a trainer that asks it itself. A function that rewards nothing takes
-    its place.
-
-    Returns:
-        `tuple[StepwiseJudge | None, int | None]`: The judge and its index, `None` if there is none.
+    Takes the judge out of a list of reward functions, for a trainer that asks it itself. A function that rewards
+    nothing takes its place. Returns the judge and its index, or two `None`.
 
     Raises:
         TypeError: If the list holds a judge that no `StepwiseJudge` wraps.

@@ -53,24 +53,7 @@ class Qwen2ForProcessRewardModel(Qwen2PreTrainedModel):
 def load_body_and_head(
     path: str, config: Any, spec: PRMSpec, tokenizer: Any, **kwargs: Any
 ) -> tuple[PreTrainedModel, nn.Module]:
-    """
-    Loads a model from the Hub or a folder. Call it inside `outside_deepspeed()`.
-
-    Args:
-        path (`str`):
-            Hub id or folder.
-        config (`PretrainedConfig`):
-            Its config.
-        spec ([`PRMSpec`]):
-            Which head it has.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer. It gives the ids of the verdict tokens.
-        kwargs:
-            Arguments of `from_pretrained`.
-
-    Raises:
-        ValueError: If the checkpoint has no such head.
-    """
+    """Loads a model from the Hub or a folder, inside `outside_deepspeed()`. `kwargs` go to `from_pretrained`."""
     if spec.head == "value_head":
         # TRL's `AutoModelForCausalLMWithValueHead` and similar classes save it, with a prefix of the names or without
         verbosity = transformers_logging.get_verbosity()
@@ -96,12 +79,7 @@ def load_body_and_head(
 
 
 def body_and_head(model: Any, spec: PRMSpec, tokenizer: Any) -> tuple[PreTrainedModel, nn.Module]:
-    """
-    The body of a loaded model and a copy of its head in float32.
-
-    Raises:
-        ValueError: If the model has no head of the kind that the spec names.
-    """
+    """The body of a loaded model and a copy of its head in float32. A `ValueError` if it has no head as in the spec."""
     if hasattr(model, "get_base_model"):  # PEFT puts its layers into the model, and a wrapper around it
         model = model.get_base_model()
     inner = getattr(model, "pretrained_model", model)  # TRL's models with a value head

@@ -3,12 +3,15 @@ From the scores of the steps to a verdict ([`verdict_from_scores`]), the best th
 ([`best_threshold`]), and the base class of the judges that score steps ([`StepScorer`]).
 """
 
+import json
 import logging
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from trl_sgpo.judges.base import JudgeItem, StepJudge, Verdict
+from trl_sgpo.judges.prm.encoder import EncodedSteps, PRMEncoder
 from trl_sgpo.judges.prm.spec import PRMSpec
 
 
@@ -37,16 +40,13 @@ def verdict_from_scores(
             Number of its steps.
         threshold (`float`):
             A step is wrong if its score is below this.
-        known_wrong (`bool`, *optional*, defaults to `True`):
-            Whether the final answer is known to be wrong.
-        known_wrong_rule (`str`, *optional*, defaults to `"threshold"`):
-            `"argmin"`: if no score is below the threshold and the answer is known to be wrong, the step with the
-            lowest score (the first of several) is the error.
+        known_wrong, known_wrong_rule (`bool` and `str`, *optional*, default to `True` and `"threshold"`):
+            Whether the final answer is known to be wrong. If it is and the rule is `"argmin"`, the verdict is never
+            "no error": without a score below the threshold, the step with the lowest score is the error.
 
     Returns:
-        `Verdict`: Its confidence is the probability that the model gives it. For an error that is one minus the score
-        of the step, for no error the lowest score of all. An abstention if a score is NaN, or if there are more scores
-        than steps.
+        `Verdict`: Its confidence is the probability that the model gives it: one minus the score of the wrong step, or
+        the lowest score of all. An abstention if a score is NaN, or if there are more scores than steps.
 
     Example:
 
@@ -87,10 +87,9 @@ class Calibration:
             The threshold.
         f1 (`float`):
             Harmonic mean of the two accuracies. If all rows are of one kind, it is the accuracy on that kind.
-        accuracy_error (`float` or `None`):
-            Share of the rows with an error whose first error is found exactly.
-        accuracy_correct (`float` or `None`):
-            Share of the rows without an error in which no error is found.
+        accuracy_error, accuracy_correct (`float` or `None`):
+            Share of the rows with an error whose first error is found exactly, and of the rows without one in which
+            none is found.
     """
 
     threshold: float
@@ -110,13 +109,8 @@ def best_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> 
     ranges are equally good, the result is the middle of the widest one.
 
     Args:
-        scores (`Sequence[Sequence[float]]`):
-            Per row, the score of each step.
-        labels (`Sequence[int]`):
-            Per row, the 0-based first wrong step, or -1 for no error.
-
-    Returns:
-        `Calibration`: The threshold in [0, 1], and its accuracies.
+        scores, labels (`Sequence[Sequence[float]]` and `Sequence[int]`):
+            Per row, the score of each step, and the 0-based first wrong step, or -1 for no error.
 
     Raises:
         ValueError: If there are no rows, if rows and labels differ in number, or if a score is outside [0, 1].
@@ -177,19 +171,48 @@ def _harmonic_mean(values: Sequence[float]) -> float:
     return 0.0 if not all(values) else len(values) / sum(1 / value for value in values)
 
 
+def checked_rule(known_wrong_rule: str) -> str:
+    """The rule, if there is one of that name."""
+    if known_wrong_rule not in KNOWN_WRONG_RULES:
+        raise ValueError(
+            f"known_wrong_rule={known_wrong_rule!r} is unknown: it must be one of {list(KNOWN_WRONG_RULES)}."
+        )
+    return known_wrong_rule
+
+
 class StepScorer(StepJudge):
     """
-    Base class of the judges with a process reward model: from scores to verdicts, and the threshold.
+    Base class of the judges with a process reward model: from completions to scores and verdicts, and the threshold.
 
-    A subclass sets `spec` and `known_wrong_rule`, and writes [`~StepScorer.score_steps`].
+    A subclass sets `spec`, `encoder` and `known_wrong_rule`, and writes `_score_encoded`.
     """
 
     spec: PRMSpec
+    encoder: PRMEncoder
     known_wrong_rule: str = "threshold"
+
+    @abstractmethod
+    def _score_encoded(
+        self, items: Sequence[JudgeItem], encoded: dict[int, EncodedSteps]
+    ) -> dict[int, list[float] | str]:
+        """By index of the item, the scores of its first steps, or the reason why there are none."""
 
     def score_steps(self, items: Sequence[JudgeItem]) -> list[list[float] | str]:
         """Per item the scores of its first steps, as many as fit into the model, or the reason why there are none."""
-        raise NotImplementedError
+        results: list[list[float] | str] = [[] for _ in items]
+        encoded: dict[int, EncodedSteps] = {}
+        for i, one in enumerate(self.encoder.encode(items)):
+            if isinstance(one, Exception):
+                results[i] = f"the completion could not be encoded: {type(one).__name__}: {one}"
+            elif one.positions:
+                encoded[i] = one
+        for i, scores in self._score_encoded(items, encoded).items():
+            results[i] = scores
+        return results
+
+    def _layout_text(self) -> str:
+        """The layout and the threshold, for a cache."""
+        return json.dumps({**self.spec.to_config(), "max_length": self.encoder.max_length}, sort_keys=True)
 
     @property
     def threshold(self) -> float:
@@ -201,33 +224,22 @@ class StepScorer(StepJudge):
         self.spec = replace(self.spec, threshold=threshold)
 
     def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:
-        verdicts = []
-        for item, scores in zip(items, self.score_steps(items), strict=True):
-            if isinstance(scores, str):
-                verdicts.append(Verdict.abstain(scores))
-            else:
-                verdicts.append(
-                    verdict_from_scores(
-                        scores, len(item.steps), self.threshold, item.known_wrong, self.known_wrong_rule
-                    )
-                )
-        return verdicts
+        return [
+            Verdict.abstain(scores)
+            if isinstance(scores, str)
+            else verdict_from_scores(scores, len(item.steps), self.threshold, item.known_wrong, self.known_wrong_rule)
+            for item, scores in zip(items, self.score_steps(items), strict=True)
+        ]
 
     def scores(self, items: Sequence[JudgeItem]) -> list[list[float]]:
         """
-        The score of every step, the probability that it is right.
-
-        Args:
-            items (`Sequence[JudgeItem]`):
-                The completions.
-
-        Returns:
-            `list[list[float]]`: Per item one score per step, in order. NaN for steps that could not be scored, for
-            instance because the completion is too long.
+        Per item, the score of every step: the probability that it is right. NaN for steps that could not be scored,
+        for instance because the completion is too long.
         """
         return [
-            [math.nan] * len(item.steps) if isinstance(scores, str) else _padded(scores, len(item.steps))
-            for item, scores in zip(items, self.score_steps(items), strict=True)
+            [*scores, *[math.nan] * (len(item.steps) - len(scores))]
+            for item, given in zip(items, self.score_steps(items), strict=True)
+            for scores in [[] if isinstance(given, str) else given]
         ]
 
     def calibrate(self, items: Sequence[JudgeItem], labels: Sequence[int]) -> Calibration:
@@ -238,10 +250,8 @@ class StepScorer(StepJudge):
         completions like those that will be judged, but not on those that test the judge.
 
         Args:
-            items (`Sequence[JudgeItem]`):
-                The completions.
-            labels (`Sequence[int]`):
-                Per completion, its 0-based first wrong step, or -1 for no error.
+            items, labels (`Sequence[JudgeItem]` and `Sequence[int]`):
+                The completions, and per completion its 0-based first wrong step, or -1 for no error.
 
         Returns:
             `Calibration`: The threshold and its accuracies. `judge.spec.to_config()` holds the new threshold, for the
@@ -269,7 +279,3 @@ class StepScorer(StepJudge):
         calibration = best_threshold(*zip(*rows, strict=True))
         self.threshold = calibration.threshold
         return calibration
-
-
-def _padded(scores: list[float], length: int) -> list[float]:
-    return scores + [math.nan] * (length - len(scores))

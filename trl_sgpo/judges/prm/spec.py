@@ -96,20 +96,13 @@ class PRMSpec:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("head", get_args(Head)),
-            ("template", get_args(Template)),
-            ("read_at", get_args(ReadAt)),
-            ("activation", get_args(Activation)),
-        ):
+        literals = {"head": Head, "template": Template, "read_at": ReadAt, "activation": Activation}
+        for name, choices in ((name, get_args(literal)) for name, literal in literals.items()):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name}={value!r} is unknown: it must be one of {list(choices)}.")
-        if (
-            isinstance(self.threshold, bool)
-            or not isinstance(self.threshold, int | float)
-            or not 0 <= self.threshold <= 1
-        ):
+        is_number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
+        if not (is_number and 0 <= self.threshold <= 1):
             raise ValueError(
                 f"threshold={self.threshold!r} must be a number in [0, 1]. A score is a probability, and a step is "
                 "wrong if its score is below the threshold. Find a threshold with `PRMJudge.calibrate`, or use 0.5."
@@ -159,7 +152,7 @@ class PRMSpec:
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "PRMSpec":
         """
-        The spec of a known family of models, with changes if there are any.
+        The spec of a known family of models.
 
         Args:
             name (`str`):
@@ -168,9 +161,6 @@ class PRMSpec:
                 (Skywork-o1-Open-PRM).
             changes:
                 Fields of the spec that differ, for instance `threshold=0.3`.
-
-        Raises:
-            ValueError: If the name is unknown, or the changed spec is not valid.
         """
         if name not in PRESETS:
             raise ValueError(
@@ -181,14 +171,9 @@ class PRMSpec:
     @classmethod
     def from_config(cls, config: Any) -> "PRMSpec":
         """
-        The spec of a model: the one in its config under `"prm_spec"`, else the preset of its architecture or its name.
-
-        Args:
-            config (`PretrainedConfig` or `Mapping`):
-                The model's config, or the contents of its `config.json`.
-
-        Raises:
-            ValueError: If the config gives no spec, or an invalid one.
+        The spec of a model, from its config (a `PretrainedConfig`, or the contents of its `config.json`): the one under
+        `"prm_spec"`, else the preset of its architecture or its name. A `ValueError` if it gives none, or an invalid
+        one.
         """
         values = config if isinstance(config, Mapping) else config.__dict__
         given = values.get(CONFIG_KEY)
@@ -204,12 +189,12 @@ class PRMSpec:
         architectures = [str(name) for name in values.get("architectures") or []]
         path = str(values.get("_name_or_path") or "")
         # The architecture says more than a name. Of a path only the end is the model's name
-        for preset, marks in _MARKS.items():
-            if any(name.endswith(mark) for name in architectures for mark in marks.architectures):
+        for mark, preset in _ARCHITECTURES.items():
+            if any(name.endswith(mark) for name in architectures):
                 return cls.preset(preset)
         name = "/".join(path.lower().rstrip("/").split("/")[-2:])
-        for preset, marks in _MARKS.items():
-            if any(all(word in name for word in words) for words in marks.names):
+        for words, preset in _NAMES.items():
+            if all(word in name for word in words):
                 return cls.preset(preset)
         raise ValueError(
             f"spec=None, and the config of {path or 'this model'!r} (architectures {architectures}) does not say how "
@@ -227,14 +212,6 @@ class PRMSpec:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Marks:
-    """How a family is recognised: ends of architecture names, and sets of words that all occur in a model's name."""
-
-    architectures: tuple[str, ...] = ()
-    names: tuple[tuple[str, ...], ...] = ()
-
-
 PRESETS: dict[str, PRMSpec] = {
     "qwen2.5-math-prm": PRMSpec(
         template="chat",
@@ -243,20 +220,21 @@ PRESETS: dict[str, PRMSpec] = {
     ),
     "trl": PRMSpec(separator="\n", keep_prefix_space=True),
     "math-shepherd": PRMSpec(
-        head="causal_lm",
-        separator=" ки",
-        before_first_step=" ",
-        before_next_steps="\n",
-        step_label="Step {number}: ",
+        head="causal_lm", separator=" ки", before_first_step=" ", before_next_steps="\n", step_label="Step {number}: "
     ),
     "rlhflow": PRMSpec(head="causal_lm", template="turns", separator="", read_at="verdict", before_first_step=" "),
     "skywork": PRMSpec(head="value_head", separator="\n", activation="sigmoid", before_first_step="\n"),
 }
 
-_MARKS: dict[str, _Marks] = {
-    "qwen2.5-math-prm": _Marks(architectures=("ForProcessRewardModel",)),
-    "skywork": _Marks(architectures=("ForPrmModel",), names=(("skywork", "prm"),)),
-    "math-shepherd": _Marks(names=(("math-shepherd", "prm"),)),
-    "rlhflow": _Marks(names=(("rlhflow", "prm"), ("llama3.1-8b-prm",))),
-    "trl": _Marks(architectures=("ForTokenClassification",)),
+# How a family is recognised: by the end of an architecture's name, and by words that all occur in a model's name
+_ARCHITECTURES = {
+    "ForProcessRewardModel": "qwen2.5-math-prm",
+    "ForPrmModel": "skywork",
+    "ForTokenClassification": "trl",
+}
+_NAMES = {
+    ("skywork", "prm"): "skywork",
+    ("math-shepherd", "prm"): "math-shepherd",
+    ("rlhflow", "prm"): "rlhflow",
+    ("llama3.1-8b-prm",): "rlhflow",
 }
