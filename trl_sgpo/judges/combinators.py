@@ -74,16 +74,7 @@ def check_min_agreement(min_agreement: Any) -> None:
 
 
 def earliest(votes: Sequence[Verdict]) -> Verdict:
-    """
-    The verdict with the smallest first error, else a "no error". An abstention if all votes abstain.
-
-    Example:
-
-    ```python
-    >>> earliest([Verdict.error(3), Verdict.no_error(), Verdict.error(1, reason="5 is not 4")]).reason
-    '5 is not 4'
-    ```
-    """
+    """The verdict with the smallest first error, else a "no error". An abstention if all votes abstain."""
     errors = [(vote.first_error, i) for i, vote in enumerate(votes) if vote.first_error is not None]
     if errors:
         return votes[min(errors)[1]]
@@ -144,8 +135,8 @@ class MajorityVote(Combinator):
             abstains. With `0` every plurality wins.
 
     Raises:
-        TypeError: If `judges` is no list, a member is neither a judge nor a function, or `min_agreement` no number.
-        ValueError: If `judges` is empty or `min_agreement` lies outside [0, 1].
+        TypeError, ValueError: If `judges` is no list or empty, a member is neither a judge nor a function, or
+            `min_agreement` is no number in [0, 1].
 
     Example:
 
@@ -179,7 +170,7 @@ class EarliestError(Combinator):
 
     Args:
         judges (`Sequence[StepJudge | Callable]`):
-            The members. All are asked about every completion. Errors are raised as by [`MajorityVote`].
+            The members. All are asked about every completion.
 
     Example:
 
@@ -203,7 +194,7 @@ class Fallback(Combinator):
 
     Args:
         judges (`Sequence[StepJudge | Callable]`):
-            The members, in the order in which they are asked. Errors are raised as by [`MajorityVote`].
+            The members, in the order in which they are asked.
 
     Example:
 

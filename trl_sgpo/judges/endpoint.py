@@ -3,8 +3,7 @@ One server that judges ask: whether it is up ([`Breaker`]), and how one request 
 [`RequestFailed`] ([`Endpoint`]). What is asked is in `server_settings.py`, several servers are in `servers.py`.
 
 The client is aiohttp and not the package `openai`, because a judged round takes longer with that one
-(`benchmarks/judge_throughput`). Retries, Retry-After and the bound on requests under way would be ours in any case: they
-depend on the deadline and the breaker, which have to see every answer.
+(`benchmarks/judge_throughput`). Its retries could not be used: they depend on the deadline and the breaker here.
 """
 
 import asyncio
@@ -37,8 +36,7 @@ LONGEST_WAIT = 60.0  # seconds: a server that asks for more by Retry-After is no
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.5, 8.0  # seconds
 _LONGEST_TEXT = 200  # characters of a server's message that a reason keeps
 _LONGEST_MESSAGE = 4000  # characters of it that are looked through for what was refused
-# How often the whole ladder is tried in vain before an unexplained refusal is taken for the request's fault
-_WALKS = 8
+_WALKS = 8  # of the whole ladder in vain, before an unexplained refusal is taken for the request's fault
 _LONGEST_PAUSE = 10  # times the first pause of the breaker
 
 # As OpenAI, vLLM, SGLang, llama.cpp, TGI and Anthropic's adapter say that a prompt is too long
@@ -57,31 +55,15 @@ def is_too_long(message: str) -> bool:
 
 @dataclass(eq=False)
 class RequestFailed(Exception):
-    """
-    Why a request has no answer.
+    """Why a request has no answer."""
 
-    Args:
-        kind (`str`):
-            Which kind of failure, for the log: the first of each kind is shown.
-        text (`str`):
-            The reason of the abstention. Holds no key.
-        server (`bool`, *optional*, defaults to `True`):
-            Whether the server is to blame and not the request. Then the breaker counts it, and another server is asked.
-        retry, delay (`bool` and `float`, *optional*):
-            Whether the same server may be asked again, and after how many seconds it wants to be.
-        silent (`bool`, *optional*, defaults to `False`):
-            Whether there simply was no answer in time. No fault of a server that answers others meanwhile.
-        refusal (`str`, *optional*):
-            What the server said, if it may have refused one of the optional keys of the request.
-    """
-
-    kind: str
-    text: str
-    server: bool = True
-    retry: bool = False
-    delay: float | None = None
-    silent: bool = False
-    refusal: str | None = None
+    kind: str  # of failure: the first of each kind is logged
+    text: str  # the reason of the abstention, without any key
+    server: bool = True  # whether the server is to blame: the breaker counts it, and another server is asked
+    retry: bool = False  # whether the same server may be asked again
+    delay: float | None = None  # seconds after which it wants to be asked again
+    silent: bool = False  # no answer in time, which is no fault of a server that answers others meanwhile
+    refusal: str | None = None  # what the server said, if it may have refused an optional key of the request
 
 
 class Breaker:
@@ -165,40 +147,21 @@ class Breaker:
                 waiting.set_result(None)
 
 
+@dataclass(eq=False)
 class Endpoint:
-    """
-    One server. Made and used in the background event loop only. The key is read for every request and kept nowhere.
+    """One server, made and used in the background event loop only. The key is read for every request and kept nowhere."""
 
-    Args:
-        url (`str`):
-            Its base URL, without credentials.
-        session (`ClientSession`):
-            Holds the connections.
-        settings ([`ServerSettings`]):
-            What is asked, and how.
-        usage (`Counter`):
-            Counters to add to.
-        proxy (`str`, *optional*):
-            URL of a proxy.
-    """
+    url: str  # the base URL, without credentials
+    session: "ClientSession"
+    settings: ServerSettings
+    usage: "Counter[str]"  # to be added to
+    proxy: str | None = None
 
-    def __init__(
-        self,
-        url: str,
-        session: "ClientSession",
-        settings: ServerSettings,
-        usage: "Counter[str]",
-        proxy: str | None = None,
-    ) -> None:
-        self.url = url
-        self.request_format = settings.request_format
-        self.slots = asyncio.Semaphore(settings.max_concurrency)
+    def __post_init__(self) -> None:
+        self.request_format = self.settings.request_format
+        self.slots = asyncio.Semaphore(self.settings.max_concurrency)
         self.outstanding = 0
-        self.breaker = Breaker(url, settings.breaker_failures, settings.breaker_seconds)
-        self._session = session
-        self._settings = settings
-        self._usage = usage
-        self._proxy = proxy
+        self.breaker = Breaker(self.url, self.settings.breaker_failures, self.settings.breaker_seconds)
         self._ladder = asyncio.Lock()
         self._is_proven = False  # whether a request in `request_format` was answered
         self._walks_left = _WALKS
@@ -206,16 +169,8 @@ class Endpoint:
 
     async def ask(self, write: Write, retries: int, end: float) -> tuple[Any, dict[str, Any]]:
         """
-        What `write` gave to remember, and the server's answer: an object with the list that the settings name.
-
-        Args:
-            retries (`int`):
-                How often the request may be sent again if the server fails.
-            end (`float`):
-                The deadline, on the clock of `time.monotonic`. The caller cancels then.
-
-        Raises:
-            [`RequestFailed`]: If there is no answer.
+        What `write` gave to remember, and the server's answer. The caller cancels at `end`, on the clock of
+        `time.monotonic`. Raises [`RequestFailed`] if there is no answer.
         """
         trial = await self.breaker.admission()
         started = monotonic()
@@ -250,7 +205,7 @@ class Endpoint:
                     raise
             retries -= 1
             backoff = min(2 * backoff, _LONGEST_BACKOFF)
-            self._usage["retries"] += 1
+            self.usage["retries"] += 1
             await asyncio.sleep(delay)
             if self.breaker.is_open and not trial:
                 raise self.breaker.failure()
@@ -302,14 +257,14 @@ class Endpoint:
         self.request_format = request_format
 
     async def _send(self, remembered: Any, body: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        key = api_key(self._settings.api_key_env)
+        key = api_key(self.settings.api_key_env)
         headers = {"Content-Type": "application/json"}
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        self._usage["requests"] += 1
+        self.usage["requests"] += 1
         try:
             # Around everything, because a server that sends a byte now and then keeps a read timeout from running out
-            async with asyncio.timeout(self._settings.timeout):
+            async with asyncio.timeout(self.settings.timeout):
                 status, answer_headers, data = await self._post(json.dumps(body).encode(), headers)
             answer = self._checked(status, data, _retry_after(answer_headers), key)
             self._last_answer = monotonic()
@@ -317,22 +272,22 @@ class Endpoint:
         except RequestFailed as failure:
             if not failure.server:
                 self._last_answer = monotonic()
-            self._usage["failures"] += failure.refusal is None
+            self.usage["failures"] += failure.refusal is None
             raise
         except Exception as error:
-            self._usage["failures"] += 1
+            self.usage["failures"] += 1
             # The original error may hold the request with its headers
             raise self._failure(error, key) from None
 
     async def _post(self, data: bytes, headers: dict[str, str]) -> tuple[int, Mapping[str, str], bytes]:
-        async with self._session.post(
-            self.url + self._settings.path,
+        async with self.session.post(
+            self.url + self.settings.path,
             data=data,
             headers=headers,
-            proxy=self._proxy,
+            proxy=self.proxy,
             allow_redirects=False,  # one would turn the POST into a GET, or carry the key elsewhere
         ) as response:
-            return response.status, response.headers, await _read(response, self._settings.longest_answer)
+            return response.status, response.headers, await _read(response, self.settings.longest_answer)
 
     def _failure(self, error: Exception, key: str) -> RequestFailed:
         """What is said of an exception of the client."""
@@ -341,7 +296,7 @@ class Endpoint:
         if isinstance(error, aiohttp.ConnectionTimeoutError):
             return RequestFailed("connection", f"{self.url} could not be reached in time", retry=True, silent=True)
         if isinstance(error, TimeoutError):
-            text = f"no answer within timeout={self._settings.timeout:g} s from {self.url}"
+            text = f"no answer within timeout={self.settings.timeout:g} s from {self.url}"
             return RequestFailed("timeout", text, silent=True)
         text = _shortened(redact(f"{self.url}: {type(error).__name__}: {error}", key))
         if isinstance(error, aiohttp.ClientError | OSError):
@@ -355,10 +310,10 @@ class Endpoint:
         except (ValueError, RecursionError):
             answer = None
         if 200 <= status < 300:
-            if isinstance(answer, dict) and isinstance(answer.get(self._settings.field), list):
+            if isinstance(answer, dict) and isinstance(answer.get(self.settings.field), list):
                 return answer
             if not isinstance(answer, dict) or not answer.get("error"):
-                what = "no JSON" if answer is None else f"JSON without a list of {self._settings.field}"
+                what = "no JSON" if answer is None else f"JSON without a list of {self.settings.field}"
                 text = _shortened(redact(data.decode(errors="replace"), key))
                 raise RequestFailed("no answer", f"{self.url} answered with {what}: {text}")
             # Routers report what a provider said in an answer of status 200
@@ -369,14 +324,14 @@ class Endpoint:
         text = f"HTTP {status} from {self.url}: {_shortened(message)}"
         if status in (400, 413, 422, 501):
             if status == 413 or is_too_long(message[:_LONGEST_MESSAGE]):
-                raise RequestFailed("too long", f"{self._settings.if_too_long} {text}", server=False)
+                raise RequestFailed("too long", f"{self.settings.if_too_long} {text}", server=False)
             raise RequestFailed("refused", text, server=False, refusal=message[:_LONGEST_MESSAGE])
         if status in (401, 403):
-            hint = f"Check the key in the environment variable {self._settings.api_key_env}"
+            hint = f"Check the key in the environment variable {self.settings.api_key_env}"
             hint += "." if key else ", which is not set."
             raise RequestFailed("key", f"{text}. {hint}")
         if status == 404:
-            raise RequestFailed("not found", f"{text}. {self._settings.if_not_found}")
+            raise RequestFailed("not found", f"{text}. {self.settings.if_not_found}")
         if status in (408, 409, 425, 429) or status >= 500:
             if delay is not None and delay > LONGEST_WAIT:
                 raise RequestFailed(f"HTTP {status}", f"{text} (Retry-After: {delay:.0f} s)")

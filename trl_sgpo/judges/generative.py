@@ -42,14 +42,11 @@ Asked = dict[int, tuple[Question, list[int]]]
 
 @dataclass
 class Usage:
-    """
-    The work of a judge so far: questions that the model has read (every vote counts), tokens of those questions, and
-    tokens that the model has written (none if it only scores the choices).
-    """
+    """The work of a judge so far."""
 
-    calls: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    calls: int = 0  # questions that the model has read; every vote counts
+    prompt_tokens: int = 0  # of those questions
+    completion_tokens: int = 0  # that the model has written; 0 if it only scores the choices
 
 
 class GenerativeJudge(LocalModelJudge):
@@ -537,14 +534,6 @@ def choice_shares(choices: Sequence[tuple[int, ...]], log_probabilities: Sequenc
 
 
 def _longest_heads(choices: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """
-    The fewest token rows after which every choice's tokens can be looked up. The model must read all of a choice but
-    its last token.
-
-    ```python
-    >>> _longest_heads([(1,), (2,), (1, 0), (1, 2)])
-    [(1,)]
-    ```
-    """
+    """The fewest token rows after which every choice can be looked up: the model reads all but its last token."""
     heads = sorted({choice[:-1] for choice in choices})
     return [h for h in heads if not any(other != h and other[: len(h)] == h for other in heads)]

@@ -57,24 +57,13 @@ class RequestFormat:
     Which optional keys a request has. If a server refuses a request, it is asked again with one of them less: the one
     that its message names, else the output constraint, the temperature, the extra keys and the name of the length
     limit, in this order.
-
-    Args:
-        output, output_is_fixed (`str` and `bool`):
-            `"json_schema"`, `"json_object"` or `"text"`, and whether it stays as it is.
-        temperature (`bool`):
-            Whether a temperature is sent.
-        extra (`tuple[str, ...]`):
-            Keys of `extra_body` that are sent.
-        length_key (`str`):
-            Name of the length limit. Most servers know `"max_tokens"`; OpenAI's newer models want
-            `"max_completion_tokens"`.
     """
 
-    output: str = "json_schema"
+    output: str = "json_schema"  # or "json_object" or "text"
     output_is_fixed: bool = False
-    temperature: bool = True
-    extra: tuple[str, ...] = ()
-    length_key: str = "max_tokens"
+    temperature: bool = True  # whether one is sent
+    extra: tuple[str, ...] = ()  # the keys of `extra_body` that are sent
+    length_key: str = "max_tokens"  # OpenAI's newer models want "max_completion_tokens"
 
     def without_one(self, message: str) -> tuple["RequestFormat | None", bool]:
         """The next format to try after a refusal, `None` if there is none, and whether the message named the key."""
@@ -108,26 +97,14 @@ class RequestFormat:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """
-    What a judge asks its servers, and how. The other arguments are those of [`OpenAIJudge`].
+    """What a judge asks its servers, and how. What has no comment is an argument of [`OpenAIJudge`]."""
 
-    Args:
-        path, field (`str`):
-            What follows the base URL, and the name of the list that every answer holds.
-        longest_answer (`int`):
-            Bytes of an answer that are read at most.
-        if_too_long, if_not_found (`str`):
-            What to do if the server refuses a request because of its length, or does not know the path or the model.
-        request_format ([`RequestFormat`]):
-            What a request holds, unless a server refuses it.
-    """
-
-    path: str
-    field: str
-    longest_answer: int
-    if_too_long: str
-    if_not_found: str
-    request_format: RequestFormat
+    path: str  # what follows the base URL
+    field: str  # name of the list that every answer holds
+    longest_answer: int  # bytes that are read at most
+    if_too_long: str  # what to do if a server refuses a request because of its length
+    if_not_found: str  # what to do if a server does not know the path or the model
+    request_format: RequestFormat  # what a request holds, unless a server refuses it
     api_key_env: str
     max_concurrency: int
     timeout: float

@@ -29,46 +29,23 @@ _LONGEST_REASON = 1000  # characters
 
 @dataclass(frozen=True)
 class Request(Generic[T]):
-    """
-    One request of a batch.
+    """One request of a batch."""
 
-    Args:
-        group (`Hashable`):
-            Requests of the same group are sent one after the other and to the same server, so that it computes their
-            common beginning once.
-        write, read (`Callable`):
-            Format -> something to remember, and the body of the request. What was remembered, and the server's answer
-            -> the result.
-    """
-
+    # Requests of one group go to the same server, one after the other, so that it computes their common beginning once
     group: Hashable
     write: Write
-    read: Callable[[Any, dict[str, Any]], T]
+    read: Callable[[Any, dict[str, Any]], T]  # what was remembered, and the server's answer -> the result
 
 
 class Servers:
-    """
-    One or several servers with the same model, which share the work and stand in for each other.
-
-    Args:
-        judge (`str`):
-            Name of the judge, for the log.
-        base_url (`str` or `Sequence[str]`):
-            Their addresses.
-        settings ([`ServerSettings`]):
-            What is asked, and how.
-
-    Attributes:
-        endpoints (`list[Endpoint]`): The servers as this process knows them. None before the first request.
-        usage (`Counter`): See [`OpenAIJudge.usage`].
-    """
+    """One or several servers with the same model, which share the work and stand in for each other, for one judge."""
 
     def __init__(self, judge: str, base_url: str | Sequence[str], settings: ServerSettings) -> None:
         self.judge = judge
         self.base_urls = checked_urls(base_url)
         self.settings = settings
         self.usage: Counter[str] = Counter()
-        self.endpoints: list[Endpoint] = []
+        self.endpoints: list[Endpoint] = []  # of this process; none before the first request
         self._loop: asyncio.AbstractEventLoop | None = None  # to which the endpoints belong
         try:  # so that a missing package is found before any training
             import aiohttp  # noqa: F401

@@ -17,22 +17,11 @@ _STEP_LABEL = re.compile(r"\s*step\s*\d+\s*[:.)]", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class EncodedSteps:
-    """
-    One completion as the model reads it.
+    """One completion as the model reads it."""
 
-    Args:
-        ids (`list[int]`):
-            Token ids, up to the last score that fits into the model's context.
-        positions, starts (`list[int]`):
-            Indices in `ids` at which the scores are read and at which these steps begin, in order. There are fewer than
-            `n_steps` if not all steps fit.
-        n_steps (`int`):
-            Number of steps of the completion.
-    """
-
-    ids: list[int]
-    positions: list[int]
-    starts: list[int]
+    ids: list[int]  # up to the last score that fits into the model's context
+    positions: list[int]  # indices in `ids` at which the scores are read; fewer than `n_steps` if not all steps fit
+    starts: list[int]  # indices in `ids` at which these steps begin
     n_steps: int
 
 
@@ -43,16 +32,7 @@ class PRMEncoder:
     The ids are joined piece by piece, and the positions are noted on the way. Nothing searches for the separator,
     because the policy may have written one itself. The text of the policy, of tools and of the data set is encoded as
     plain text: it cannot contain a special token or a token of the layout. A model that is trained on these ids is
-    scored on the same ids.
-
-    Args:
-        tokenizer, spec (`PreTrainedTokenizerBase` and [`PRMSpec`]):
-            The model's tokenizer and its layout.
-        max_length (`int`, *optional*):
-            Most tokens that the model reads. No limit by default. The spec's own `max_length` has priority.
-
-    Raises:
-        ValueError: If the tokenizer does not go with the spec, for example because it has no suitable chat template.
+    scored on the same ids. Raises a `ValueError` if the tokenizer does not go with the spec.
 
     Example:
 
@@ -67,7 +47,7 @@ class PRMEncoder:
     def __init__(self, tokenizer: Any, spec: PRMSpec, max_length: int | None = None) -> None:
         self.tokenizer = tokenizer
         self.spec = spec
-        self.max_length = spec.max_length or max_length
+        self.max_length = spec.max_length or max_length  # of tokens that the model reads; `None`: no limit
         # SentencePiece tokenizers put a space before every text. So a text that stands inside another one is encoded
         # after an anchor. A newline is one, because in their vocabularies it never merges with the text after it
         self._anchor = self._plain("\n")
