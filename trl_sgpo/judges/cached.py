@@ -132,7 +132,11 @@ class CachedJudge(StepJudge):
         self.misses += len(to_ask)
         self.hits += len(items) - len(to_ask)
         if to_ask:
-            answers = ask(self.wrapped, list(to_ask.values()), self._show_traceback)
+            answers = ask(
+                self.wrapped,
+                list(to_ask.values()),
+                lambda judge: self._log_once.failed(f"The judge {judge.name} raised an exception"),
+            )
             known.update(zip(to_ask, answers, strict=True))
             texts = [(mark, _written(answer)) for mark, answer in zip(to_ask, answers, strict=True)]
             rows = [(mark, text) for mark, text in texts if isinstance(mark, bytes) and text is not None]
@@ -180,10 +184,8 @@ class CachedJudge(StepJudge):
         except Exception as error:
             self._log_once(
                 "key",
-                "A completion cannot be cached, because it or its row cannot be written as JSON (%s: %s). The judge is "
-                "asked directly about such completions.",
-                type(error).__name__,
-                error,
+                "A completion cannot be cached, because it or its row cannot be written as JSON "
+                f"({type(error).__name__}: {error}). The judge is asked directly about such completions.",
             )
             return None
         return hashlib.sha256(text.encode()).digest()
@@ -224,13 +226,6 @@ class CachedJudge(StepJudge):
             "the cache is tried again with every batch; further failures are not shown. Check that the path is a file in "
             "an existing folder, that both can be written, that the disk has room, and that no other process holds the "
             f"file for more than {BUSY_SECONDS:g} s.",
-        )
-
-    def _show_traceback(self, judge: StepJudge) -> None:
-        self._log_once.traceback(
-            "The judge %s raised an exception. What it was asked about counts as an abstention, which is not cached; "
-            "further exceptions stand in the verdicts' reasons and are not shown.",
-            judge.name,
         )
 
 

@@ -101,17 +101,12 @@ class CallableJudge(StepJudge):
         try:
             answer = self.function(item.problem, list(item.steps), **columns_for(item.row, self.column_names))
         except (Exception, SystemExit, CancelledError) as error:
-            self._log_once.traceback(
-                "The judge %s raised an exception. This completion counts as an abstention; further exceptions are "
-                "counted in the metric `sgpo/abstain_rate` and not shown.",
-                self.name,
-            )
+            self._log_once.failed(f"The judge {self.name} raised an exception")
             if "main thread" in str(error):
                 self._log_once(
                     "main thread",
-                    "The judge %s wants the main thread, as code that sets signals does. Give it "
+                    f"The judge {self.name} wants the main thread, as code that sets signals does. Give it "
                     "`CallableJudge(function, batch_deadline=None)`, which runs it there, without a time limit.",
-                    self.name,
                 )
             return Verdict.abstain(f"{type(error).__name__}: {error}")
         if isinstance(answer, Verdict):

@@ -63,8 +63,7 @@ def check_min_agreement(min_agreement: Any) -> None:
     """Raises an error if the argument is no share."""
     if isinstance(min_agreement, bool) or not isinstance(min_agreement, int | float):
         raise TypeError(
-            f"min_agreement={min_agreement!r} is not a number. It is the share of all votes that the winner needs, "
-            "for instance 0.5."
+            f"min_agreement={min_agreement!r} is not a number. It is the share of all votes that the winner needs."
         )
     if not 0 <= min_agreement <= 1:
         raise ValueError(
@@ -104,19 +103,14 @@ class Combinator(StepJudge):
         return f"{type(self).__name__}({_listed(identity(judge) for judge in self.judges)})"
 
     def _ask(self, judge: StepJudge, items: Sequence[JudgeItem]) -> list[Verdict]:
-        return ask(judge, items, self._show_traceback)
+        def log(judge: StepJudge) -> None:
+            self._log_once.failed(f"The judge {judge.name}, a member of {self.name}, raised an exception")
+
+        return ask(judge, items, log)
 
     def _votes(self, items: Sequence[JudgeItem]) -> list[tuple[Verdict, ...]]:
         """Per item, the verdicts of all members."""
         return list(zip(*(self._ask(judge, items) for judge in self.judges), strict=True))
-
-    def _show_traceback(self, judge: StepJudge) -> None:
-        self._log_once.traceback(
-            "The judge %s, a member of %s, raised an exception. It counts as abstaining on what it was asked about; "
-            "further exceptions of the members stand in the verdicts' reasons and are not shown.",
-            judge.name,
-            self.name,
-        )
 
 
 class MajorityVote(Combinator):

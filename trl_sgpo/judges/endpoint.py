@@ -129,13 +129,9 @@ class Breaker:
         elif self._until is None and self._in_a_row >= self.failures:
             self._until = monotonic() + self._pause
             logger.warning(
-                "THE JUDGE'S SERVER %s IS DOWN: %d requests failed in a row, the last one with: %s. For %g s it is not "
-                "asked; what no other server answers is abstained on, and training goes on as GRPO. Then it is tried "
-                "again, at growing intervals.",
-                self.label,
-                self._in_a_row,
-                text,
-                self._pause,
+                f"THE JUDGE'S SERVER {self.label} IS DOWN: {self._in_a_row} requests failed in a row, the last one with: "
+                f"{text}. For {self._pause:g} s it is not asked; what no other server answers is abstained on, and training "
+                "goes on as GRPO. Then it is tried again, at growing intervals."
             )
         self.ended(trial)
 
@@ -249,9 +245,7 @@ class Endpoint:
         lost = (before.temperature and not request_format.temperature) or before.extra != request_format.extra
         log_once(
             f"format {self.url} {difference}",
-            "The judge's server %s refuses a part of what it is sent. From now on: %s.",
-            self.url,
-            difference,
+            f"The judge's server {self.url} refuses a part of what it is sent. From now on: {difference}.",
             level=logging.WARNING if lost else logging.INFO,
         )
         self.request_format = request_format

@@ -68,10 +68,9 @@ class GenerativeJudge(LocalModelJudge):
         prompt ([`JudgePrompt`], *optional*):
             The texts of the question.
         answer (`str`, *optional*, defaults to `"generate"`):
-            `"generate"`: the model writes a brief check and the verdict. `"score"`: it writes nothing. The verdict is
-            the most likely continuation of `FIRST_ERROR:` among the allowed choices, and the confidence is its share
-            of their probability. This takes one forward pass per completion. It suits a small model that was trained
-            to judge.
+            `"generate"`: the model writes a brief check and the verdict. `"score"`: it writes nothing, and the verdict is
+            the most likely continuation of `FIRST_ERROR:` among the allowed choices. The confidence is its share of
+            their probability. This takes one forward pass, and suits a small model that was trained to judge.
         max_new_tokens (`int`, *optional*, defaults to `1024`):
             Tokens that the model may write per answer. An answer that does not end within them is an abstention.
         max_tokens_per_batch (`int`, *optional*, defaults to `16384`):
@@ -80,27 +79,22 @@ class GenerativeJudge(LocalModelJudge):
         votes, min_agreement (`int` and `float`, *optional*, default to `1` and `0.5`):
             Answers per completion, and the share of them that the winner needs. See
             [`~trl_sgpo.judges.combinators.plurality`].
-        temperature (`float`, *optional*):
-            Sampling temperature. Defaults to 0 (greedy decoding) for one vote and to 0.7 for several.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the sampling. Every call draws new samples.
+        temperature, seed (`float` and `int`, *optional*):
+            Sampling temperature, by default 0 (greedy decoding) for one vote and 0.7 for several, and seed of the
+            sampling. Every call draws new samples.
         batch_deadline (`float`, *optional*, defaults to `600.0`):
             Seconds that one call of the judge may take. A completion that is not judged by then is an abstention. Keep
             it below the process group's timeout. `None`: no limit.
-        device (`str` or `torch.device`, *optional*):
-            Where the model runs. Defaults to this process's GPU if there is one, else to the CPU. A loaded model stays
-            where it is.
-        dtype (`str` or `torch.dtype`, *optional*):
-            Type of the weights. Defaults to bfloat16 on a GPU and float32 elsewhere. A loaded model keeps its own.
+        device, dtype (`str`, `torch.device` or `torch.dtype`, *optional*):
+            Where the model runs, and the type of its weights. By default this process's GPU and bfloat16 if there is
+            one, else the CPU and float32. A loaded model keeps its own.
         offload (`bool`, *optional*, defaults to `False`):
             Whether the model waits in the CPU's memory and is moved to the device for every call. This leaves the
             GPU's memory to the training.
         chat_template_kwargs (`dict`, *optional*):
             Arguments for the chat template, for instance `{"enable_thinking": False}`.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether code from the model's repository may be run.
-        revision (`str`, *optional*):
-            Branch, tag or commit of the model on the Hub.
+        trust_remote_code, revision (`bool` and `str`, *optional*):
+            Whether code from the model's repository may be run, and the branch, tag or commit of the model on the Hub.
 
     Raises:
         TypeError: If `model` is neither a string nor a pair, or if `prompt` is no [`JudgePrompt`].
@@ -196,15 +190,13 @@ class GenerativeJudge(LocalModelJudge):
         longest = min(self.max_tokens_per_batch, own or self.max_tokens_per_batch)
         if self.answer == "score":
             self.layout.choice("1")  # raises if this tokenizer cannot
-        # A number has hardly more tokens than digits. "none" and "later" have at most one per letter, and one for the
-        # space
+        # A number has hardly more tokens than digits. "none" and "later" have at most one per letter and the space
         prefix = len(self.layout.answer_prefix)
         answer = self.max_new_tokens if self.answer == "generate" else prefix + 8
         if longest <= answer:
             raise ValueError(
-                f"max_new_tokens={answer} leaves no room for a question: {self.model_name!r} has room for {own} "
-                f"tokens, and max_tokens_per_batch={self.max_tokens_per_batch}. Give a smaller max_new_tokens, or a "
-                "larger max_tokens_per_batch."
+                f"max_new_tokens={answer} leaves no room for a question: {self.model_name!r} has room for {own} tokens, "
+                f"and max_tokens_per_batch={self.max_tokens_per_batch}. Make the first smaller, or the last larger."
             )
         self._answer_tokens = answer
         return longest - answer
@@ -234,7 +226,7 @@ class GenerativeJudge(LocalModelJudge):
             with self._ready():
                 verdicts |= (self._score if self.answer == "score" else self._generate)(asked, end)
         except Exception as error:  # the model could not be moved
-            self._runner.show_traceback(self.name)
+            self._show_traceback()
             verdicts |= dict.fromkeys(asked, Verdict.abstain(f"{type(error).__name__}: {error}"))
         return [verdicts[i] for i in range(len(items))]
 
@@ -382,12 +374,8 @@ class GenerativeJudge(LocalModelJudge):
                 return [self._late()] * len(rows)
             return run([prompts[i] for i in rows], end, *([column[i] for i in rows] for column in columns))
 
-        return self._runner.run(
-            part,
-            range(len(prompts)),
-            failed=Verdict.abstain,
-            what=lambda i: f"a question of {len(prompts[i])} tokens",
-            name=self.name,
+        return self._run(
+            part, range(len(prompts)), Verdict.abstain, lambda i: f"a question of {len(prompts[i])} tokens"
         )
 
     def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -440,11 +428,8 @@ class QuestionLayout:
 
     def ask(self, prompt: JudgePrompt, item: JudgeItem, max_tokens: int | None = None) -> tuple[Question, list[int]]:
         """
-        The question about a completion and its token ids, up to where the answer begins. It holds as many steps as fit
-        into `max_tokens`, and no control token in the policy's text.
-
-        Raises:
-            ValueError: If not even the first step fits, or a control token is left.
+        The question about a completion and its token ids, up to where the answer begins. It has as many steps as fit
+        into `max_tokens`, and no control token in the policy's text. A `ValueError` if that is not possible.
         """
         room: int | None = None
         broken_up: tuple[str, ...] = ()
@@ -507,18 +492,8 @@ class QuestionLayout:
 def choice_shares(choices: Sequence[tuple[int, ...]], log_probabilities: Sequence[float]) -> list[float]:
     """
     The share of each choice in the probability of all choices together, from their tokens and log-probabilities. All are
-    NaN if one of these is not finite.
-
-    If a tokenizer cuts numbers into digits, the probability that a text begins with `1` includes `10` and `12`. These
-    are subtracted.
-
-    Example:
-
-    ```python
-    >>> shares = choice_shares([(1,), (2,), (1, 2)], [math.log(0.5), math.log(0.3), math.log(0.4)])
-    >>> [round(share, 3) for share in shares]
-    [0.125, 0.375, 0.5]
-    ```
+    NaN if one of these is not finite. If a tokenizer cuts numbers into digits, the probability that a text begins with
+    `1` includes `10` and `12`. These are subtracted.
     """
     if not all(map(math.isfinite, log_probabilities)):
         return [math.nan] * len(choices)

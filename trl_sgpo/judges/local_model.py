@@ -3,18 +3,23 @@ The base of the judges that run a model in this process: [`LocalModelJudge`] loa
 moves it to its device and back. transformers is imported when a model is loaded, not before.
 """
 
+import logging
 import os
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from trl_sgpo.judges.base import StepJudge
-from trl_sgpo.judges.batches import BatchRunner
+from trl_sgpo.judges.log_once import LogOnce
 
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 # With this variable transformers loads weights on the first rank only, and FSDP sends them to the other ranks
 _FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
@@ -55,7 +60,7 @@ class LocalModelJudge(StepJudge):
                 f"tokenizer, `{type(self).__name__}((model, tokenizer))`."
             )
         self._move("cpu" if offload else self.device)
-        self._runner = BatchRunner(self.device)
+        self._log_once = LogOnce(logger)
 
     @property
     @abstractmethod
@@ -107,8 +112,7 @@ class LocalModelJudge(StepJudge):
             yield
         except failure as error:
             raise ValueError(
-                f"model={self.model_name!r} could not be loaded: {error} Give a Hub id, or a folder with "
-                f"{self._files}."
+                f"model={self.model_name!r} could not be loaded: {error} Give a Hub id, or a folder with {self._files}."
             ) from error
 
     @property
@@ -141,6 +145,39 @@ class LocalModelJudge(StepJudge):
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
 
+    def _run(
+        self,
+        work: Callable[[Sequence[int]], list[T]],
+        keys: Sequence[int],
+        failed: Callable[[str], T],
+        what: Callable[[int], str],
+    ) -> list[T]:
+        """
+        The results of `work` on a batch of keys, in order. If the batch does not fit into the memory, it is halved.
+        `failed` makes the result of a key whose batch failed from a reason, and `what` describes a key for it.
+        """
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        try:
+            return work(keys)
+        except Exception as error:
+            out_of_memory = should_reduce_batch_size(error)
+            reason = f"{type(error).__name__}: {error}"
+            if not out_of_memory:
+                self._show_traceback()
+        # Not inside the handler: there the exception would keep the tensors of the failed pass alive
+        if not out_of_memory:
+            return [failed(reason)] * len(keys)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(keys) == 1:
+            return [failed(f"{what(keys[0])} does not fit into the memory of {self.device}")]
+        half = len(keys) // 2
+        return [result for part in (keys[:half], keys[half:]) for result in self._run(work, part, failed, what)]
+
+    def _show_traceback(self) -> None:
+        self._log_once.failed(f"{self.name} failed on a batch")
+
     def _move(self, device: Any) -> None:
         for part in self._parts:
             part.to(device)
@@ -152,10 +189,9 @@ def outside_deepspeed() -> Iterator[None]:
     Inside this context transformers loads models whole and on every rank, also if the policy trains under DeepSpeed
     ZeRO-3 or FSDP.
 
-    As soon as training arguments with a ZeRO-3 config exist, transformers partitions the parameters of every new model
-    over the ranks. The engine of the policy does not gather a judge's parameters, so the judge's first forward pass
-    would fail. With FSDP's memory-saving loading only the first rank reads the weights, and nothing would send a
-    judge's weights to the others. Both settings are restored after the context, also after an exception.
+    Under ZeRO-3 transformers partitions the parameters of every new model, and the policy's engine does not gather a
+    judge's. With FSDP's memory-saving loading only the first rank reads the weights, and nothing would send a judge's
+    to the others. Both settings are restored after the context.
     """
     from transformers.integrations import deepspeed
 

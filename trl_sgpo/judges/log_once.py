@@ -5,17 +5,7 @@ from typing import Any
 
 
 class LogOnce:
-    """
-    Logs the first message of each kind, and no later one.
-
-    Example:
-
-    ```python
-    >>> log_once = LogOnce(logging.getLogger(__name__))
-    >>> for error in ("timeout", "timeout", "no key"):
-    ...     log_once(error, "The server failed: %s", error)  # two lines
-    ```
-    """
+    """Logs the first message of each kind, and no later one."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
@@ -35,3 +25,11 @@ class LogOnce:
     def traceback(self, message: str, *args: Any) -> None:
         """Logs the exception that is being handled, if it is the first one."""
         self("traceback", message, *args, exc_info=True)
+
+    def failed(self, what: str) -> None:
+        """Logs the exception that is being handled, if it is the first one: `what` costs verdicts and not the run."""
+        self.traceback(
+            "%s. What it was asked about counts as an abstention; further failures are counted in the metric "
+            "`sgpo/abstain_rate` and not shown.",
+            what,
+        )

@@ -45,21 +45,18 @@ class OpenAIJudge(StepJudge):
         model (`str`):
             Name of the model, as the server knows it.
         base_url (`str` or `Sequence[str]`, *optional*):
-            Address of the server, for instance `"http://localhost:8000/v1"`. Several servers with the same model share
-            the work and stand in for each other. Defaults to the environment variable `OPENAI_BASE_URL`, else to
-            OpenAI.
+            Address of the server, such as `"http://localhost:8000/v1"`. Several servers with the same model share the
+            work and stand in for each other. Defaults to the variable `OPENAI_BASE_URL`, else to OpenAI.
         api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
-            Name of the environment variable that holds the key, which is sent to every server in `base_url`. The key
-            itself is never an argument, so that it appears in no config, log or model card. Servers without keys need
-            none.
+            Name of the environment variable that holds the key, if there is one. It is sent to every server. The key
+            itself is never an argument, so that it appears in no config, log or model card.
         prompt ([`JudgePrompt`], *optional*):
             The texts of the question.
         votes, min_agreement (`int` and `float`, *optional*, default to `1` and `0.5`):
             How often each completion is judged, and the share of all votes that the winner needs. See
             [`~trl_sgpo.judges.combinators.plurality`].
         max_concurrency (`int`, *optional*, defaults to `128`):
-            Requests under way at the same time, per server and process. More than a server works on at once keep it
-            busy.
+            Requests under way at the same time, per server and process.
         timeout, batch_deadline (`float`, *optional*, default to `120.0` and `300.0`):
             Seconds that one request and one batch may take. A completion that is not judged by then is an abstention.
             Keep them below the process group's timeout.
@@ -67,16 +64,14 @@ class OpenAIJudge(StepJudge):
             How often a request is repeated after a lost connection, a status 408, 409, 425, 429 or 5xx, with growing
             pauses or when the server says (Retry-After), if the deadline allows.
         max_tokens (`int`, *optional*, defaults to `1024`):
-            Tokens the judge may write per answer. An answer that is cut off is an abstention: reasoning models need
-            more.
+            Tokens the judge may write per answer. Reasoning models need more.
         max_characters (`int`, *optional*):
-            Room for the problem, the reference and the steps, in characters (three to four of them make a token). Steps
-            that do not fit are not shown. No limit by default.
+            Room for the problem, the reference and the steps (three to four characters make a token). Steps that do not
+            fit are not shown. No limit by default.
         temperature (`float`, *optional*):
             Sampling temperature. Defaults to 0 for one vote and to 0.7 for several.
         output (`str`, *optional*, defaults to `"auto"`):
-            Form of the answer: `"json_schema"`, `"json_object"`, `"text"`, or `"auto"` for the first of these that the
-            server does not refuse.
+            Form of the answer: `"json_schema"`, `"json_object"`, `"text"`, or `"auto"`, the first that is not refused.
         extra_body (`Mapping[str, Any]`, *optional*):
             Further keys of the request, such as `{"chat_template_kwargs": {"enable_thinking": False}}`. `transformers
             serve` samples only with `{"generation_config": '{"do_sample": true}'}`.
@@ -130,13 +125,10 @@ class OpenAIJudge(StepJudge):
         if temperature is None:
             temperature = 0.0 if votes == 1 else 0.7
         if not isinstance(temperature, int | float) or not 0 <= temperature < 100:
-            raise ValueError(
-                f"temperature={temperature!r} must be a number of at least 0. The default for one vote is 0."
-            )
+            raise ValueError(f"temperature={temperature!r} must be a number of at least 0, the default for one vote.")
         if votes > 1 and temperature == 0:
             raise ValueError(
-                f"votes={votes} with temperature=0 would ask the same thing {votes} times and get the same answer. Set "
-                "temperature=0.7, or leave votes at 1."
+                f"votes={votes} with temperature=0 would ask the same thing {votes} times. Set temperature=0.7, or votes=1."
             )
         if output not in ("auto", *OUTPUTS):
             raise ValueError(f"output={output!r} is unknown: it must be one of {['auto', *OUTPUTS]}.")

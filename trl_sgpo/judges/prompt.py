@@ -114,10 +114,9 @@ class JudgePrompt:
             if not isinstance(value, str):
                 raise TypeError(f"JudgePrompt: {name}={value!r} is not a string.")
         for name in ("text_answer", "json_answer"):
-            if "{choices}" not in getattr(self, name):
+            if "{choices}" not in (text := getattr(self, name)):
                 raise ValueError(
-                    f"JudgePrompt: {name}={getattr(self, name)!r} does not name the allowed answers. Write {{choices}} "
-                    "where they belong."
+                    f"JudgePrompt: {name}={text!r} does not name the allowed answers. Write {{choices}} for them."
                 )
         if "FIRST_ERROR" not in self.text_answer or "first_error_step" not in self.json_answer:
             raise ValueError(
@@ -138,19 +137,15 @@ class JudgePrompt:
         control_tokens: Sequence[str] = (),
     ) -> "Question":
         """
-        The question about one completion.
+        The question about one completion. A `ValueError` if not even the first step fits into `max_characters`.
 
         Args:
             as_json (`bool`, *optional*, defaults to `False`):
                 Whether to ask for a JSON object rather than for free text.
             max_characters (`int`, *optional*):
-                Room for the problem, the reference and the steps, in characters. The last steps are left out if they do
-                not fit, and the judge is told so.
+                Room for the problem, the reference and the steps. The last steps are left out if they do not fit.
             control_tokens (`Sequence[str]`, *optional*):
                 Further texts that must not reach the model as data, such as the special tokens of its tokenizer.
-
-        Raises:
-            ValueError: If not even the first step fits into `max_characters`.
         """
         tokens = tuple(control_tokens)
         parts = [f"Problem:\n{as_data(item.problem, tokens)}"]
@@ -189,22 +184,12 @@ class JudgePrompt:
 
 @dataclass(frozen=True)
 class Question:
-    """
-    One question to a generative judge.
+    """One question to a generative judge."""
 
-    Args:
-        messages (`list[dict[str, str]]`):
-            The chat messages: the rules as the system message, everything else as the user's.
-        choices (`tuple[str, ...]`):
-            The allowed answers: `"1"` to the number of steps shown, `"none"` if the completion may be right, `"later"`
-            if steps were left out.
-        n_steps (`int`):
-            Number of steps of the completion, also of those left out.
-    """
-
-    messages: list[dict[str, str]]
+    messages: list[dict[str, str]]  # the rules as the system message, everything else as the user's
+    # "1" to the number of steps shown, "none" if the completion may be right, "later" if steps were left out
     choices: tuple[str, ...]
-    n_steps: int
+    n_steps: int  # also of those left out
 
     @property
     def schema(self) -> dict[str, Any]:

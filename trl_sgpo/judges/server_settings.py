@@ -26,24 +26,6 @@ def check_whole(name: str, number: Any, least: int) -> None:
         raise ValueError(f"{name}={number!r} must be a whole number of at least {least}.")
 
 
-def check_key_name(api_key_env: Any) -> None:
-    """Raises a `ValueError` if the argument names no variable, or one that cannot be sent. It prints no key."""
-    if not isinstance(api_key_env, str) or not (
-        api_key_env in os.environ or re.fullmatch(r"[A-Z][A-Z0-9_]*", api_key_env)
-    ):
-        raise ValueError(
-            "api_key_env (not shown here, because it may be a key) is not the name of an environment variable. Put the key "
-            "into a variable, `export JUDGE_API_KEY=...`, and give its name: api_key_env='JUDGE_API_KEY'."
-        )
-    key = api_key(api_key_env)
-    if not (key.isascii() and key.isprintable()):
-        # Otherwise the HTTP library would say so, and might show the key
-        raise ValueError(
-            f"the environment variable {api_key_env} (api_key_env) holds characters that no HTTP header may have. Set "
-            "it anew."
-        )
-
-
 def redact(text: str, key: str) -> str:
     """A text without the key, and without what looks like one: servers quote it in their error messages."""
     if len(key) > 3:
@@ -119,7 +101,16 @@ class ServerSettings:
         for name in ("timeout", "batch_deadline", "breaker_seconds"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e7:
-                raise ValueError(
-                    f"{name}={value!r} must be positive: it is the number of seconds that is waited at most."
-                )
-        check_key_name(self.api_key_env)
+                raise ValueError(f"{name}={value!r} must be positive: it is the most seconds to wait.")
+        name = self.api_key_env
+        if not isinstance(name, str) or not (name in os.environ or re.fullmatch(r"[A-Z][A-Z0-9_]*", name)):
+            raise ValueError(
+                "api_key_env (not shown here, because it may be a key) is not the name of an environment variable. Put "
+                "the key into one, `export JUDGE_API_KEY=...`, and give its name: api_key_env='JUDGE_API_KEY'."
+            )
+        key = api_key(name)
+        if not (key.isascii() and key.isprintable()):
+            # Otherwise the HTTP library would say so, and might show the key
+            raise ValueError(
+                f"api_key_env={name!r}: the variable holds characters that no HTTP header may have. Set it anew."
+            )

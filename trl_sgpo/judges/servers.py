@@ -51,8 +51,7 @@ class Servers:
             import aiohttp  # noqa: F401
         except ImportError as error:
             raise ImportError(
-                "A judge that asks a server needs the package `aiohttp`, which is not installed. Run `pip install "
-                "trl-sgpo[api]`."
+                "A judge that asks a server needs the package `aiohttp`. Run `pip install trl-sgpo[api]`."
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
@@ -167,10 +166,8 @@ class Servers:
     def _logged(self, failure: RequestFailed) -> RequestFailed:
         log_once(
             failure.kind,
-            "The judge %s: %s. What nobody answers is an abstention; further ones of this kind are counted in the metric "
-            "`sgpo/abstain_rate`, stand in the verdicts' reasons and are not shown.",
-            self.judge,
-            failure.text.rstrip("."),
+            f"The judge {self.judge}: {failure.text.rstrip('.')}. What nobody answers is an abstention; further ones of "
+            "this kind are counted in the metric `sgpo/abstain_rate` and not shown.",
         )
         return failure
 
@@ -180,8 +177,7 @@ def checked_urls(base_url: Any) -> tuple[str, ...]:
     urls = [base_url] if isinstance(base_url, str) else base_url
     if not isinstance(urls, Sequence) or not urls or not all(isinstance(url, str) for url in urls):
         raise TypeError(
-            f"base_url is of type {type(base_url).__name__}, or empty. Give an address, 'http://localhost:8000/v1', or a "
-            "list of addresses."
+            f"base_url is of type {type(base_url).__name__}, or empty. Give an address, or a list of addresses."
         )
     for url in urls:
         try:
@@ -195,9 +191,7 @@ def checked_urls(base_url: Any) -> tuple[str, ...]:
                 "address, and the key in the environment variable that `api_key_env` names."
             )
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(
-                f"base_url={url!r} is no http(s) address. Give all of it, for instance 'http://localhost:8000/v1'."
-            )
+            raise ValueError(f"base_url={url!r} is no http(s) address, such as 'http://localhost:8000/v1'.")
     return tuple(dict.fromkeys(url.rstrip("/") for url in urls))
 
 

@@ -47,32 +47,16 @@ _SEGMENTER_PROBE = "First we add 2 and 3.\n2 + 3 = 5; so x = 5\n\nStep 2: double
 
 @dataclass(frozen=True)
 class StepScore:
-    """
-    The score of one completion.
+    """The score of one completion."""
 
-    Args:
-        status (`str`):
-            The verdict's status after all checks: `"error"`, `"no_error"` or `"abstain"`.
-        first_error, n_steps (`int`):
-            0-based index of the first wrong step, if there is one, and the number of steps.
-        rts_steps, rts_characters (`float` or `None`):
-            Reasoning trajectory score by steps and by characters. `None` for a completion without a score.
-        reason (`str`):
-            The verdict's reason, or why there is none.
-        called (`bool`):
-            Whether the judge was asked.
-        cut ([`~trl_sgpo.steps.CutCompletion`], *optional*):
-            The completion's text and steps, if it has a first wrong one.
-    """
-
-    status: str
-    first_error: int | None
+    status: str  # the verdict's, after all checks: "error", "no_error" or "abstain"
+    first_error: int | None  # 0-based index of the first wrong step
     n_steps: int
-    rts_steps: float | None
+    rts_steps: float | None  # reasoning trajectory score by steps; `None` for a completion without a score
     rts_characters: float | None
-    reason: str
-    called: bool
-    cut: CutCompletion | None = None
+    reason: str  # the verdict's reason, or why there is none
+    called: bool  # whether the judge was asked
+    cut: CutCompletion | None = None  # the completion's text and steps, if it has a first wrong one
 
 
 class StepwiseJudge:
@@ -156,11 +140,10 @@ class StepwiseJudge:
                     f"{argument}={value!r} is unknown: it must be one of {list(choices)}. The default is {choices[0]!r}."
                 )
         if not 0 <= gamma <= 1 and transform == "logistic":
+            low, high = rts_to_reward(torch.tensor([0.0, 1.0]), beta, gamma).tolist()
             warnings.warn(
-                f"gamma={gamma} lies outside [0, 1], where RTS lies, so all rewards fall on one flat side of Eq. 2: with "
-                f"beta={beta}, between {float(rts_to_reward(torch.tensor(0.0), beta, gamma)):.2g} and "
-                f"{float(rts_to_reward(torch.tensor(1.0), beta, gamma)):.2g}. The paper's text swaps the two values; "
-                "the sensible reading is beta=10, gamma=0.5.",
+                f"gamma={gamma} lies outside [0, 1], where RTS lies, so with beta={beta} all rewards lie between {low:.2g} "
+                f"and {high:.2g}. The paper's text swaps the two values; the sensible reading is beta=10, gamma=0.5.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -191,16 +174,14 @@ class StepwiseJudge:
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
         """
-        The plain reward function: judges every completion, right or wrong.
+        The plain reward function: judges every completion, right or wrong. Per row a reward in [0, 1], or `None` if the
+        judge abstained.
 
         Args:
             prompts, completions (`Sequence`):
                 One prompt and one completion per row, strings or lists of messages.
             kwargs:
                 The dataset's columns, each a list with one value per row, and TRL's own arguments.
-
-        Returns:
-            `list[float | None]`: One reward in [0, 1] per row, `None` where the judge abstained.
         """
         columns = {
             name: values
@@ -228,13 +209,9 @@ class StepwiseJudge:
         known_wrong: bool = True,
     ) -> list[StepScore]:
         """
-        Cuts, judges and scores a batch of completions. Never raises for what a judge or a segmenter does.
-
-        Args:
-            prompts, completions, rows (`Sequence`):
-                Per completion its prompt, the completion (strings or lists of messages) and its dataset row.
-            known_wrong (`bool`, *optional*, defaults to `True`):
-                Whether all these completions are known to be wrong. Then every RTS is below 1.
+        One score per completion, in order. Never raises for what a judge or a segmenter does. The arguments are as in
+        [`~StepwiseJudge.__call__`], with the dataset rows. If the completions are known to be wrong, every RTS is
+        below 1.
         """
         scores: list[StepScore | None] = [None] * len(completions)
         cuts: dict[int, CutCompletion] = {}
@@ -244,7 +221,7 @@ class StepwiseJudge:
                 cut = cut_completion(completion, self.segmenter, include_thinking=self.include_thinking)
                 item = self._item(prompt, cut, row, known_wrong)
             except Exception as error:
-                self._show_traceback("A completion could not be cut into steps")
+                self._log_once.failed("A completion could not be cut into steps")
                 scores[i] = _unscored(Verdict.abstain(f"{type(error).__name__}: {error}"), 0, called=False)
                 continue
             if cut.blank:
@@ -257,9 +234,11 @@ class StepwiseJudge:
             cuts[i] = cut
             items.append(item)
         if items:
-            verdicts = ask(
-                self.judge, items, lambda judge: self._show_traceback(f"The judge {judge.name} raised an exception")
-            )
+
+            def log(judge: StepJudge) -> None:
+                self._log_once.failed(f"The judge {judge.name} raised an exception")
+
+            verdicts = ask(self.judge, items, log)
             for (i, cut), verdict in zip(cuts.items(), verdicts, strict=True):
                 scores[i] = self._score(verdict, cut, known_wrong)
         return scores  # type: ignore[return-value]  # every row was filled above
@@ -295,13 +274,6 @@ class StepwiseJudge:
             cut=cut,
         )
 
-    def _show_traceback(self, what: str) -> None:
-        self._log_once.traceback(
-            "%s. What it was asked about counts as an abstention; further failures are counted in the metric "
-            "`sgpo/abstain_rate` and not shown.",
-            what,
-        )
-
 
 def as_judge(judge: Any, argument: str = "judge") -> StepJudge:
     """The judge itself, or a function as a judge; `argument` is what an error calls it."""
@@ -315,9 +287,8 @@ def as_judge(judge: Any, argument: str = "judge") -> StepJudge:
         return judge
     if not callable(judge):
         raise TypeError(
-            f"{argument}={judge!r} is neither a `StepJudge` nor a function. Give a judge from `trl_sgpo.judges`, or a "
-            "function `f(problem, steps, **row)` that returns the 0-based index of the first wrong step, or None for "
-            "no error."
+            f"{argument}={judge!r} is neither a `StepJudge` nor a function `f(problem, steps, **row)` that returns the "
+            "0-based index of the first wrong step, or None for no error. Give one of them."
         )
     return CallableJudge(judge)
 
@@ -361,10 +332,6 @@ def take_judge(funcs: list[Any]) -> tuple[StepwiseJudge | None, int | None]:
     """
     Takes the judge out of a list of reward functions, for a trainer that asks it itself. A function that rewards
     nothing takes its place. Returns the judge and its index, or two `None`.
-
-    Raises:
-        TypeError: If the list holds a judge that no `StepwiseJudge` wraps.
-        ValueError: If the list holds two judges, or another function of the judge's name.
     """
     indices = [i for i, func in enumerate(funcs) if isinstance(func, StepwiseJudge)]
     bare = [func for func in funcs if isinstance(func, StepJudge) or func is StepwiseJudge]
@@ -374,8 +341,8 @@ def take_judge(funcs: list[Any]) -> tuple[StepwiseJudge | None, int | None]:
         )
     if len(indices) > 1:
         raise ValueError(
-            f"reward_funcs holds {len(indices)} StepwiseJudges, at the positions {indices}, and a group can be judged by one. "
-            "To combine judges, combine them inside one `StepwiseJudge`."
+            f"reward_funcs holds {len(indices)} StepwiseJudges, at the positions {indices}, and a group can be judged by "
+            "one. To combine judges, combine them inside one `StepwiseJudge`."
         )
     if not indices:
         return None, None

@@ -112,8 +112,7 @@ class VLLMPoolingJudge(StepScorer):
         if spec is None:
             if config is None:
                 raise ValueError(
-                    "spec=None, and a loaded tokenizer has no config that could tell it. Give `spec`, or the tokenizer "
-                    "by its Hub id or folder."
+                    "spec=None, and a loaded tokenizer has no config. Give `spec`, or the tokenizer's Hub id or folder."
                 )
             spec = PRMSpec.from_config(config)
         self.spec = spec
@@ -178,8 +177,7 @@ class VLLMPoolingJudge(StepScorer):
     def _score(self, row: list[float]) -> float:
         if self.spec.head == "causal_lm" and len(row) != 2:
             raise ValueError(
-                f"the server gave {len(row)} numbers per row where the two verdict tokens' are wanted: start it with "
-                "returned_token_ids"
+                f"the server gave {len(row)} numbers per row and not the two verdict tokens': set returned_token_ids there"
             )
         value = float(row[self.positive_index])
         if not self.use_activation:
@@ -189,8 +187,7 @@ class VLLMPoolingJudge(StepScorer):
             return math.exp(value - largest) / sum(math.exp(other - largest) for other in row)
         if not math.isnan(value) and not 0 <= value <= 1:
             raise ValueError(
-                f"the server gave {value:.3g}, which is no probability: its model applies no activation; use "
-                "use_activation=False"
+                f"the server gave {value:.3g}, which is no probability: use use_activation=False if it applies none"
             )
         return value
 
@@ -204,6 +201,6 @@ def _load_tokenizer(path: str, revision: str | None) -> tuple[Any, Any]:
         )
     except Exception as error:
         raise ValueError(
-            f"the tokenizer and config of {path!r} could not be loaded: {error} They are needed here, because the "
-            "server is sent token ids. Give `tokenizer`: the Hub id or folder that has them."
+            f"the tokenizer and config of {path!r} could not be loaded: {error} They are needed here, because token ids "
+            "are sent. Give `tokenizer`: the Hub id or folder that has them."
         ) from error

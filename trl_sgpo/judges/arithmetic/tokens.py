@@ -1,9 +1,4 @@
-"""
-From the text of a step to numbers, operators, words and ends of sentences.
-
-The expression for tokens has possessive or bounded repetitions only, so it never goes back in the text, because a policy
-may write anything.
-"""
+"""From the text of a step to numbers, operators, words and ends of sentences."""
 
 import re
 from fractions import Fraction
@@ -14,7 +9,7 @@ MAX_DIGITS = 30
 
 
 class Number(NamedTuple):
-    """A number as it was written. A whole one is an `int`, because that is faster and has all that a `Fraction` has."""
+    """A number as it was written. A whole one is an `int`: it is faster, and has all that is used of a `Fraction`."""
 
     value: Fraction
     decimals: int = 0
@@ -24,14 +19,7 @@ _SWAPPED = str.maketrans(",.", ".,")
 
 
 def read_number(text: str, european: bool = False) -> Number | None:
-    """
-    The number that digits, points and commas mean, or `None`. `european` reads `1.234,5` instead of `1,234.5`.
-
-    ```python
-    >>> read_number("1,234.50"), read_number("1,2,3")
-    (Number(value=Fraction(2469, 2), decimals=2), None)
-    ```
-    """
+    """The number that digits, points and commas mean, or `None`. `european` reads `1.234,5` instead of `1,234.5`."""
     if len(text) > MAX_DIGITS + MAX_DIGITS // 3:
         return None
     whole, point, decimals = (text.translate(_SWAPPED) if european else text).partition(".")

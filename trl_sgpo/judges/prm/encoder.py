@@ -33,15 +33,6 @@ class PRMEncoder:
     because the policy may have written one itself. The text of the policy, of tools and of the data set is encoded as
     plain text: it cannot contain a special token or a token of the layout. A model that is trained on these ids is
     scored on the same ids. Raises a `ValueError` if the tokenizer does not go with the spec.
-
-    Example:
-
-    ```python
-    >>> encoder = PRMEncoder(tokenizer, PRMSpec.preset("trl"))
-    >>> encoded = encoder.encode([JudgeItem("What is 2 + 2?", ("Add them.", "2 + 2 = 5"))])[0]
-    >>> tokenizer.decode([encoded.ids[position] for position in encoded.positions])
-    '\\n\\n'
-    ```
     """
 
     def __init__(self, tokenizer: Any, spec: PRMSpec, max_length: int | None = None) -> None:

@@ -37,16 +37,14 @@ class PRMJudge(LocalModelJudge, StepScorer):
             A step is wrong if its score is below this. Defaults to the spec's. See [`~PRMJudge.calibrate`].
         known_wrong_rule (`str`, *optional*, defaults to `"threshold"`):
             The verdict on a completion that is known to be wrong if no score is below the threshold. `"threshold"`: no
-            error, which [`StepwiseJudge`] treats as an abstention. `"argmin"`: the step with the lowest score is the
-            error. Then the judge always answers, but its answers are less accurate.
+            error, which [`StepwiseJudge`] treats as an abstention. `"argmin"`: the step with the lowest score. Then the
+            judge always answers, but less accurately.
         max_tokens_per_batch (`int`, *optional*, defaults to `16384`):
             Most tokens of one forward pass, with padding. If a batch does not fit into the memory, it is halved.
         device, dtype, offload (*optional*):
             See [`GenerativeJudge`]. `dtype` is the type of the body's weights. The head is always in float32.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether code from the model's repository may be run. No preset needs it.
-        revision (`str`, *optional*):
-            Branch, tag or commit of the model on the Hub.
+        trust_remote_code, revision (`bool` and `str`, *optional*):
+            See [`GenerativeJudge`]. No preset needs code from the Hub.
 
     Raises:
         TypeError: If `model` is neither a string nor a pair.
@@ -84,9 +82,7 @@ class PRMJudge(LocalModelJudge, StepScorer):
         self._given_spec = spec
         self.known_wrong_rule = checked_rule(known_wrong_rule)
         self.max_tokens_per_batch = max_tokens_per_batch
-        super().__init__(
-            model, device=device, dtype=dtype, offload=offload, trust_remote_code=trust_remote_code, revision=revision
-        )
+        super().__init__(model, None, device, dtype, offload, trust_remote_code, revision)
         if threshold is not None:
             self.threshold = threshold
         self._check_fit()
@@ -123,18 +119,16 @@ class PRMJudge(LocalModelJudge, StepScorer):
         largest = max(self.encoder.layout_ids, default=0)
         if largest >= self._vocabulary_size:
             raise ValueError(
-                f"the tokenizer's id {largest} ({self.tokenizer.convert_ids_to_tokens(largest)!r}) is outside the "
-                f"vocabulary of {self.model_name!r}, which has {self._vocabulary_size} entries. Use the tokenizer "
-                "that the model was trained with."
+                f"the tokenizer's id {largest} ({self.tokenizer.convert_ids_to_tokens(largest)!r}) is outside the vocabulary "
+                f"of {self.model_name!r}, which has {self._vocabulary_size} entries. Use the model's own tokenizer."
             )
         weight = next(self._head.parameters())
         n_outputs = self._head(weight.new_zeros(1, self._body.config.get_text_config().hidden_size)).shape[-1]
         if self.spec.positive_index >= n_outputs or (self.spec.activation == "softmax" and n_outputs == 1):
             raise ValueError(
-                f"the head of {self.model_name!r} has {n_outputs} outputs, which does not go with "
-                f"head={self.spec.head!r}, positive_label={self.spec.positive_label} and "
-                f"activation={self.spec.activation!r}. With a single output use positive_label=0 and "
-                "activation='sigmoid'."
+                f"the head of {self.model_name!r} has {n_outputs} outputs, which does not go with head={self.spec.head!r}, "
+                f"positive_label={self.spec.positive_label} and activation={self.spec.activation!r}. With a single "
+                "output use positive_label=0 and activation='sigmoid'."
             )
 
     @property
@@ -156,16 +150,15 @@ class PRMJudge(LocalModelJudge, StepScorer):
         try:
             with self._ready():
                 for batch in token_batches(lengths, self.max_tokens_per_batch):
-                    scored: list[list[float] | str] = self._runner.run(
+                    scored: list[list[float] | str] = self._run(
                         lambda keys: list(self._forward([encoded[i] for i in keys])),
                         batch,
                         failed=lambda reason: reason,
                         what=lambda i: f"a completion of {lengths[i]} tokens",
-                        name=self.name,
                     )
                     results.update(zip(batch, scored, strict=True))
         except Exception as error:  # the model could not be moved
-            self._runner.show_traceback(self.name)
+            self._show_traceback()
             return {i: f"{type(error).__name__}: {error}" for i in encoded} | results
         return results
 

@@ -92,9 +92,8 @@ def body_and_head(model: Any, spec: PRMSpec, tokenizer: Any) -> tuple[PreTrained
         head = _verdict_rows(inner, spec, tokenizer)
     if head is None:
         raise ValueError(
-            f"model is a {type(model).__name__}, which has no head for head={spec.head!r}. Such a head is a module "
-            "`score` or `classifier` (token_classification), `v_head` (value_head), or output embeddings "
-            "(causal_lm). Give the spec that the model was trained with."
+            f"model is a {type(model).__name__}, which has no head for head={spec.head!r}: a module `score` or `classifier` "
+            "(token_classification), `v_head` (value_head), or output embeddings (causal_lm). Give the model's own spec."
         )
     # A score is compared with a threshold, and bfloat16 has only eight bits for it. The head is small, so float32 is
     # cheap
@@ -128,8 +127,7 @@ def _load_value_head(path: str, revision: str | None) -> nn.Linear:
     tensors = _read_tensors(path, revision, "v_head.summary.")
     if "weight" not in tensors:
         raise ValueError(
-            f"model={path!r} has no weights `v_head.summary.weight`, which are the head for head='value_head'. Give "
-            "the spec that the model was trained with."
+            f"model={path!r} has no weights `v_head.summary.weight`, as head='value_head' needs. Give the model's own spec."
         )
     weight, bias = tensors["weight"].float(), tensors.get("bias")
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
@@ -174,6 +172,5 @@ def _check_nothing_is_missing(path: str, spec: PRMSpec, info: dict[str, Any]) ->
     if wrong:
         raise ValueError(
             f"model={path!r} lacks weights that head={spec.head!r} needs, or has them in another shape: "
-            f"{', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}. It is no process reward model of that kind. "
-            "Give the spec that it was trained with."
+            f"{', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}. Give the spec that it was trained with."
         )

@@ -70,16 +70,12 @@ def verdict_from_scores(
 
 @dataclass(frozen=True)
 class Calibration:
-    """
-    A threshold and its accuracy on labelled rows: the share of the rows with an error whose first error is found
-    exactly, and of the rows without one in which none is found. `f1` is the harmonic mean of the two. If all rows are
-    of one kind, it is the accuracy on that kind, and the other one is `None`.
-    """
+    """A threshold and its accuracy on labelled rows."""
 
     threshold: float
-    f1: float
-    accuracy_error: float | None
-    accuracy_correct: float | None
+    f1: float  # harmonic mean of the two accuracies, or the one that there is
+    accuracy_error: float | None  # share of the rows with an error whose first error is found exactly
+    accuracy_correct: float | None  # share of the rows without one in which none is found
 
 
 def best_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> Calibration:
@@ -102,16 +98,14 @@ def best_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> 
     """
     if not scores or len(scores) != len(labels):
         raise ValueError(
-            f"scores has {len(scores)} rows and labels has {len(labels)}: give one label per row, and at least one "
-            "row."
+            f"scores has {len(scores)} rows and labels has {len(labels)}: give one label per row, and at least one row."
         )
     changes: tuple[Counter[float], ...] = Counter(), Counter()  # of the hits, if the threshold passes a score
     hits, totals = [0, 0], [0, 0]  # of rows with an error, and without one
     for row, label in zip(scores, labels, strict=True):
         if not len(row) or not all(0 <= score <= 1 for score in row):
             raise ValueError(
-                f"scores has a row without scores, or with scores that are no probabilities: {list(row)!r}. Leave it "
-                "out."
+                f"scores has a row without scores, or with scores that are no probabilities: {list(row)!r}. Leave it out."
             )
         kind = int(label < 0)
         totals[kind] += 1
@@ -233,8 +227,7 @@ class StepScorer(StepJudge):
         ]
         if not rows:
             raise ValueError(
-                f"none of the {len(items)} items could be scored in full, so no threshold can be found. The reasons "
-                "are in `judge.judge(items)`."
+                f"none of the {len(items)} items could be scored in full: `judge.judge(items)` gives the reasons."
             )
         if left_out := len(items) - len(rows):
             logger.info("%d of %d items could not be scored in full and are left out.", left_out, len(items))

@@ -28,19 +28,19 @@ class PRMSpec:
     Args:
         head (`str`, *optional*, defaults to `"token_classification"`):
             How a hidden state becomes a score. `"token_classification"`: a classifier with one output per label, also
-            the two-layer classifier of Qwen2.5-Math-PRM. `"causal_lm"`: the logits of the tokens `positive` and
-            `negative`. `"value_head"`: a head with a single output.
+            the two-layer one of Qwen2.5-Math-PRM. `"causal_lm"`: the logits of the tokens `positive` and `negative`.
+            `"value_head"`: a head with a single output.
         template (`str`, *optional*, defaults to `"plain"`):
-            `"plain"`: the problem, then the steps, as running text. `"chat"`: the tokenizer's chat template, the
+            `"plain"`: the problem, then the steps, as running text. `"chat"`: the tokenizer's chat template, with the
             problem as the user's message and all steps as the assistant's. `"turns"`: one user's message per step,
             each answered by a verdict token. The problem stands before the first step.
         separator (`str`, *optional*, defaults to `"\\n"`):
-            Text put after every step. The special tokens in it are special tokens. In a problem or a step they are
-            plain text. Empty for the template `"turns"`.
+            Text put after every step. Special tokens are special in it, and plain text in a problem or a step. Empty
+            for the template `"turns"`.
         read_at (`str`, *optional*, defaults to `"separator"`):
-            Where the score of a step is read. `"separator"`: at the last token of the separator. `"step"`: at the last
-            token of the step itself. `"verdict"`: at the position before the verdict token, which predicts it. Then
-            the token `positive` stands in the text after every step, also after a step with a low score.
+            Where the score of a step is read. `"separator"`, `"step"`: at the last token of the separator or the step.
+            `"verdict"`: at the position before the verdict token, which predicts it. Then the token `positive` stands
+            in the text after every step, also after a step with a low score.
         positive, negative (`str`, *optional*, default to `"+"` and `"-"`):
             The verdict tokens for a right and a wrong step, a single token each. For the head `"causal_lm"` only.
         positive_label (`int`, *optional*, defaults to `1`):
@@ -49,21 +49,17 @@ class PRMSpec:
             `"softmax"` over the labels or over the two verdict tokens, or `"sigmoid"` of the one output.
         system (`str`, *optional*):
             The system message. By default the chat template decides. Not for the template `"plain"`.
-        before_first_step, before_next_steps (`str`, *optional*, default to `""`):
-            Text put between the problem and the first step, and before every further step.
-        step_label (`str`, *optional*, defaults to `""`):
-            Text put before every step, for instance `"Step {number}: "`. `{number}` stands for the step's number,
-            counted from 1. A step that begins with such a label itself gets none.
+        before_first_step, before_next_steps, step_label (`str`, *optional*, default to `""`):
+            Text put between the problem and the first step, before every further step, and before every step, such as
+            `"Step {number}: "`. A step that begins with such a label itself gets none.
         add_bos (`bool`, *optional*, defaults to `True`):
             Whether the text begins with the tokenizer's BOS token, if it has one. For the template `"plain"` only.
         keep_prefix_space (`bool`, *optional*, defaults to `False`):
-            SentencePiece tokenizers put a space before every text that they get. By default only the beginning of the
-            text has this space, as if the text was tokenised as a whole. `True`: every problem, step and separator
-            keeps its own space, as in TRL's former `PRMTrainer`. For other tokenizers this makes no difference.
-        threshold (`float`, *optional*, defaults to `0.5`):
-            A step is wrong if its score is below this. In [0, 1].
-        max_length (`int`, *optional*):
-            Most tokens that the model reads. Defaults to what the model's config says.
+            SentencePiece tokenizers put a space before every text. By default only the beginning of the text has it.
+            `True`: every problem, step and separator has its own, as in TRL's former `PRMTrainer`.
+        threshold, max_length (`float` and `int`, *optional*):
+            A step is wrong if its score is below the threshold, in [0, 1], 0.5 by default. Most tokens that the model
+            reads, by default what its config says.
 
     Raises:
         ValueError: If a field has an unknown value, is out of its range, or does not go with another field.
@@ -109,12 +105,12 @@ class PRMSpec:
             )
         if self.max_length is not None and not self.max_length > 0:
             raise ValueError(
-                f"max_length={self.max_length} must be a positive number of tokens, or None for the model's own limit."
+                f"max_length={self.max_length} must be a positive number of tokens, or None for no limit."
             )
         if self.head == "value_head" and self.activation != "sigmoid":
             raise ValueError(
-                f"activation={self.activation!r} does not go with head='value_head'. This head has a single output, "
-                "and the softmax of one output is always 1. Use activation='sigmoid'."
+                f"activation={self.activation!r} does not go with head='value_head', which has one output: the softmax "
+                "of one output is always 1. Use activation='sigmoid'."
             )
         if self.head == "causal_lm" and self.activation != "softmax":
             raise ValueError(
@@ -145,8 +141,7 @@ class PRMSpec:
             ) from error
         if self.template == "plain" and self.system is not None:
             raise ValueError(
-                f"system={self.system!r} does not go with template='plain', because a plain text has no messages. Use "
-                "template='chat', or leave system out."
+                f"system={self.system!r} does not go with template='plain', which has no messages. Use template='chat'."
             )
 
     @classmethod
@@ -163,9 +158,7 @@ class PRMSpec:
                 Fields of the spec that differ, for instance `threshold=0.3`.
         """
         if name not in PRESETS:
-            raise ValueError(
-                f"name={name!r} is no preset. The presets are {list(PRESETS)}. Give one of them, or a `PRMSpec(...)`."
-            )
+            raise ValueError(f"name={name!r} is no preset. The presets are {list(PRESETS)}. Or give a `PRMSpec(...)`.")
         return replace(PRESETS[name], **changes)
 
     @classmethod
