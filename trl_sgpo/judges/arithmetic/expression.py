@@ -97,12 +97,9 @@ class Reader:
         while True:
             before = self.tokens[self.end - 1]
             token, follow = self.peek(), self.peek(1)
+            symbol = "*"
             if token.kind == "o" and token.text in "*/":
                 symbol = token.text
-                self.end += 1
-            elif token.text == "of" and before.text == "%" and follow.kind == "n":
-                symbol = "*"
-                self.end += 1
             elif token.kind == "v" and token.text in "xX":
                 if before.kind not in "n)" or token.start == before.end or token.end == follow.start:
                     raise _Skip
@@ -111,15 +108,14 @@ class Reader:
                 self.used_x = True
                 if follow.kind not in ("n", "(") and not (follow.text == "-" and self.peek(2).start == follow.end):
                     raise _Skip
-                symbol = "*"
-                self.end += 1
             elif token.kind == "(" and before.kind in "n)":
                 if divided:
                     raise _Skip  # 1 / 2(3)
                 self.uncertain |= token.start > before.end and before.kind == "n"
-                symbol = "*"
-            else:
+            elif token.text != "of" or before.text != "%" or follow.kind != "n":
                 return left
+            if token.kind != "(":
+                self.end += 1
             if not self.depth:
                 self.prefixes.append(left.value)
             powers = self.tokens[self.end : self.end + 2]
