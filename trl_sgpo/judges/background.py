@@ -1,9 +1,8 @@
 """
-The event loop of the judges that ask servers: one per process, in one daemon thread, shared by all judges.
+The event loop of the judges that ask servers: one per process, in one daemon thread, shared by all judges. Connections
+belong to an event loop, so a loop per batch would open them anew, and notebooks have a loop that runs already.
 
-Connections belong to an event loop, so a loop per batch would open them anew every time. `asyncio.run` cannot be used
-if a loop runs already, as in notebooks. After a fork the child has no such thread and must not use the connections: it
-starts its own loop and leaves what it inherited alone.
+After a fork the child has no such thread and must not use the connections: it starts its own loop.
 """
 
 import asyncio

@@ -46,7 +46,7 @@ class Verdict:
             `"error"`: `first_error` is the first wrong step. `"no_error"`: every step is right. `"abstain"`: the judge
             cannot say, or failed. An abstention is never turned into a number.
         first_error, n_steps (`int`, *optional*):
-            0-based index of the first wrong step, and how many steps the judge saw. The latter guards against a mix-up.
+            0-based index of the first wrong step, and how many steps the judge saw, against mix-ups.
         confidence (`float`, *optional*):
             The judge's confidence in [0, 1], if it has one.
         reason (`str`, *optional*, defaults to `""`):
@@ -99,7 +99,7 @@ def ask(
     judge: StepJudge, items: Sequence[JudgeItem], on_exception: Callable[[StepJudge], None] | None = None
 ) -> list[Verdict]:
     """
-    A judge's verdicts, checked. Never raises: if the judge does, or gives a wrong number of verdicts or something else,
+    A judge's verdicts, checked. Never raises: if the judge does, or gives a wrong number of verdicts or none,
     they are abstentions with that reason. `on_exception(judge)` is called inside the handler.
     """
     try:

@@ -222,10 +222,10 @@ class CachedJudge(StepJudge):
             return
         self._log_once(
             "failed",
-            f"The cache {self.path} cannot be {verb} ({type(error).__name__}: {error}). The judge is asked directly, and "
-            "the cache is tried again with every batch; further failures are not shown. Check that the path is a file in "
-            "an existing folder, that both can be written, that the disk has room, and that no other process holds the "
-            f"file for more than {BUSY_SECONDS:g} s.",
+            f"The cache {self.path} cannot be {verb} ({type(error).__name__}: {error}). The judge is asked directly. "
+            "The cache is tried again with every batch, and further failures are not shown. Check that the path is a "
+            "file in an existing folder, that both can be written, that the disk has room, and that no other process "
+            f"holds the file for more than {BUSY_SECONDS:g} s.",
         )
 
 
@@ -257,9 +257,11 @@ def _read(connection: sqlite3.Connection, keys: Iterable[bytes]) -> dict[bytes |
         chunk = wanted[start : start + CHUNK]
         query = f"SELECT key, verdict FROM verdicts WHERE key IN ({','.join('?' * len(chunk))})"
         for key, text in connection.execute(query, chunk):
-            verdict = _parsed(text)
-            if verdict is not None:
-                found[key] = verdict
+            with suppress(TypeError, ValueError):  # a row that holds no verdict: the judge is asked
+                status, first_error, n_steps, confidence, reason = json.loads(text)
+                verdict = checked_verdict(Verdict(status, first_error, n_steps, confidence, reason), n_steps)
+                if verdict.status != "abstain":
+                    found[key] = verdict
     return found
 
 
@@ -278,16 +280,6 @@ def _written(verdict: Verdict) -> str | None:
     except (TypeError, ValueError):
         return None
     return json.dumps([verdict.status, verdict.first_error, verdict.n_steps, confidence, verdict.reason])
-
-
-def _parsed(text: str) -> Verdict | None:
-    """The verdict in a row; `None` if it holds none, and the judge is asked."""
-    try:
-        status, first_error, n_steps, confidence, reason = json.loads(text)
-        verdict = checked_verdict(Verdict(status, first_error, n_steps, confidence, reason), n_steps)
-    except (TypeError, ValueError):
-        return None
-    return None if verdict.status == "abstain" else verdict
 
 
 def _functions(judge: StepJudge) -> list[CallableJudge]:

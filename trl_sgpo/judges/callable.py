@@ -22,8 +22,8 @@ class CallableJudge(StepJudge):
 
     Args:
         function (`Callable`):
-            `f(problem, steps, **row) -> int | None`: the 0-based index of the first wrong step, `None` for no error. It
-            gets the dataset columns that it has parameters for, or all of them if it takes `**kwargs`. It may also
+            `f(problem, steps, **row) -> int | None`: the 0-based index of the first wrong step, `None` for no error.
+            It gets the dataset columns that it has parameters for, or all of them if it takes `**kwargs`. It may also
             return a [`Verdict`], to abstain or to give a reason. If it raises, the verdict is an abstention, and the
             first traceback is logged.
         batch_deadline (`float`, *optional*, defaults to `600.0`):
@@ -57,9 +57,7 @@ class CallableJudge(StepJudge):
                 "`StepJudge` and run the batch in its `judge` method, for instance with `asyncio.run`."
             )
         if batch_deadline is not None and not 0 < batch_deadline <= threading.TIMEOUT_MAX:
-            raise ValueError(
-                f"batch_deadline={batch_deadline} must be a positive number of seconds, or None for no limit."
-            )
+            raise ValueError(f"batch_deadline={batch_deadline} must be a positive number of seconds, or None.")
         self.function = function
         self.batch_deadline = batch_deadline
         self.column_names = _column_names(function)

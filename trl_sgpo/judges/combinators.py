@@ -62,9 +62,7 @@ def plurality(votes: Sequence[Verdict], min_agreement: float = 0.5) -> Verdict:
 def check_min_agreement(min_agreement: Any) -> None:
     """Raises an error if the argument is no share."""
     if isinstance(min_agreement, bool) or not isinstance(min_agreement, int | float):
-        raise TypeError(
-            f"min_agreement={min_agreement!r} is not a number. It is the share of all votes that the winner needs."
-        )
+        raise TypeError(f"min_agreement={min_agreement!r} is not a number, the share of votes that the winner needs.")
     if not 0 <= min_agreement <= 1:
         raise ValueError(
             f"min_agreement={min_agreement} must lie in [0, 1]: it is the share of all votes that the winner needs, "

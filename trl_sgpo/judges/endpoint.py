@@ -24,7 +24,7 @@ from trl_sgpo.judges.server_settings import RequestFormat, ServerSettings, api_k
 
 
 if TYPE_CHECKING:
-    from aiohttp import ClientResponse, ClientSession
+    from aiohttp import ClientSession
 
 # From the format of a request: something to remember, and the body of the request
 Write = Callable[[RequestFormat], tuple[Any, dict[str, Any]]]
@@ -129,9 +129,9 @@ class Breaker:
         elif self._until is None and self._in_a_row >= self.failures:
             self._until = monotonic() + self._pause
             logger.warning(
-                f"THE JUDGE'S SERVER {self.label} IS DOWN: {self._in_a_row} requests failed in a row, the last one with: "
-                f"{text}. For {self._pause:g} s it is not asked; what no other server answers is abstained on, and training "
-                "goes on as GRPO. Then it is tried again, at growing intervals."
+                f"THE JUDGE'S SERVER {self.label} IS DOWN: {self._in_a_row} requests failed in a row, the last one "
+                f"with: {text}. For {self._pause:g} s it is not asked; what no other server answers is abstained on, "
+                "and training goes on as GRPO. Then it is tried again, at growing intervals."
             )
         self.ended(trial)
 
@@ -145,7 +145,7 @@ class Breaker:
 
 @dataclass(eq=False)
 class Endpoint:
-    """One server, made and used in the background event loop only. The key is read for every request and kept nowhere."""
+    """One server, used in the background event loop only. The key is read for every request and kept nowhere."""
 
     url: str  # the base URL, without credentials
     session: "ClientSession"
@@ -273,15 +273,21 @@ class Endpoint:
             # The original error may hold the request with its headers
             raise self._failure(error, key) from None
 
-    async def _post(self, data: bytes, headers: dict[str, str]) -> tuple[int, Mapping[str, str], bytes]:
+    async def _post(self, question: bytes, headers: dict[str, str]) -> tuple[int, Mapping[str, str], bytes]:
         async with self.session.post(
             self.url + self.settings.path,
-            data=data,
+            data=question,
             headers=headers,
             proxy=self.proxy,
             allow_redirects=False,  # one would turn the POST into a GET, or carry the key elsewhere
         ) as response:
-            return response.status, response.headers, await _read(response, self.settings.longest_answer)
+            data = bytearray()
+            async for part in response.content.iter_any():
+                data += part
+                if len(data) > self.settings.longest_answer:
+                    response.close()
+                    raise RequestFailed("no answer", f"the answer is longer than {self.settings.longest_answer} bytes")
+            return response.status, response.headers, bytes(data)
 
     def _failure(self, error: Exception, key: str) -> RequestFailed:
         """What is said of an exception of the client."""
@@ -331,17 +337,6 @@ class Endpoint:
                 raise RequestFailed(f"HTTP {status}", f"{text} (Retry-After: {delay:.0f} s)")
             raise RequestFailed(f"HTTP {status}", text, retry=True, delay=delay)
         raise RequestFailed(f"HTTP {status}", text)
-
-
-async def _read(response: "ClientResponse", longest: int) -> bytes:
-    parts, size = [], 0
-    async for part in response.content.iter_any():
-        size += len(part)
-        if size > longest:
-            response.close()
-            raise RequestFailed("no answer", f"the answer is longer than {longest} bytes")
-        parts.append(part)
-    return b"".join(parts)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

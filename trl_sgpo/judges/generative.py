@@ -1,9 +1,8 @@
 """
 A generative judge in this process: a causal language model that is asked, in words, for the first wrong step.
 
-The question and how its answer is read are those of a judge on a server ([`JudgePrompt`]). The policy's text reaches the
-model as text only: control tokens of the tokenizer are broken up in it, and a question that still holds one is not
-asked.
+The question and how its answer is read are those of a judge on a server ([`JudgePrompt`]). Control tokens of the
+tokenizer are broken up in the policy's text, and a question that still holds one is not asked.
 
 Left out: prefix caching, continuous batching, and models on several devices. A server has these. This judge is for
 small models beside the training, and for models that were trained to judge.
@@ -68,7 +67,7 @@ class GenerativeJudge(LocalModelJudge):
         prompt ([`JudgePrompt`], *optional*):
             The texts of the question.
         answer (`str`, *optional*, defaults to `"generate"`):
-            `"generate"`: the model writes a brief check and the verdict. `"score"`: it writes nothing, and the verdict is
+            `"generate"`: the model writes a brief check and the verdict. `"score"`: it writes nothing. The verdict is
             the most likely continuation of `FIRST_ERROR:` among the allowed choices. The confidence is its share of
             their probability. This takes one forward pass, and suits a small model that was trained to judge.
         max_new_tokens (`int`, *optional*, defaults to `1024`):
@@ -134,15 +133,6 @@ class GenerativeJudge(LocalModelJudge):
             raise TypeError(f"prompt={prompt!r} is no `JudgePrompt`. Give `JudgePrompt(rules=...)`.")
         if answer not in ANSWERS:
             raise ValueError(f"answer={answer!r} is unknown: it must be one of {list(ANSWERS)}.")
-        limits = {
-            "max_new_tokens": max_new_tokens,
-            "max_tokens_per_batch": max_tokens_per_batch,
-            "votes": votes,
-            "batch_deadline": batch_deadline,
-        }
-        for name, value in limits.items():
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be positive, because it is a limit of the judge.")
         if not 0 <= min_agreement <= 1:
             raise ValueError(f"min_agreement={min_agreement} must lie in [0, 1]: it is the share of the votes.")
         if temperature is None:
@@ -163,12 +153,28 @@ class GenerativeJudge(LocalModelJudge):
         self.temperature = temperature
         self.seed = seed
         self.batch_deadline = batch_deadline
+        for name in ("max_new_tokens", "max_tokens_per_batch", "votes", "batch_deadline"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be positive, because it is a limit of the judge.")
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.usage = Usage()
         self._model: Any
         super().__init__(model, tokenizer, device, dtype, offload, trust_remote_code, revision)
         self.layout = QuestionLayout(self.tokenizer, self.chat_template_kwargs)
-        self._limit = self._longest()
+        own = context_length(self._model.config)
+        longest = min(max_tokens_per_batch, own or max_tokens_per_batch)
+        if answer == "score":
+            self.layout.choice("1")  # raises if this tokenizer cannot
+        # A number has hardly more tokens than digits. "none" and "later" have at most one per letter and the space
+        prefix = len(self.layout.answer_prefix)
+        self._answer_tokens = max_new_tokens if answer == "generate" else prefix + 8
+        self._limit = longest - self._answer_tokens  # of the tokens of a question
+        if self._limit <= 0:
+            raise ValueError(
+                f"max_new_tokens={self._answer_tokens} leaves no room for a question: {self.model_name!r} reads {own} "
+                f"tokens, and max_tokens_per_batch={max_tokens_per_batch}. Make the first smaller, or the last larger."
+            )
         self._calls = 0  # of `judge`: each draws new samples
 
     @property
@@ -183,23 +189,6 @@ class GenerativeJudge(LocalModelJudge):
 
     def _take_model(self, model: Any) -> None:
         self._model = model
-
-    def _longest(self) -> int:
-        """Most tokens of a question that leaves room for its answer."""
-        own = context_length(self._model.config)
-        longest = min(self.max_tokens_per_batch, own or self.max_tokens_per_batch)
-        if self.answer == "score":
-            self.layout.choice("1")  # raises if this tokenizer cannot
-        # A number has hardly more tokens than digits. "none" and "later" have at most one per letter and the space
-        prefix = len(self.layout.answer_prefix)
-        answer = self.max_new_tokens if self.answer == "generate" else prefix + 8
-        if longest <= answer:
-            raise ValueError(
-                f"max_new_tokens={answer} leaves no room for a question: {self.model_name!r} has room for {own} tokens, "
-                f"and max_tokens_per_batch={self.max_tokens_per_batch}. Make the first smaller, or the last larger."
-            )
-        self._answer_tokens = answer
-        return longest - answer
 
     @property
     def cache_key(self) -> str:
@@ -308,10 +297,8 @@ class GenerativeJudge(LocalModelJudge):
             generation_config=settings,
             synced_gpus=False,  # True lets the ranks wait for each other under ZeRO-3. This model is not partitioned
         )[:, input_ids.shape[1] :].tolist()
-        answers = []
-        for row in written:
-            stop = next((n + 1 for n, id in enumerate(row) if id in self._eos_ids), len(row))
-            answers.append(row[:stop])
+        stops = [next((n + 1 for n, id in enumerate(row) if id in self._eos_ids), None) for row in written]
+        answers = [row[:stop] for row, stop in zip(written, stops, strict=True)]
         self.usage.calls += len(prompts)
         self.usage.prompt_tokens += sum(map(len, prompts))
         self.usage.completion_tokens += sum(map(len, answers))
@@ -374,9 +361,8 @@ class GenerativeJudge(LocalModelJudge):
                 return [self._late()] * len(rows)
             return run([prompts[i] for i in rows], end, *([column[i] for i in rows] for column in columns))
 
-        return self._run(
-            part, range(len(prompts)), Verdict.abstain, lambda i: f"a question of {len(prompts[i])} tokens"
-        )
+        results = self._run(part, range(len(prompts)), lambda i: f"a question of {len(prompts[i])} tokens")
+        return [Verdict.abstain(result) if isinstance(result, str) else result for result in results]
 
     def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         ids, mask = pad(rows, self._pad_id, "left")  # the model writes on after the last token
@@ -491,7 +477,7 @@ class QuestionLayout:
 
 def choice_shares(choices: Sequence[tuple[int, ...]], log_probabilities: Sequence[float]) -> list[float]:
     """
-    The share of each choice in the probability of all choices together, from their tokens and log-probabilities. All are
+    The share of each choice in the probability of all choices, from their tokens and log-probabilities. All are
     NaN if one of these is not finite. If a tokenizer cuts numbers into digits, the probability that a text begins with
     `1` includes `10` and `12`. These are subtracted.
     """

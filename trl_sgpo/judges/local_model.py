@@ -77,7 +77,10 @@ class LocalModelJudge(StepJudge):
 
     def _load(self, path: str, tokenizer: Any, device: Any, dtype: Any, source: dict[str, Any]) -> None:
         self.model_name = path
-        self.device = torch.device(default_device() if device is None else device)
+        if device is None:  # this process's GPU if there is one, by the variable that the launchers set
+            rank = int(os.environ.get("LOCAL_RANK", "0"))
+            device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
         if dtype is None:
             dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         # Load directly to the GPU: otherwise several ranks of one machine fill its memory at the same time
@@ -87,7 +90,10 @@ class LocalModelJudge(StepJudge):
             self._load_model(path, dtype=dtype, device_map=device_map, **source)
         for part in self._parts:
             part.requires_grad_(False)
-        self._version = getattr(self._parts[0].config, "_commit_hash", None) or newest_weights(path)
+        # Of a folder: when its weights were last written, which changes if a model is trained again into it
+        files = [file for end in ("safetensors", "bin") for file in Path(path).glob(f"*.{end}")]
+        newest = max((file.stat().st_mtime_ns for file in files), default=None)
+        self._version = getattr(self._parts[0].config, "_commit_hash", None) or newest
 
     def _take(self, model: Any, own: Any, tokenizer: Any, device: Any, dtype: Any, source: dict[str, Any]) -> None:
         self.model_name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
@@ -112,7 +118,8 @@ class LocalModelJudge(StepJudge):
             yield
         except failure as error:
             raise ValueError(
-                f"model={self.model_name!r} could not be loaded: {error} Give a Hub id, or a folder with {self._files}."
+                f"model={self.model_name!r} could not be loaded: {error} "
+                f"Give a Hub id, or a folder with {self._files}."
             ) from error
 
     @property
@@ -146,20 +153,16 @@ class LocalModelJudge(StepJudge):
                     torch.cuda.empty_cache()
 
     def _run(
-        self,
-        work: Callable[[Sequence[int]], list[T]],
-        keys: Sequence[int],
-        failed: Callable[[str], T],
-        what: Callable[[int], str],
-    ) -> list[T]:
+        self, work: Callable[[Sequence[int]], list[T]], keys: Sequence[int], what: Callable[[int], str]
+    ) -> list[T | str]:
         """
-        The results of `work` on a batch of keys, in order. If the batch does not fit into the memory, it is halved.
-        `failed` makes the result of a key whose batch failed from a reason, and `what` describes a key for it.
+        The results of `work` on a batch of keys, in order, and a reason for a key whose batch failed. If the batch
+        does not fit into the memory, it is halved. `what` describes a key for the reason.
         """
         from accelerate.utils.memory import should_reduce_batch_size
 
         try:
-            return work(keys)
+            return list(work(keys))
         except Exception as error:
             out_of_memory = should_reduce_batch_size(error)
             reason = f"{type(error).__name__}: {error}"
@@ -167,13 +170,13 @@ class LocalModelJudge(StepJudge):
                 self._show_traceback()
         # Not inside the handler: there the exception would keep the tensors of the failed pass alive
         if not out_of_memory:
-            return [failed(reason)] * len(keys)
+            return [reason] * len(keys)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(keys) == 1:
-            return [failed(f"{what(keys[0])} does not fit into the memory of {self.device}")]
+            return [f"{what(keys[0])} does not fit into the memory of {self.device}"]
         half = len(keys) // 2
-        return [result for part in (keys[:half], keys[half:]) for result in self._run(work, part, failed, what)]
+        return [result for part in (keys[:half], keys[half:]) for result in self._run(work, part, what)]
 
     def _show_traceback(self) -> None:
         self._log_once.failed(f"{self.name} failed on a batch")
@@ -206,19 +209,6 @@ def outside_deepspeed() -> Iterator[None]:
         setattr(deepspeed, name, kept)
         if fsdp_loading is not None:
             os.environ[_FSDP_LOADING] = fsdp_loading
-
-
-def default_device() -> torch.device:
-    """This process's GPU if there is one (by `LOCAL_RANK`, which the launchers set), else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return torch.device("cpu")
-
-
-def newest_weights(path: str) -> int | None:
-    """When the weights in a folder were last written. It changes if a model is trained again into the folder."""
-    files = [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")] if Path(path).is_dir() else []
-    return max((file.stat().st_mtime_ns for file in files), default=None)
 
 
 def context_length(config: Any) -> int | None:

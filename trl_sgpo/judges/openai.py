@@ -66,8 +66,8 @@ class OpenAIJudge(StepJudge):
         max_tokens (`int`, *optional*, defaults to `1024`):
             Tokens the judge may write per answer. Reasoning models need more.
         max_characters (`int`, *optional*):
-            Room for the problem, the reference and the steps (three to four characters make a token). Steps that do not
-            fit are not shown. No limit by default.
+            Room for the problem, the reference and the steps (three to four characters make a token). Steps that do
+            not fit are not shown. No limit by default.
         temperature (`float`, *optional*):
             Sampling temperature. Defaults to 0 for one vote and to 0.7 for several.
         output (`str`, *optional*, defaults to `"auto"`):
@@ -81,9 +81,8 @@ class OpenAIJudge(StepJudge):
 
     Raises:
         ImportError: If the package `aiohttp` is not installed.
-        TypeError: If an argument is of a wrong type.
-        ValueError: If an argument is out of its range, `base_url` is no plain http(s) address, or `api_key_env` is no
-            name of a variable whose value can be sent.
+        TypeError, ValueError: If an argument is of a wrong type or out of its range, `base_url` is no plain http(s)
+            address, or `api_key_env` is no name of a variable whose value can be sent.
 
     Example:
 
@@ -128,7 +127,7 @@ class OpenAIJudge(StepJudge):
             raise ValueError(f"temperature={temperature!r} must be a number of at least 0, the default for one vote.")
         if votes > 1 and temperature == 0:
             raise ValueError(
-                f"votes={votes} with temperature=0 would ask the same thing {votes} times. Set temperature=0.7, or votes=1."
+                f"votes={votes} with temperature=0 would ask the same thing {votes} times: set temperature=0.7."
             )
         if output not in ("auto", *OUTPUTS):
             raise ValueError(f"output={output!r} is unknown: it must be one of {['auto', *OUTPUTS]}.")
@@ -214,24 +213,18 @@ class OpenAIJudge(StepJudge):
     def _request(self, item: JudgeItem) -> Request[Verdict]:
         def write(request_format: RequestFormat) -> tuple[Question, dict[str, Any]]:
             question = self.prompt.ask(item, request_format.output != "text", self.max_characters)
-            return question, self._body(question, request_format)
+            body: dict[str, Any] = {"model": self.model, "messages": question.messages}
+            body[request_format.length_key] = self.max_tokens
+            if request_format.temperature:
+                body["temperature"] = self.temperature
+            if request_format.output == "json_schema":
+                schema = {"name": "verdict", "strict": True, "schema": question.schema}
+                body["response_format"] = {"type": "json_schema", "json_schema": schema}
+            elif request_format.output == "json_object":
+                body["response_format"] = {"type": "json_object"}
+            return question, {**body, **{name: self.extra_body[name] for name in request_format.extra}}
 
         return Request((item.problem, item.reference), write, self._read)
-
-    def _body(self, question: Question, request_format: RequestFormat) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": question.messages,
-            request_format.length_key: self.max_tokens,
-        }
-        if request_format.temperature:
-            body["temperature"] = self.temperature
-        if request_format.output == "json_schema":
-            schema = {"name": "verdict", "strict": True, "schema": question.schema}
-            body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        elif request_format.output == "json_object":
-            body["response_format"] = {"type": "json_object"}
-        return {**body, **{name: self.extra_body[name] for name in request_format.extra}}
 
     def _read(self, question: Question, answer: dict[str, Any]) -> Verdict:
         """The verdict in a server's answer, which may hold anything."""

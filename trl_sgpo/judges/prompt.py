@@ -1,9 +1,9 @@
 """
 The question put to a generative judge, and how its answer is read. Pure text: nothing here asks a model.
 
-What a policy wrote is data to the judge. It stands between tags with a nonce that is drawn for this one question, and
-[`as_data`] breaks up what could act as a tag, as a chat-control token or as a verdict. What the completions of one
-problem share comes first, so that servers with prefix caching compute it once.
+What a policy wrote is data. It stands between tags with a nonce that is drawn for this one question, and [`as_data`]
+breaks up what could act as a tag, a control token or a verdict. What the completions of one problem share comes first,
+so that servers with prefix caching compute it once.
 """
 
 import hashlib
@@ -47,8 +47,8 @@ answer is later."""
 
 NONE, LATER = "none", "later"
 
-# What opens a tag or a control token in some chat template, some server's parser or this prompt. By its form and not from
-# a list of names, because the next model family has other names. In mathematics the added space changes nothing.
+# What opens a tag or a control token in a chat template, a server's parser or this prompt. By its form and not from a
+# list of names, because the next model family has other names. In mathematics the added space changes nothing.
 _TAG = re.compile(r"<(?=[^\W\d]|[/|｜<\[\]])")
 _BAR = re.compile(r"(?<=[|｜])(?=[>\]])|(?<=\[)(?=[|｜])")
 _BRACKET = re.compile(
@@ -115,9 +115,7 @@ class JudgePrompt:
                 raise TypeError(f"JudgePrompt: {name}={value!r} is not a string.")
         for name in ("text_answer", "json_answer"):
             if "{choices}" not in (text := getattr(self, name)):
-                raise ValueError(
-                    f"JudgePrompt: {name}={text!r} does not name the allowed answers. Write {{choices}} for them."
-                )
+                raise ValueError(f"JudgePrompt: {name}={text!r} does not name the allowed answers: write {{choices}}.")
         if "FIRST_ERROR" not in self.text_answer or "first_error_step" not in self.json_answer:
             raise ValueError(
                 "JudgePrompt: `text_answer` must ask for a line `FIRST_ERROR: k` and `json_answer` for the field "

@@ -150,14 +150,7 @@ def final_answer(text: str) -> Number | None:
 
 
 def equations(text: str) -> list[Equation]:
-    """
-    The equations of a text whose right side is a number, line by line. What is not surely understood is left out.
-
-    ```python
-    >>> [(str(e.results[0].value), e.computed) for e in equations("So 3 bags x 4 = 12 apples, and x = 5.")]
-    [('12', True), ('5', False)]
-    ```
-    """
+    """The equations of a text whose right side is a number, without what is not surely understood."""
     found = []
     for line in plain_text(text).splitlines():
         for left, right in pairwise(line.split("=")):

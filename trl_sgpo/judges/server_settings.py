@@ -105,12 +105,10 @@ class ServerSettings:
         name = self.api_key_env
         if not isinstance(name, str) or not (name in os.environ or re.fullmatch(r"[A-Z][A-Z0-9_]*", name)):
             raise ValueError(
-                "api_key_env (not shown here, because it may be a key) is not the name of an environment variable. Put "
-                "the key into one, `export JUDGE_API_KEY=...`, and give its name: api_key_env='JUDGE_API_KEY'."
+                "api_key_env (not shown here, because it may be a key) is not the name of an environment variable. "
+                "Put the key into one, `export JUDGE_API_KEY=...`, and give its name: api_key_env='JUDGE_API_KEY'."
             )
         key = api_key(name)
         if not (key.isascii() and key.isprintable()):
             # Otherwise the HTTP library would say so, and might show the key
-            raise ValueError(
-                f"api_key_env={name!r}: the variable holds characters that no HTTP header may have. Set it anew."
-            )
+            raise ValueError(f"api_key_env={name!r} holds characters that no HTTP header may have. Set it anew.")

@@ -50,9 +50,7 @@ class Servers:
         try:  # so that a missing package is found before any training
             import aiohttp  # noqa: F401
         except ImportError as error:
-            raise ImportError(
-                "A judge that asks a server needs the package `aiohttp`. Run `pip install trl-sgpo[api]`."
-            ) from error
+            raise ImportError("A judge that asks a server needs `aiohttp`: `pip install trl-sgpo[api]`.") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "endpoints": [], "_loop": None, "usage": Counter()}
@@ -87,7 +85,8 @@ class Servers:
         async def work() -> None:
             while waiting:
                 i = waiting.popleft()
-                results[i] = await self._result(requests[i], homes, end)
+                result = await self._result(requests[i], homes, end)
+                results[i] = result
 
         # As many workers as may ask at a time, and not a task per request: what lives long brings on full garbage
         # collections, which take 0.1 s each beside torch
@@ -111,7 +110,7 @@ class Servers:
         except RequestFailed as failure:
             return self._logged(failure)
         except Exception as error:
-            # The question cannot be asked, because its first step is too long, or a bug of ours: that costs a verdict only
+            # The question cannot be asked, because its first step is too long, or a bug of ours: it costs a verdict
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             text = redact(f"{kind}{error}", api_key(self.settings.api_key_env))[:_LONGEST_REASON]
             return self._logged(RequestFailed(type(error).__name__, text))
@@ -166,8 +165,8 @@ class Servers:
     def _logged(self, failure: RequestFailed) -> RequestFailed:
         log_once(
             failure.kind,
-            f"The judge {self.judge}: {failure.text.rstrip('.')}. What nobody answers is an abstention; further ones of "
-            "this kind are counted in the metric `sgpo/abstain_rate` and not shown.",
+            f"The judge {self.judge}: {failure.text.rstrip('.')}. What nobody answers is an abstention; further ones "
+            "of this kind are counted in the metric `sgpo/abstain_rate` and not shown.",
         )
         return failure
 
@@ -176,9 +175,7 @@ def checked_urls(base_url: Any) -> tuple[str, ...]:
     """The addresses, checked. No part of an address is printed before it is known to hold no credentials."""
     urls = [base_url] if isinstance(base_url, str) else base_url
     if not isinstance(urls, Sequence) or not urls or not all(isinstance(url, str) for url in urls):
-        raise TypeError(
-            f"base_url is of type {type(base_url).__name__}, or empty. Give an address, or a list of addresses."
-        )
+        raise TypeError(f"base_url is of type {type(base_url).__name__}, or empty. Give an address or a list of them.")
     for url in urls:
         try:
             parts = urlsplit(url)
@@ -199,15 +196,12 @@ def _proxy(url: str) -> str | None:
     """The proxy that the environment names for an address; none for this machine itself."""
     parts = urlsplit(url)
     host = parts.hostname or ""
-    if _is_this_machine(host) or urllib.request.proxy_bypass(host):
+    try:
+        address = ipaddress.ip_address(host)
+        is_this_machine = address.is_loopback or address.is_unspecified
+    except ValueError:
+        is_this_machine = host == "localhost" or host.endswith(".localhost")
+    if is_this_machine or urllib.request.proxy_bypass(host):
         return None
     proxies = urllib.request.getproxies()
     return proxies.get(parts.scheme) or proxies.get("all")
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-    return address.is_loopback or address.is_unspecified

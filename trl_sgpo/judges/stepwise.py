@@ -124,10 +124,7 @@ class StepwiseJudge:
             raise TypeError("judge is a `StepwiseJudge` already: put it into `reward_funcs` as it is.")
         self.judge = as_judge(judge)
         if not (beta >= 0 and math.isfinite(beta)):
-            raise ValueError(
-                f"beta={beta} must be a finite number of at least 0: with a negative one the reward of Eq. 2 would "
-                "fall as the correct prefix grows. The default is 10."
-            )
+            raise ValueError(f"beta={beta} must be a finite number of at least 0, else rewards fall with the RTS.")
         if not math.isfinite(gamma):
             raise ValueError(f"gamma={gamma} must be a finite number: it is the RTS that earns half. Use 0.5.")
         for argument, value, choices in (
@@ -142,8 +139,8 @@ class StepwiseJudge:
         if not 0 <= gamma <= 1 and transform == "logistic":
             low, high = rts_to_reward(torch.tensor([0.0, 1.0]), beta, gamma).tolist()
             warnings.warn(
-                f"gamma={gamma} lies outside [0, 1], where RTS lies, so with beta={beta} all rewards lie between {low:.2g} "
-                f"and {high:.2g}. The paper's text swaps the two values; the sensible reading is beta=10, gamma=0.5.",
+                f"gamma={gamma} lies outside [0, 1], where RTS lies, so with beta={beta} all rewards lie between "
+                f"{low:.2g} and {high:.2g}. The paper's text swaps the two; sensible values are beta=10, gamma=0.5.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -174,8 +171,8 @@ class StepwiseJudge:
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
         """
-        The plain reward function: judges every completion, right or wrong. Per row a reward in [0, 1], or `None` if the
-        judge abstained.
+        The plain reward function: judges every completion, right or wrong. Gives each a reward in [0, 1], or `None` if
+        the judge abstained.
 
         Args:
             prompts, completions (`Sequence`):
@@ -219,7 +216,15 @@ class StepwiseJudge:
         for i, (prompt, completion, row) in enumerate(zip(prompts, completions, rows, strict=True)):
             try:
                 cut = cut_completion(completion, self.segmenter, include_thinking=self.include_thinking)
-                item = self._item(prompt, cut, row, known_wrong)
+                reference = row.get(self.reference_column)
+                item = JudgeItem(
+                    problem=problem_text(prompt),
+                    steps=cut.steps,
+                    reference=None if reference is None else str(reference),
+                    known_wrong=known_wrong,
+                    row={k: v for k, v in row.items() if k not in ("prompt", "completion", "completion_ids")},
+                    context=cut.context,
+                )
             except Exception as error:
                 self._log_once.failed("A completion could not be cut into steps")
                 scores[i] = _unscored(Verdict.abstain(f"{type(error).__name__}: {error}"), 0, called=False)
@@ -242,17 +247,6 @@ class StepwiseJudge:
             for (i, cut), verdict in zip(cuts.items(), verdicts, strict=True):
                 scores[i] = self._score(verdict, cut, known_wrong)
         return scores  # type: ignore[return-value]  # every row was filled above
-
-    def _item(self, prompt: Any, cut: CutCompletion, row: Mapping[str, Any], known_wrong: bool) -> JudgeItem:
-        reference = row.get(self.reference_column)
-        return JudgeItem(
-            problem=problem_text(prompt),
-            steps=cut.steps,
-            reference=None if reference is None else str(reference),
-            known_wrong=known_wrong,
-            row={k: v for k, v in row.items() if k not in ("prompt", "completion", "completion_ids")},
-            context=cut.context,
-        )
 
     def _score(self, verdict: Verdict, cut: CutCompletion, known_wrong: bool) -> StepScore:
         n_steps, first_error = len(cut.spans), verdict.first_error
@@ -287,7 +281,7 @@ def as_judge(judge: Any, argument: str = "judge") -> StepJudge:
         return judge
     if not callable(judge):
         raise TypeError(
-            f"{argument}={judge!r} is neither a `StepJudge` nor a function `f(problem, steps, **row)` that returns the "
+            f"{argument}={judge!r} is neither a `StepJudge` nor a function `f(problem, steps, **row)` that gives the "
             "0-based index of the first wrong step, or None for no error. Give one of them."
         )
     return CallableJudge(judge)
@@ -341,8 +335,8 @@ def take_judge(funcs: list[Any]) -> tuple[StepwiseJudge | None, int | None]:
         )
     if len(indices) > 1:
         raise ValueError(
-            f"reward_funcs holds {len(indices)} StepwiseJudges, at the positions {indices}, and a group can be judged by "
-            "one. To combine judges, combine them inside one `StepwiseJudge`."
+            f"reward_funcs holds {len(indices)} StepwiseJudges, at the positions {indices}, and a group can be judged "
+            "by one. To combine judges, combine them inside one `StepwiseJudge`."
         )
     if not indices:
         return None, None

@@ -57,9 +57,8 @@ class VLLMPoolingJudge(StepScorer):
 
     Raises:
         ImportError: If the package `aiohttp` is not installed.
-        TypeError: If `base_url` is neither an address nor a list of addresses.
-        ValueError: If the tokenizer or the config cannot be loaded or do not go with the spec, or another argument is
-            out of its range.
+        TypeError, ValueError: If the tokenizer or the config cannot be loaded or do not go with the spec, or another
+            argument is of a wrong type or out of its range.
     """
 
     def __init__(
@@ -108,12 +107,19 @@ class VLLMPoolingJudge(StepScorer):
         config = None
         source = model if tokenizer is None else tokenizer
         if isinstance(source, str | os.PathLike):
-            tokenizer, config = _load_tokenizer(str(source), revision)
+            from transformers import AutoConfig, AutoTokenizer
+
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision)
+                config = AutoConfig.from_pretrained(str(source), revision=revision)
+            except Exception as error:
+                raise ValueError(
+                    f"the tokenizer and config of {str(source)!r} could not be loaded: {error} They are needed here, "
+                    "because token ids are sent. Give `tokenizer`: the Hub id or folder that has them."
+                ) from error
         if spec is None:
             if config is None:
-                raise ValueError(
-                    "spec=None, and a loaded tokenizer has no config. Give `spec`, or the tokenizer's Hub id or folder."
-                )
+                raise ValueError("spec=None, and a loaded tokenizer has no config. Give `spec`, or a Hub id.")
             spec = PRMSpec.from_config(config)
         self.spec = spec
         if threshold is not None:
@@ -176,9 +182,7 @@ class VLLMPoolingJudge(StepScorer):
 
     def _score(self, row: list[float]) -> float:
         if self.spec.head == "causal_lm" and len(row) != 2:
-            raise ValueError(
-                f"the server gave {len(row)} numbers per row and not the two verdict tokens': set returned_token_ids there"
-            )
+            raise ValueError(f"the server gave {len(row)} numbers per row, not 2: start it with returned_token_ids")
         value = float(row[self.positive_index])
         if not self.use_activation:
             if self.spec.activation == "sigmoid":
@@ -186,21 +190,5 @@ class VLLMPoolingJudge(StepScorer):
             largest = max(row)
             return math.exp(value - largest) / sum(math.exp(other - largest) for other in row)
         if not math.isnan(value) and not 0 <= value <= 1:
-            raise ValueError(
-                f"the server gave {value:.3g}, which is no probability: use use_activation=False if it applies none"
-            )
+            raise ValueError(f"the server gave {value:.3g}, which is no probability: use use_activation=False")
         return value
-
-
-def _load_tokenizer(path: str, revision: str | None) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=revision), AutoConfig.from_pretrained(
-            path, revision=revision
-        )
-    except Exception as error:
-        raise ValueError(
-            f"the tokenizer and config of {path!r} could not be loaded: {error} They are needed here, because token ids "
-            "are sent. Give `tokenizer`: the Hub id or folder that has them."
-        ) from error

@@ -19,10 +19,10 @@ class ArithmeticJudge(StepJudge):
     r"""
     Finds the first step in which a spelled-out calculation is wrong. It has no parameters and needs no model.
 
-    It is a strict reader. Each link of each chain `a = b = c` is checked with exact rationals, if both sides are surely
-    understood. Anything else ends the link: a variable, an unknown word, another unit, a function, a mixed number. The
-    judge finds few errors in prose, and what it names is an error. It does not read the problem, does no algebra, and
-    does not ask whether the right quantities were combined.
+    It is a strict reader. Each link of each chain `a = b = c` is checked with exact rationals, if both sides are
+    surely understood. Anything else ends the link: a variable, an unknown word, another unit, a function, a mixed
+    number. The judge finds few errors in prose, and what it names is an error. It does not read the problem, does no
+    algebra, and does not ask whether the right quantities were combined.
 
     It reads `+ - * / × · ÷ ^ **`, brackets, `2(3)`, fractions, percentages, money, thousands separators, the LaTeX of
     fractions and products (`\frac`, `\times`, `\cdot`, `\div`, `\text`, `\boxed`), the same unit word after each

@@ -44,7 +44,7 @@ class Reader:
         self.negate = negate  # the sign of a list's item, if it was a minus
         self.european = False
         self.depth = self.operations = 0
-        self.uncertain = self.percent = self.coarse = self.named = self.used_x = False
+        self.uncertain = self.percent = self.coarse = self.named = False
         self.words: list[str] = []  # all words that are read over
         self.units: list[str] = []
         self.rates: list[str] = []
@@ -105,7 +105,6 @@ class Reader:
                     raise _Skip
                 # "4 x -2" and "4 x (2)" may be products
                 self.uncertain |= self.memory.x_is_unknown or follow.kind != "n"
-                self.used_x = True
                 if follow.kind not in ("n", "(") and not (follow.text == "-" and self.peek(2).start == follow.end):
                     raise _Skip
             elif token.kind == "(" and before.kind in "n)":

@@ -65,8 +65,7 @@ def _check_tokens(text: str, tokens: list[Token], memory: Memory) -> str:
             name = ""
         elif name:
             last = after == len(tokens) or tokens[after].kind not in "=~"
-            computed = right.literal is not None and not first and right.literal.decimals == 0
-            if last and computed:
+            if last and not first and right.literal is not None and right.literal.decimals == 0:
                 memory.names[name] = right.number.value
         subject = [token.text for token in tokens[before + 1 : here]] if first and here - before < 16 else []
         if right is not None and tokens[here - 1].kind == "w" and subject:

@@ -37,8 +37,8 @@ class PRMJudge(LocalModelJudge, StepScorer):
             A step is wrong if its score is below this. Defaults to the spec's. See [`~PRMJudge.calibrate`].
         known_wrong_rule (`str`, *optional*, defaults to `"threshold"`):
             The verdict on a completion that is known to be wrong if no score is below the threshold. `"threshold"`: no
-            error, which [`StepwiseJudge`] treats as an abstention. `"argmin"`: the step with the lowest score. Then the
-            judge always answers, but less accurately.
+            error, which [`StepwiseJudge`] treats as an abstention. `"argmin"`: the step with the lowest score. Then
+            the judge always answers, but less accurately.
         max_tokens_per_batch (`int`, *optional*, defaults to `16384`):
             Most tokens of one forward pass, with padding. If a batch does not fit into the memory, it is halved.
         device, dtype, offload (*optional*):
@@ -119,16 +119,16 @@ class PRMJudge(LocalModelJudge, StepScorer):
         largest = max(self.encoder.layout_ids, default=0)
         if largest >= self._vocabulary_size:
             raise ValueError(
-                f"the tokenizer's id {largest} ({self.tokenizer.convert_ids_to_tokens(largest)!r}) is outside the vocabulary "
-                f"of {self.model_name!r}, which has {self._vocabulary_size} entries. Use the model's own tokenizer."
+                f"the tokenizer's id {largest} ({self.tokenizer.convert_ids_to_tokens(largest)!r}) is outside the "
+                f"vocabulary of {self.model_name!r}, which has {self._vocabulary_size} entries. Use the model's own."
             )
         weight = next(self._head.parameters())
         n_outputs = self._head(weight.new_zeros(1, self._body.config.get_text_config().hidden_size)).shape[-1]
         if self.spec.positive_index >= n_outputs or (self.spec.activation == "softmax" and n_outputs == 1):
             raise ValueError(
-                f"the head of {self.model_name!r} has {n_outputs} outputs, which does not go with head={self.spec.head!r}, "
-                f"positive_label={self.spec.positive_label} and activation={self.spec.activation!r}. With a single "
-                "output use positive_label=0 and activation='sigmoid'."
+                f"the head of {self.model_name!r} has {n_outputs} outputs, which does not go with "
+                f"head={self.spec.head!r}, positive_label={self.spec.positive_label} and activation="
+                f"{self.spec.activation!r}. With a single output use positive_label=0 and activation='sigmoid'."
             )
 
     @property
@@ -150,11 +150,10 @@ class PRMJudge(LocalModelJudge, StepScorer):
         try:
             with self._ready():
                 for batch in token_batches(lengths, self.max_tokens_per_batch):
-                    scored: list[list[float] | str] = self._run(
-                        lambda keys: list(self._forward([encoded[i] for i in keys])),
+                    scored = self._run(
+                        lambda keys: self._forward([encoded[i] for i in keys]),
                         batch,
-                        failed=lambda reason: reason,
-                        what=lambda i: f"a completion of {lengths[i]} tokens",
+                        lambda i: f"a completion of {lengths[i]} tokens",
                     )
                     results.update(zip(batch, scored, strict=True))
         except Exception as error:  # the model could not be moved
@@ -173,12 +172,7 @@ class PRMJudge(LocalModelJudge, StepScorer):
             attention_mask=None if attention_mask.all() else attention_mask.to(self.device),
             use_cache=False,
         ).last_hidden_state
-        logits = self._head(hidden[rows.to(hidden.device), columns.to(hidden.device)].float())
-        return [one.tolist() for one in self._probabilities(logits).cpu().split(counts)]
-
-    def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """From logits of shape `(n_scores, n_labels)` to the probability that each step is right, `(n_scores,)`."""
-        index = min(self.spec.positive_index, logits.shape[-1] - 1)
-        if self.spec.activation == "sigmoid":
-            return logits[:, index].sigmoid()
-        return logits.softmax(dim=-1)[:, index]
+        logits = self._head(hidden[rows.to(hidden.device), columns.to(hidden.device)].float())  # (n_scores, n_labels)
+        shares = logits.sigmoid() if self.spec.activation == "sigmoid" else logits.softmax(dim=-1)
+        scores = shares[:, min(self.spec.positive_index, logits.shape[-1] - 1)]
+        return [one.tolist() for one in scores.cpu().split(counts)]

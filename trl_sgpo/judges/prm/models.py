@@ -79,7 +79,7 @@ def load_body_and_head(
 
 
 def body_and_head(model: Any, spec: PRMSpec, tokenizer: Any) -> tuple[PreTrainedModel, nn.Module]:
-    """The body of a loaded model and a copy of its head in float32. A `ValueError` if it has no head as in the spec."""
+    """The body of a loaded model and a copy of its head in float32. A `ValueError` if it has no such head."""
     if hasattr(model, "get_base_model"):  # PEFT puts its layers into the model, and a wrapper around it
         model = model.get_base_model()
     inner = getattr(model, "pretrained_model", model)  # TRL's models with a value head
@@ -92,8 +92,8 @@ def body_and_head(model: Any, spec: PRMSpec, tokenizer: Any) -> tuple[PreTrained
         head = _verdict_rows(inner, spec, tokenizer)
     if head is None:
         raise ValueError(
-            f"model is a {type(model).__name__}, which has no head for head={spec.head!r}: a module `score` or `classifier` "
-            "(token_classification), `v_head` (value_head), or output embeddings (causal_lm). Give the model's own spec."
+            f"model is a {type(model).__name__}, which has no head for head={spec.head!r}: a module `score` or "
+            "`classifier` (token_classification), `v_head` (value_head), output embeddings (causal_lm). Give its spec."
         )
     # A score is compared with a threshold, and bfloat16 has only eight bits for it. The head is small, so float32 is
     # cheap
@@ -127,11 +127,11 @@ def _load_value_head(path: str, revision: str | None) -> nn.Linear:
     tensors = _read_tensors(path, revision, "v_head.summary.")
     if "weight" not in tensors:
         raise ValueError(
-            f"model={path!r} has no weights `v_head.summary.weight`, as head='value_head' needs. Give the model's own spec."
+            f"model={path!r} has no weights `v_head.summary.weight`, as head='value_head' needs. Give its own spec."
         )
-    weight, bias = tensors["weight"].float(), tensors.get("bias")
-    head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    head.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias.float()})
+    n_labels, n_inputs = tensors["weight"].shape
+    head = nn.Linear(n_inputs, n_labels, bias="bias" in tensors)
+    head.load_state_dict(tensors)
     return head.eval().requires_grad_(False)
 
 
@@ -141,18 +141,13 @@ def _read_tensors(path: str, revision: str | None, mark: str) -> dict[str, torch
     def find(name: str) -> str | None:
         return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
 
-    for single, index in (
-        ("model.safetensors", "model.safetensors.index.json"),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
+    for single in ("model.safetensors", "pytorch_model.bin"):
         names = [single]
-        index_file = find(index)
-        if index_file is not None:
-            weight_map = json.loads(Path(index_file).read_text())["weight_map"]
+        if (index := find(f"{single}.index.json")) is not None:
+            weight_map = json.loads(Path(index).read_text())["weight_map"]
             names = sorted({file for name, file in weight_map.items() if mark in name})
-        files = [file for file in map(find, names) if file is not None]
         found: dict[str, torch.Tensor] = {}
-        for file in files:
+        for file in filter(None, map(find, names)):
             if file.endswith(".safetensors"):
                 from safetensors import safe_open
 

@@ -6,7 +6,6 @@ From the scores of the steps to a verdict ([`verdict_from_scores`]), the best th
 import json
 import logging
 import math
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -98,14 +97,14 @@ def best_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> 
     """
     if not scores or len(scores) != len(labels):
         raise ValueError(
-            f"scores has {len(scores)} rows and labels has {len(labels)}: give one label per row, and at least one row."
+            f"scores has {len(scores)} rows and labels has {len(labels)}: give one label per row, and a row at least."
         )
     changes: tuple[Counter[float], ...] = Counter(), Counter()  # of the hits, if the threshold passes a score
     hits, totals = [0, 0], [0, 0]  # of rows with an error, and without one
     for row, label in zip(scores, labels, strict=True):
         if not len(row) or not all(0 <= score <= 1 for score in row):
             raise ValueError(
-                f"scores has a row without scores, or with scores that are no probabilities: {list(row)!r}. Leave it out."
+                f"scores has a row without scores, or some are no probabilities: {list(row)!r}. Leave it out."
             )
         kind = int(label < 0)
         totals[kind] += 1
@@ -138,9 +137,7 @@ def best_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> 
 def checked_rule(known_wrong_rule: str) -> str:
     """The rule, if there is one of that name."""
     if known_wrong_rule not in KNOWN_WRONG_RULES:
-        raise ValueError(
-            f"known_wrong_rule={known_wrong_rule!r} is unknown: it must be one of {list(KNOWN_WRONG_RULES)}."
-        )
+        raise ValueError(f"known_wrong_rule={known_wrong_rule!r} is unknown: give one of {list(KNOWN_WRONG_RULES)}.")
     return known_wrong_rule
 
 
@@ -155,11 +152,11 @@ class StepScorer(StepJudge):
     encoder: PRMEncoder
     known_wrong_rule: str = "threshold"
 
-    @abstractmethod
     def _score_encoded(
         self, items: Sequence[JudgeItem], encoded: dict[int, EncodedSteps]
     ) -> dict[int, list[float] | str]:
         """By index of the item, the scores of its first steps, or the reason why there are none."""
+        raise NotImplementedError
 
     def score_steps(self, items: Sequence[JudgeItem]) -> list[list[float] | str]:
         """Per item the scores of its first steps, as many as fit into the model, or the reason why there are none."""
@@ -226,9 +223,7 @@ class StepScorer(StepJudge):
             if scores and not any(map(math.isnan, scores))
         ]
         if not rows:
-            raise ValueError(
-                f"none of the {len(items)} items could be scored in full: `judge.judge(items)` gives the reasons."
-            )
+            raise ValueError(f"none of the {len(items)} items could be scored in full: `judge.judge(items)` says why.")
         if left_out := len(items) - len(rows):
             logger.info("%d of %d items could not be scored in full and are left out.", left_out, len(items))
         calibration = best_threshold(*zip(*rows, strict=True))

@@ -104,13 +104,11 @@ class PRMSpec:
                 "wrong if its score is below the threshold. Find a threshold with `PRMJudge.calibrate`, or use 0.5."
             )
         if self.max_length is not None and not self.max_length > 0:
-            raise ValueError(
-                f"max_length={self.max_length} must be a positive number of tokens, or None for no limit."
-            )
+            raise ValueError(f"max_length={self.max_length} must be a positive number of tokens, or None.")
         if self.head == "value_head" and self.activation != "sigmoid":
             raise ValueError(
-                f"activation={self.activation!r} does not go with head='value_head', which has one output: the softmax "
-                "of one output is always 1. Use activation='sigmoid'."
+                f"activation={self.activation!r} does not go with head='value_head': it has one output, and the "
+                "softmax of one output is always 1. Use activation='sigmoid'."
             )
         if self.head == "causal_lm" and self.activation != "softmax":
             raise ValueError(
@@ -141,7 +139,7 @@ class PRMSpec:
             ) from error
         if self.template == "plain" and self.system is not None:
             raise ValueError(
-                f"system={self.system!r} does not go with template='plain', which has no messages. Use template='chat'."
+                f"system={self.system!r} does not go with template='plain', which has no messages: use template='chat'"
             )
 
     @classmethod
@@ -164,9 +162,8 @@ class PRMSpec:
     @classmethod
     def from_config(cls, config: Any) -> "PRMSpec":
         """
-        The spec of a model, from its config (a `PretrainedConfig`, or the contents of its `config.json`): the one under
-        `"prm_spec"`, else the preset of its architecture or its name. A `ValueError` if it gives none, or an invalid
-        one.
+        The spec of a model, from its config (a `PretrainedConfig`, or the contents of `config.json`): the one under
+        `"prm_spec"`, else the preset of its architecture or name. A `ValueError` if it gives none, or an invalid one.
         """
         values = config if isinstance(config, Mapping) else config.__dict__
         given = values.get(CONFIG_KEY)
