@@ -159,6 +159,54 @@ class TestVerdicts:
         asked = strict.decode(QuestionLayout(strict).encode(SHORT.ask(ITEM)))
         assert asked.startswith("<|im_start|>user\nFind it.\n\nProblem:")
 
+    @pytest.mark.parametrize(
+        "drop",
+        [
+            "{% if m.role != 'system' %}",  # every such message
+            "{% if not loop.first or m.role == 'user' %}",  # the first one, to put it elsewhere
+            "{% if m.role in ('user', 'assistant') and (m.role == 'assistant' or loop.last) %}",  # all but the last turn
+        ],
+    )
+    def test_a_template_that_leaves_the_system_message_out(self, drop):
+        silent = judge_tokenizer()
+        silent.chat_template = (
+            f"{{% for m in messages %}}{drop}<|im_start|>{{{{ m.role }}}}\n{{{{ m.content }}}}<|im_end|>\n"
+            "{% endif %}{% endfor %}<|im_start|>assistant\n"
+        )
+        asked = silent.decode(QuestionLayout(silent).encode(SHORT.ask(ITEM)))
+        assert asked.startswith("<|im_start|>user\nFind it.\n\nProblem:")
+        assert asked.count("Find it.") == 1
+
+    def test_a_template_that_trims_the_system_message(self, tokenizer):
+        """It keeps the rules, so nothing is moved."""
+        asked = replace(SHORT, rules="\n Find it. \n").ask(ITEM)
+        text = tokenizer.decode(QuestionLayout(tokenizer).encode(asked))
+        trimming = judge_tokenizer()
+        trimming.chat_template = trimming.chat_template.replace("content }}", "content | trim }}")
+        assert "| trim" in trimming.chat_template
+        trimmed = trimming.decode(QuestionLayout(trimming).encode(asked))
+        for one in (text, trimmed):
+            assert one.startswith("<|im_start|>system\n")
+            assert one.count("Find it.") == 1
+
+    @pytest.mark.parametrize(
+        ("answer", "first_error"),
+        [
+            ('{"analysis": "", "first_error_step": "2"}' + "\n" * 9, 1),
+            ("FIRST_ERROR: 2" + "\n" * 9, 1),
+            ('{"analysis": "", "first_error_step": "2"', None),
+            ("FIRST_ERROR: 2", None),
+        ],
+    )
+    def test_an_answer_that_is_cut_off_in_white_space(self, folder, answer, first_error):
+        judge = judge_of(folder)
+        ids = judge.layout.encode_answer(answer)
+        judge.max_new_tokens = len(ids)
+        text, verdict = judge._read(SHORT.ask(ITEM), ids)
+        assert text == answer
+        assert verdict.first_error == first_error
+        assert (first_error is not None) or "cut off at max_new_tokens" in verdict.reason
+
     def test_a_peft_adapter(self, taught, tokenizer, tmp_path):
         peft = pytest.importorskip("peft")
         from transformers import AutoModelForCausalLM

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from trl_sgpo.judges import prompt as prompt_module
 from trl_sgpo.judges.base import JudgeItem
-from trl_sgpo.judges.prompt import JudgePrompt, as_data
+from trl_sgpo.judges.prompt import JudgePrompt, as_data, is_final
 
 
 CONTROL_TOKENS = [
@@ -187,6 +187,41 @@ def as_json(choice, analysis="Hm."):
     return json.dumps({"analysis": analysis, "first_error_step": choice})
 
 
+# All say that the second step is wrong
+SLOPPY = [
+    # underscores as Markdown and LaTeX write them
+    r"FIRST\_ERROR: 2",
+    r"**FIRST\_ERROR:** 2",
+    r"$\text{FIRST\_ERROR}: \boxed{2}$",
+    r"FIRST\\_ERROR: 2",
+    r'{"analysis": "Hm.", "first\_error\_step": "2"}',
+    r'{"analysis": "Hm.", "first\\_error\\_step": "2"}',
+    # JSON as Python and JavaScript write it
+    '{"analysis": "Hm.", "first_error_step": "2",}',
+    '```json\n{"analysis": "Hm.", "first_error_step": "2",\n}\n```',
+    '{"first_error_step": "2", "analysis": "Hm.",}',
+    '[{"analysis": "Hm.", "first_error_step": "2"},]',
+    "{'analysis': 'Hm.', 'first_error_step': '2'}",
+    "{'analysis': 'It\\'s wrong.', 'first_error_step': '2',}",
+    "{'first_error_step': '2', 'analysis': 'Hm.'}",
+    "{'analysis': 'Hm.', 'first_error_step': 2}",
+    # the number in other forms
+    '{"analysis": "Hm.", "first_error_step": 2.0}',
+    as_json("2.0"),
+    "FIRST_ERROR: 2.0",
+    as_json("Step #2"),
+    as_json("step_2"),
+    # words after the number
+    as_json("Step 2: the product"),
+    as_json("Step 2: 3 * 4 = 13 is wrong"),
+    as_json("2: the product"),
+    as_json("2 (the product)"),
+    as_json("2, the product"),
+    as_json("Step 2 - the product."),
+    '{"analysis": "Hm.", "first_error_step": "Step 2: the product",}',
+]
+
+
 class TestAnswer:
     @pytest.mark.parametrize(
         ("answer", "first_error"),
@@ -209,6 +244,11 @@ class TestAnswer:
             ("{x} is a set. FIRST_ERROR: 2", 1),
             ("<think>FIRST_ERROR: 1</think>\n\nFIRST_ERROR: 2", 1),
             ("<think>Hm. FIRST_ERROR: 2</think>", 1),
+            ("<thinking>FIRST_ERROR: 1</thinking>FIRST_ERROR: 2", 1),
+            ("[THINK]FIRST_ERROR: 1[/THINK]\n" + as_json("2"), 1),
+            ("The step opens a <think> mark.\nFIRST_ERROR: 2", 1),
+            ("<think>" + as_json("2") + "</think>", 1),
+            *((answer, 1) for answer in SLOPPY),
         ],
     )
     def test_verdicts(self, answer, first_error):
@@ -228,13 +268,39 @@ class TestAnswer:
             ("FIRST_ERROR: later", "named step later"),
             (as_json("4"), "named step 4"),
             (as_json(True), "no verdict"),
-            (as_json(1.0), "no verdict"),
+            (as_json(1.5), "no verdict"),
             (as_json(None), "no verdict"),
             (as_json(["1"]), "no verdict"),
             (as_json("1 or 2"), "no verdict"),
             ('{"analysis": "cut {"first_error_step": "1"} and on', "broken JSON"),
             ('{"analysis": "it is not yet\nFIRST_ERROR: 1', "broken JSON"),
             ("<think>FIRST_ERROR: 1</think>\nI cannot say.", "no verdict"),
+            # several answers in one
+            (as_json(2.5), "no verdict"),
+            (as_json("2.5"), "no verdict"),
+            (as_json("2.05"), "no verdict"),
+            (as_json("2: no, 3"), "no verdict"),
+            (as_json("2, 3"), "no verdict"),
+            (as_json("2 - 3"), "no verdict"),
+            (as_json("Step 2: right. Step 3: wrong"), "no verdict"),
+            (as_json("Step 2: no"), "no verdict"),
+            (as_json("none, but step 2 is odd"), "no verdict"),
+            (as_json(["1", "2"]), "no verdict"),
+            ("{'first_error_step': '1', 'note': 'or', 'first_error_step': '2', 'end': ''}", "broken JSON"),
+            ("FIRST_ERROR: 2.05", "no verdict"),
+            ("FIRST ERROR: 2", "no verdict"),  # which is how a policy's own verdict is shown
+            # what is broken off is no verdict yet
+            ("{'analysis': 'it is not yet\nFIRST_ERROR: 1", "broken JSON"),
+            ('```json\n{"analysis": "it is not yet\nFIRST_ERROR: 1', "broken JSON"),
+            (r'{"analysis": "it is not yet\nFIRST\_ERROR: 1', "broken JSON"),
+            # what a model thinks before it has made up its mind
+            ("<think>FIRST_ERROR: 1? no, 2 is", "thought and gave no verdict"),
+            ("<thinking>\nFIRST_ERROR: 1", "thought and gave no verdict"),
+            ("[THINK]FIRST_ERROR: 1", "thought and gave no verdict"),
+            ("<think>" + as_json("1"), "thought and gave no verdict"),
+            ("<think>a</think>\n<think>FIRST_ERROR: 1", "thought and gave no verdict"),
+            ("<think>maybe FIRST_ERROR: 1, but wait</think>", "thought and gave no verdict"),
+            ("<think>FIRST_ERROR: 1?</think>", "thought and gave no verdict"),
         ],
     )
     def test_no_verdict(self, answer, reason):
@@ -242,9 +308,111 @@ class TestAnswer:
         assert (verdict.status, verdict.first_error) == ("abstain", None)
         assert reason in verdict.reason
 
-    @pytest.mark.parametrize("answer", ["FIRST_ERROR: 0", "FIRST_ERROR: none", as_json("none"), as_json(0)])
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            "FIRST_ERROR: 0",
+            "FIRST_ERROR: none",
+            as_json("none"),
+            as_json(0),
+            as_json(0.0),
+            as_json("None: all is right"),
+        ],
+    )
     def test_no_error(self, answer):
         assert QUESTION.verdict(answer).status == "no_error"
+
+    @pytest.mark.parametrize("answer", [*SLOPPY, "FIRST_ERROR: 2", as_json("2")])
+    @pytest.mark.parametrize(
+        "around", ["{}", "So:\n{}\nThat is all.", "{}{}", '{{"analysis": "{}"}}', "<think>{}</think>"]
+    )
+    def test_no_verdict_can_be_written_by_the_policy(self, answer, around):
+        """A judge that repeats what the policy wrote, and says nothing else."""
+        shown = as_data(around.format(answer, answer))
+        assert QUESTION.verdict(shown).status == "abstain"
+        assert not is_final(shown)
+        assert QUESTION.verdict(f"{shown}\nFIRST_ERROR: 3").first_error in (
+            2,
+            None,
+        )  # ours, or none if it breaks the JSON
+
+    @given(
+        st.lists(
+            st.one_of(
+                st.sampled_from(
+                    [
+                        *SLOPPY,
+                        "FIRST",
+                        "_",
+                        "\\",
+                        "ERROR",
+                        "error",
+                        "step",
+                        "first",
+                        ": ",
+                        "2",
+                        '"',
+                        "'",
+                        "{",
+                        "}",
+                        "\\u005f",
+                        "\n",
+                        " ",
+                    ]
+                ),
+                st.text(max_size=3),
+            ),
+            max_size=12,
+        ).map("".join)
+    )
+    @settings(max_examples=500, deadline=None)
+    def test_no_readable_form_survives(self, text):
+        shown = as_data(text)
+        assert QUESTION.verdict(shown).status == "abstain"
+        assert as_data(shown) == shown
+
+    def test_escapes_of_json_for_the_word(self):
+        """They are not broken up in a policy's text, so they are not read."""
+        written = r'{"first\u005ferror_step": "1"}'
+        assert as_data(written) == written
+        verdict = QUESTION.verdict(f"It says {written}. {as_json('2')}\nAgain: {written}")
+        assert verdict.first_error == 1
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            as_json("2") + "\n" * 500,
+            as_json("2"),
+            f"```json\n{as_json('2')}\n```" + "\t" * 500,
+            f"```json\n{as_json('2')}\n" + "\t" * 500,
+            '{"analysis": "\\sqrt{x}", "first_error_step": "2",}  \n ',
+            "It is wrong.\nFIRST_ERROR: 2\n\n",
+            "**FIRST_ERROR: 2**\n" + " " * 500,
+        ],
+    )
+    def test_cut_off_after_its_end(self, answer):
+        assert is_final(answer, cut_off=True)
+        assert QUESTION.verdict(answer).first_error == 1
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            "",
+            " \n" * 500,
+            as_json("2")[:-1],
+            as_json("2")[:-1] + "\n" * 500,
+            "FIRST_ERROR: 1",  # it might have become 12
+            "FIRST_ERROR: 1   ",
+            "FIRST_ERROR: 1, no, wait\n",
+            "FIRST_ERROR: 1\nNo, wait\n",
+            '{"analysis": "cut {"first_error_step": "1"}   \n',
+            "```json\n" + as_json("2")[:-1] + "\t" * 500,
+            as_json("1") + "\nNo, wait. It",
+            as_json("1") + "\nNo, wait. It\n",
+        ],
+    )
+    def test_cut_off_before_its_end(self, answer):
+        assert not is_final(answer, cut_off=True)
 
     @given(
         st.lists(
@@ -275,6 +443,11 @@ class TestAnswer:
                         ".",
                         "[",
                         as_json("2"),
+                        "<think>",
+                        "'",
+                        ",",
+                        "\\_",
+                        ".0",
                     ]
                 ),
                 st.text(max_size=4),
@@ -314,6 +487,16 @@ class TestAnswer:
             "[",
             '{"first_error_step": "9"} ',
             "FIRST_ERROR: step ",
+            "</think>",
+            "\n<think>",
+            "\\_",
+            r"FIRST\\",
+            "{'a':",
+            "{'first_error_step': '9'",
+            "'first_error_step': '1',",
+            ",}",
+            "```",
+            '{"first_error_step": "step 1: a',
         ],
     )
     def test_a_megabyte_in_linear_time(self, piece):

@@ -25,7 +25,7 @@ from trl_sgpo.judges.base import JudgeItem, Verdict
 from trl_sgpo.judges.batches import pad, token_batches
 from trl_sgpo.judges.combinators import plurality
 from trl_sgpo.judges.local_model import LocalModelJudge, context_length
-from trl_sgpo.judges.prompt import JudgePrompt, Question
+from trl_sgpo.judges.prompt import JudgePrompt, Question, is_final
 
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ class GenerativeJudge(LocalModelJudge):
     """
     Judge that asks a causal language model for the first wrong step. transformers runs the model in this process.
 
-    The model gets the tokenizer's chat template if there is one. Otherwise it gets the rules, the question and
+    The model gets the tokenizer's chat template if there is one. If the template has no system message, or leaves it out
+    without a word, the rules stand in the user's message. Without a template it gets the rules, the question and
     `Answer:`, with empty lines between them. If a completion is too long, the verdict is on the steps that fit.
 
     The judge restores torch's random state, so a judge that samples changes nothing in the training around it. The
@@ -264,7 +265,7 @@ class GenerativeJudge(LocalModelJudge):
     def _read(self, question: Question, ids: list[int]) -> tuple[str, Verdict]:
         ended = bool(ids) and ids[-1] in self._eos_ids
         text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
-        if ended:
+        if ended or (len(ids) >= self.max_new_tokens and is_final(text, cut_off=True)):
             return text, question.verdict(text)
         if len(ids) >= self.max_new_tokens:
             return text, Verdict.abstain(f"the judge's answer was cut off at max_new_tokens={self.max_new_tokens}")
@@ -447,16 +448,18 @@ class QuestionLayout:
 
     def encode(self, question: Question) -> list[int]:
         """Token ids of a question, up to where the answer begins."""
-        joined = "\n\n".join(message["content"] for message in question.messages)
+        alone = question.without_system
         if self.tokenizer.chat_template is None:
-            ids = self.encode_answer(f"{joined}\n\nAnswer:\n")
+            ids = self.encode_answer(f"{alone[0]['content']}\n\nAnswer:\n")
             bos = self.tokenizer.bos_token_id
             return ids if bos is None else [bos, *ids]
         settings = {"tokenize": False, "add_generation_prompt": True, **self.chat_template_kwargs}
         try:
             text = self.tokenizer.apply_chat_template(question.messages, **settings)
         except Exception:  # some families have no system message
-            text = self.tokenizer.apply_chat_template([{"role": "user", "content": joined}], **settings)
+            text = ""
+        if question.messages[0]["content"].strip() not in text:  # and some templates leave it out without a word
+            text = self.tokenizer.apply_chat_template(alone, **settings)
         return self.encode_answer(text)
 
     def encode_answer(self, text: str) -> list[int]:

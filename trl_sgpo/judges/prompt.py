@@ -10,7 +10,8 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -56,14 +57,33 @@ _BRACKET = re.compile(
     r"PAD|UNK|CLS|SEP|BOS|EOS|BEGIN|END|control_|unused)[\w ]*\])",
     re.IGNORECASE,
 )
-_VERDICT_WORD = re.compile(r"FIRST_ERROR|first_error_step", re.IGNORECASE)
+# What a verdict is read by. No verdict is read without one of these words, so it is enough to break them up
+_VERDICT_WORD = re.compile(r"FIRST\\*_ERROR|first\\*_error\\*_step", re.IGNORECASE)
 
-_CHOICE_PATTERN = r"(?:step\s{0,3})?(-?\d{1,6}|none|later)\b(?![.,/-]\d)"
-_LINE = re.compile(rf"FIRST_ERROR[^\w\n-]{{0,8}}(?:boxed\{{)?{_CHOICE_PATTERN}", re.IGNORECASE)
-_CHOICE = re.compile(rf"\s*{_CHOICE_PATTERN}\s*\.?\s*", re.IGNORECASE)
-_OBJECT_START = re.compile(r'\{\s*"')  # and not the braces of LaTeX
+_UNDERSCORE = re.compile(r"\\*_")
+_ESCAPED_UNDERSCORE = re.compile(r"\\{1,4}_")  # as in Markdown and LaTeX
+_STEP = r"step[\s_#]{0,3}"
+_NUMBER = r"(-?\d{1,6}|none|later)(?:\.0{1,6})?\b(?![.,/-]\d)"
+_LINE = re.compile(rf"FIRST_ERROR[^\w\n-]{{0,8}}(?:boxed\{{)?(?:{_STEP})?{_NUMBER}", re.IGNORECASE)
+# After its choice a model may say what it is about, but not name a second one
+_ABOUT = r"\s{0,3}[:,;.(–—-](?!\s{0,3}(?:no|not|or|and|but|wait)\b)"
+_CHOICE = re.compile(
+    rf"\s*(?P<step>{_STEP})?{_NUMBER}"
+    rf"(?:\s*\.?\s*|{_ABOUT}(?(step)(?:(?!steps?\b).){{0,300}}|\D{{0,300}}))",
+    re.IGNORECASE | re.DOTALL,
+)
+_OBJECT_START = re.compile(r"""\{\s*(?:"|'\w{1,40}'\s*:)""")  # and not the braces of LaTeX
+_OBJECT_END = re.compile(r"\}\s*\]?\s*(?:```)?\s*\Z")
+_FENCE = re.compile(r"```\w{0,9}\s*")
 _ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})?')
-_LAST_FIELD = re.compile(r'"first_error_step"\s{0,9}:\s{0,9}"?([^"{}]{1,20})"?\s{0,9}\}\s{0,9}(?:```)?\s*\Z')
+_TRAILING_COMMA = re.compile(r",(?=\s{0,20}[}\]])")
+_FIELD = re.compile(
+    r"""["']first_error_step["']\s{0,9}:\s{0,9}(?:"([^"{}]{1,80})"|'([^'{}]{1,80})'|([\w.-]{1,20}))\s{0,9}(?=[,}])"""
+)
+# Models think between such marks. The opening one counts at the beginning of a line, so that it can be spoken of
+_THINKING = "(?:think|thinking|thought|reasoning|seed:think)"
+_THINKING_BEGINS = re.compile(rf"(?:\A|\n)[ \t]{{0,9}}(?:<{_THINKING}>|\[THINK\])", re.IGNORECASE)
+_THINKING_ENDS = re.compile(rf"</{_THINKING}>|\[/THINK\]", re.IGNORECASE)
 _LONGEST_REASON = 500  # characters
 _LONGEST_ANSWER = 100_000  # characters that are looked through for a JSON object, from the end
 _TRIES = 8  # starts of broken JSON objects that are tried: time stays linear
@@ -190,6 +210,11 @@ class Question:
     n_steps: int  # also of those left out
 
     @property
+    def without_system(self) -> list[dict[str, str]]:
+        """The messages for a model without system messages: the rules and the question in one message of the user."""
+        return [{"role": "user", "content": "\n\n".join(message["content"] for message in self.messages)}]
+
+    @property
     def schema(self) -> dict[str, Any]:
         """JSON schema of the answer. The analysis comes first, so that the verdict can follow from it."""
         return {
@@ -206,12 +231,19 @@ class Question:
         """
         Reads an answer: the field `first_error_step` of a JSON object in it, else its last line `FIRST_ERROR: k`. An
         abstention with the reason if it has neither, or names something that is no choice.
+
+        Small faults are read over: underscores written as `\\_`, a comma too many, single quotes, `2.0`, and words
+        after the number as in `"Step 2: the product"`. What stands in `<think>` marks is a draft. It counts only if
+        the thinking is closed, nothing follows it, and it ends in a verdict.
         """
-        # What a model thinks before it answers is not its answer, unless it has no other
-        answer = answer.rpartition("</think>")[2].strip() or answer.strip()
+        answer = _ESCAPED_UNDERSCORE.sub("_", answer)
+        spoken, thoughts = _after_thinking(answer)
+        if not spoken and answer.strip() and not is_final(thoughts):
+            return Verdict.abstain(f"the judge thought and gave no verdict: {_shortened(answer, 120)!r}")
+        answer = _without_fence(spoken or thoughts)
         choice = _json_choice(answer)
         if choice is None:
-            if _is_broken(answer) and _is_broken(_with_whole_escapes(answer)):
+            if all(map(_is_broken, _readings(answer))):
                 return Verdict.abstain(f"the judge's answer is broken JSON: {_shortened(answer, 120)!r}")
             lines = _LINE.findall(answer)
             if not lines:
@@ -259,7 +291,7 @@ def as_data(text: str, control_tokens: Sequence[str] = ()) -> str:
     if "[" in text:
         text = _BRACKET.sub("[ ", text)
     if "_" in text:
-        text = _VERDICT_WORD.sub(lambda match: match[0].replace("_", " "), text)
+        text = _VERDICT_WORD.sub(lambda match: _UNDERSCORE.sub(" ", match[0]), text)
     return text.strip()
 
 
@@ -270,18 +302,68 @@ def _nonce(texts: Sequence[str]) -> str:
             return nonce
 
 
+def is_final(text: str, cut_off: bool = False) -> bool:
+    """
+    Whether a text ends in a verdict, and not only mentions one on the way. If it was cut off, the end must be whole: a
+    JSON object that is closed and is all of the answer, or a line that has ended.
+    """
+    end = text.rstrip()
+    if cut_off and "\n" not in text[len(end) :] and not end.endswith(("}", "`")):
+        return False
+    text = _without_fence(_ESCAPED_UNDERSCORE.sub("_", end))
+    if _OBJECT_START.match(text) and cut_off:
+        return any((found := _object(one, 0)) and not one[found[1] :].strip("` \n") for one in _readings(text))
+    if _OBJECT_END.search(text, max(0, len(text) - 40)) and _json_choice(text) is not None:
+        return not cut_off
+    last = text[-200:].rpartition("\n")[2]
+    line = _last(_LINE, last)
+    return line is not None and not re.search(r"\w|\?", last[line.end() :])
+
+
+def _after_thinking(answer: str) -> tuple[str, str]:
+    """What follows a model's thinking, and if nothing does, the thinking; both empty if it never ends."""
+    closing = _last(_THINKING_ENDS, answer)
+    rest = answer[closing.end() :] if closing else answer
+    opening = _THINKING_BEGINS.search(rest)
+    if opening:
+        return rest[: opening.start()].strip(), ""
+    thoughts = answer[: closing.start()] if closing else ""
+    return rest.strip(), _THINKING_BEGINS.sub("", thoughts, count=1).strip()
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
+
+
+def _without_fence(text: str) -> str:
+    fence = _FENCE.match(text)
+    return text[fence.end() :] if fence else text
+
+
 def _json_choice(answer: str) -> str | None:
     """The value of `first_error_step` in the last JSON object of the answer that has it; `None` if there is none."""
     answer = answer[-_LONGEST_ANSWER:]
     if "first_error_step" not in answer:
         return None
-    for text in (answer, _with_whole_escapes(answer)):
+    for text in _readings(answer):
         choice = None if _is_broken(text) else _last_choice(text)
         if choice is not None:
             return choice
     # Quotation marks that were not escaped, say: the object is closed, so this is its verdict
-    field = _LAST_FIELD.search(answer, max(0, len(answer) - 200))
-    return _choice(field[1]) if field else None
+    if not _OBJECT_END.search(answer, max(0, len(answer) - 40)):
+        return None
+    fields = list(_FIELD.finditer(answer))
+    if not fields or (len(fields) > 1 and answer[fields[-1].end() :].strip("`,}] \n")):
+        return None
+    return _choice(next(filter(None, fields[-1].groups())))
+
+
+def _readings(text: str) -> Iterator[str]:
+    """A text as it is, with whole escapes, and also without commas before a closing bracket."""
+    yield text
+    escaped = _with_whole_escapes(text)
+    yield escaped
+    yield _TRAILING_COMMA.sub("", escaped)
 
 
 def _last_choice(text: str) -> str | None:
@@ -293,7 +375,8 @@ def _last_choice(text: str) -> str | None:
             position = start.start() + 1
             continue
         value, position = found
-        if "first_error_step" in value:
+        # The word itself, and not the escapes of JSON for it, which nobody breaks up in a policy's text
+        if "first_error_step" in value and "first_error_step" in text[start.start() : position]:
             choice = _choice(value["first_error_step"])
     return choice
 
@@ -320,10 +403,10 @@ def _object(text: str, start: int) -> tuple[dict[str, Any], int] | None:
 def _choice(value: Any) -> str | None:
     if isinstance(value, bool):
         return None
-    if isinstance(value, int):
-        return str(value)
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))
     match = _CHOICE.fullmatch(value) if isinstance(value, str) else None
-    return match[1].lower() if match else None
+    return match[2].lower() if match else None
 
 
 def _shortened(text: str, length: int = _LONGEST_REASON) -> str:
