@@ -13,6 +13,7 @@ import pytest
 import torch
 from prm_families import FAMILIES, SIZES, _skywork, byte_tokenizer, make_family, prefix_space_tokenizer, save
 from safetensors.torch import load_file
+from toys import CHATML
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations import is_fsdp_enabled
@@ -21,6 +22,7 @@ from trl_sgpo import JudgeItem, StepwiseJudge
 from trl_sgpo.judges.local_model import outside_deepspeed
 from trl_sgpo.judges.prm import PRMEncoder, PRMJudge, PRMSpec, best_threshold, verdict_from_scores
 from trl_sgpo.judges.prm.spec import PRESETS
+from trl_sgpo.judges.vllm_pooling import VLLMPoolingJudge
 
 
 PROBLEM = "What is 2 + 3, doubled?"
@@ -575,6 +577,31 @@ def test_errors_of_the_tokenizer():
     tokenizer.chat_template = "{% for m in messages %}[{{ loop.index }}]{{ m['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="treats every turn alike"):
         PRMEncoder(tokenizer, PRMSpec.preset("rlhflow"))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML.replace(
+            "%}<|im_start|>{{ m.role }}", "%}{% if m.role != 'system' %}<|im_start|>{{ m.role }}", 1
+        ).replace("{% endfor %}", "{% endif %}{% endfor %}"),
+        CHATML.replace("{{ m.content }}", "{{ 'You are helpful.' if m.role == 'system' else m.content }}"),
+    ],
+    ids=["left out", "replaced"],
+)
+def test_a_template_that_does_not_show_the_system_message(template):
+    """The model would read another text than in its training, and nobody would know."""
+    tokenizer = byte_tokenizer(template)
+    spec = PRMSpec.preset("qwen2.5-math-prm")
+    for made in (
+        lambda: PRMEncoder(tokenizer, spec),
+        lambda: PRMEncoder(tokenizer, replace(PRESETS["rlhflow"], system="Be strict.")),
+        lambda: VLLMPoolingJudge("prm", spec=spec, tokenizer=tokenizer),
+    ):
+        with pytest.raises(ValueError, match=r"system='.*' does not go with this tokenizer.*system=None"):
+            made()
+    PRMEncoder(tokenizer, replace(spec, system=None))
+    PRMEncoder(byte_tokenizer(CHATML.replace("m.content", "m.content | trim")), replace(spec, system=" Be strict.\n"))
 
 
 def test_a_model_that_changes_its_logits_is_refused():

@@ -211,12 +211,19 @@ class PRMEncoder:
         if self.spec.system is not None:
             messages = [{"role": "system", "content": self.spec.system}, *messages]
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:
             raise ValueError(
                 f"template={self.spec.template!r} needs the tokenizer's chat template, but it failed: {error} Give a "
                 "tokenizer with the chat template that the model was trained with, or a spec with template='plain'."
             ) from error
+        if self.spec.system is not None and self.spec.system.strip() not in rendered:
+            raise ValueError(
+                f"system={self.spec.system!r} does not go with this tokenizer, whose chat template leaves the system "
+                "message out, so that the model would read another text than in its training. Give the tokenizer the "
+                "chat template that the model was trained with, or a spec with system=None."
+            )
+        return rendered
 
 
 def _split(rendered: str, marks: list[str]) -> list[str]:
