@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl_sgpo.judges import endpoint, servers
+from trl_sgpo.judges import endpoint, pace, servers
 
 
 class Clock:
@@ -16,7 +16,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.skipped = 0.0
-        for module in (endpoint, servers):
+        for module in (endpoint, pace, servers):
             monkeypatch.setattr(module, "monotonic", lambda: time.monotonic() + self.skipped)
 
     def skip(self, seconds):
@@ -29,6 +29,7 @@ class Request:
 
     body: dict[str, Any]
     headers: dict[str, str]
+    path: str = ""
 
     @property
     def question(self) -> str:
@@ -129,10 +130,10 @@ class Server:
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-                lines = head.split("\r\n")[1:]
+                first, *lines = head.split("\r\n")
                 headers = {k.lower(): v.strip() for k, v in (line.split(":", 1) for line in lines if ":" in line)}
                 body = json.loads(await reader.readexactly(int(headers["content-length"])))
-                request = Request(body, headers)
+                request = Request(body, headers, first.split()[1])
                 self.requests.append(request)
                 self.under_way += 1
                 self.peak = max(self.peak, self.under_way)
@@ -185,3 +186,19 @@ class Server:
             writer.write(data)
         await writer.drain()
         return answer.close
+
+
+@contextlib.contextmanager
+def started():
+    """A function that starts servers, which are closed at the end."""
+    servers = []
+
+    def start(*args, **kwargs):
+        servers.append(Server(*args, **kwargs))
+        return servers[-1]
+
+    try:
+        yield start
+    finally:
+        for server in servers:
+            server.close()

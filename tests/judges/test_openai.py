@@ -16,10 +16,10 @@ import time
 
 import pytest
 from conftest import by_kind, logged, words_as_steps
-from server import Answer, Clock, Server
+from server import Answer, Clock, started
 
 from trl_sgpo import JudgeItem, StepwiseJudge
-from trl_sgpo.judges import CachedJudge, endpoint, servers
+from trl_sgpo.judges import CachedJudge, endpoint
 from trl_sgpo.judges.openai import OpenAIJudge
 from trl_sgpo.judges.prompt import JudgePrompt
 
@@ -30,6 +30,7 @@ NEVER = 3600.0
 SILENT = Answer(seconds=NEVER)
 DRIPPING = Answer("FIRST_ERROR: 1" * 10_000, trickle=0.05)
 ITEMS = [JudgeItem(f"Problem {i}", ("Add.", "It is 5.", f"Answer {i}")) for i in range(6)]
+VERDICT = json.dumps({"analysis": "Hm.", "first_error_step": "2"})
 CHOICES = {"choices": [{"finish_reason": "stop", "message": {"content": "FIRST_ERROR: 2"}}]}
 
 
@@ -45,15 +46,8 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def serve():
-    servers = []
-
-    def start(*args, **kwargs):
-        servers.append(Server(*args, **kwargs))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
+    with started() as start:
+        yield start
 
 
 def free_port():
@@ -121,6 +115,18 @@ class TestAnswers:
             (Answer(message={"content": "", "reasoning_content": "Hm. FIRST_ERROR: 2"}), 1),
             (Answer(message={"content": [{"type": "text", "text": "FIRST_ERROR: 2"}]}), 1),
             (Answer(message={"content": "FIRST_ERROR: 2", "reasoning": "FIRST_ERROR: 1"}), 1),
+            (
+                Answer(
+                    message={"content": None, "reasoning_content": 'Hm.\n{"analysis": "", "first_error_step": "2"}'}
+                ),
+                1,
+            ),
+            (Answer(message={"content": " ", "reasoning": "maybe 1, but no.\n**FIRST_ERROR: 2**\n"}), 1),
+            # cut off, but after its end
+            (Answer(VERDICT + "\n" * 500, finish_reason="length"), 1),
+            (Answer(f"```json\n{VERDICT}\n```" + "\t" * 500, finish_reason="length"), 1),
+            (Answer(VERDICT, finish_reason="length"), 1),
+            (Answer("So.\nFIRST_ERROR: 2\n \n", finish_reason="length"), 1),
             (Answer(body={**CHOICES, "usage": {"prompt_tokens": "many"}}), 1),
             (Answer(body={**CHOICES, "usage": "none", "error": None}), 1),
         ],
@@ -137,6 +143,24 @@ class TestAnswers:
             ('{"analysis": "", "first_error_step": "-1"}', "named step -1 of 3"),
             ('{"analysis": "cut, FIRST_ERROR: 1', "broken JSON"),
             (Answer(finish_reason="length"), "cut off at max_tokens=1024"),
+            (Answer(VERDICT[:-1] + "\n" * 500, finish_reason="length"), "cut off at max_tokens=1024"),
+            (Answer("FIRST_ERROR: 1, wait\n", finish_reason="length"), "cut off at max_tokens=1024"),
+            (
+                Answer(message={"content": "", "reasoning": VERDICT + "\n"}, finish_reason="length"),
+                "cut off at max_tokens=1024",
+            ),
+            # drafts
+            ("<think>FIRST_ERROR: 1? no, 2 is", "thought and gave no verdict"),
+            (
+                Answer(message={"content": "", "reasoning": "maybe FIRST_ERROR: 1, but wait"}),
+                "thought and gave no verdict",
+            ),
+            (Answer(message={"content": None, "reasoning_content": "FIRST_ERROR: 1?"}), "thought and gave no verdict"),
+            (
+                Answer(message={"content": " ", "reasoning": f"Perhaps {VERDICT}, but step 1 is odd"}),
+                "thought and gave no verdict",
+            ),
+            (Answer(message={"content": "Hm.", "reasoning": "FIRST_ERROR: 1"}), "holds no verdict"),
             (Answer(finish_reason="content_filter"), "content filter"),
             (Answer(finish_reason="abort"), "broke the judge's answer off"),
             (Answer(message={"content": None, "refusal": "I must not."}), "refused to answer: I must not."),
@@ -187,7 +211,7 @@ class TestFaults:
         ("answer", "reason", "deadline", "requests"),
         [
             (500, "HTTP 500", 10.0, 12),
-            (Answer("slow down", status=429, headers={"Retry-After": "0.1"}), "HTTP 429", 10.0, 12),
+            (Answer("wait", status=408, headers={"Retry-After": "0.1"}), "HTTP 408", 10.0, 12),
             (Answer("slow down", status=429, headers={"Retry-After": "3600"}), "Retry-After: 3600 s", 10.0, 6),
             (
                 Answer("slow down", status=429, headers={"Retry-After": "Fri, 01 Jan 2100 00:00:00 GMT"}),
@@ -203,7 +227,7 @@ class TestFaults:
             (Answer("what?", status=404), "model='m'", 10.0, 6),
         ],
     )
-    def test_abstains_in_time(self, serve, monkeypatch, answer, reason, deadline, requests):
+    def test_abstains_in_time(self, serve, monkeypatch, clock, answer, reason, deadline, requests):
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
         server = serve(lambda request: answer)
         judge = OpenAIJudge("m", server.url, batch_deadline=deadline, max_retries=1)
@@ -212,6 +236,7 @@ class TestFaults:
         for verdict in verdicts:
             assert reason in verdict.reason
         assert len(server.requests) == requests == judge.usage["requests"]
+        clock.skip(61)  # it is asked again then, whatever Retry-After says
         server.reply = lambda request: f"FIRST_ERROR: {request.number % 3 + 1}"
         assert [verdict.first_error for verdict in judge.judge(ITEMS)] == [0, 1, 2, 0, 1, 2]
 
@@ -404,7 +429,7 @@ class TestLadder:
         verdicts = OpenAIJudge("m", server.url).judge(items)
         assert statuses(verdicts) == {"abstain"}
         assert "HTTP 400" in verdicts[0].reason
-        assert len(server.requests) < 50 + 8 * 5
+        assert len(server.requests) <= 50 + 8 * 5
 
     def test_a_fixed_output(self, serve):
         server = serve(refusing("response_format"))
@@ -610,16 +635,6 @@ class TestWhereItRuns:
         assert wait_for(lambda: not server._writers)
         assert "Unclosed" not in caplog.text
 
-    def test_behind_a_proxy_of_the_environment(self, serve, monkeypatch):
-        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
-        assert statuses(OpenAIJudge("m", serve().url).judge(ITEMS)) == {"error"}  # this machine needs none
-        judge = OpenAIJudge("m", "http://judge.invalid/v1", max_retries=0)
-        assert "ClientProxyConnectionError" in judge.judge(ITEMS[:1])[0].reason
-        for host in ("localhost:8000", "127.5.0.1", "[::1]:8000", "0.0.0.0:8000"):
-            assert servers._proxy(f"http://{host}/v1") is None
-        for host in ("10.0.0.1", "127.judge.invalid", "[fd00::1]:8000"):
-            assert servers._proxy(f"http://{host}/v1") == os.environ["http_proxy"]
-
 
 class TestTheKey:
     def test_it_is_sent_and_stays_in_the_environment(self, serve, monkeypatch, caplog, tmp_path, make_trainer):
@@ -791,6 +806,7 @@ def test_training_goes_on_whatever_the_server_does(serve, make_trainer, caplog, 
         nonlocal rounds
         if rounds == 2:
             server.stop()
+            clock.skip(65)  # longer than a server is left alone that limits the rate of requests
         if rounds == 4:
             server.start()
             server.reply = lambda request: f"FIRST_ERROR: {len(request.question) % 2 + 1}"

@@ -1,6 +1,7 @@
 """A process reward model behind `POST /pooling`: a loopback server that runs the model and answers as vLLM does."""
 
 import json
+import math
 import sys
 import threading
 from contextlib import contextmanager, suppress
@@ -8,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from prm_families import byte_tokenizer, make_family
+from prm_families import byte_tokenizer, make_family, prefix_space_tokenizer
 from server import Clock
 
 from trl_sgpo import JudgeItem
@@ -143,6 +144,53 @@ def test_heads_with_one_output_and_verdict_tokens(family):
             assert judge.scores([item]) == [[expected, expected]]
 
 
+def two(low, high):
+    """A pair of numbers at every token, each between the two; they sum to 1 if the two do."""
+    return lambda body, handler: data([[low, high] if i % 2 else [high, low] for i in range(len(body["input"][0]))])
+
+
+@pytest.mark.parametrize(
+    ("spec", "row", "use_activation", "remedy"),
+    [
+        # The softmax of a softmax lies between 0.27 and 0.73, so that a threshold means something else
+        ("qwen2.5-math-prm", [0.05, 0.95], False, "use_activation=True"),
+        ("qwen2.5-math-prm", [0.0, 1.0], False, "use_activation=True"),
+        ("qwen2.5-math-prm", [0.3008, 0.6953], False, "use_activation=True"),  # in bfloat16
+        ("math-shepherd", [0.25, 0.75], False, "use_activation=True"),
+        ("trl", [0.2, 0.4], True, "use_activation=False"),
+        ("trl", [0.9, 0.8], True, "use_activation=False"),
+        ("math-shepherd", [0.2, 0.4], True, "use_activation=False"),
+        ("trl", [-0.2, 0.4], True, "use_activation=False"),
+    ],
+)
+def test_numbers_of_the_wrong_kind_are_no_scores(spec, row, use_activation, remedy):
+    spec = PRMSpec.preset(spec)
+    tokenizer = prefix_space_tokenizer() if spec.head == "causal_lm" else byte_tokenizer()
+    with serving(two(*row)) as server:
+        judge = VLLMPoolingJudge("m", server.url, spec, tokenizer, use_activation=use_activation)
+        for item in (JudgeItem(PROBLEM, ("a", "b")), JudgeItem(PROBLEM, ("a",))):
+            verdict = judge.judge([item])[0]
+            assert verdict.status == "abstain"
+            assert remedy in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("row", "use_activation", "score"),
+    [
+        ([0.3008, 0.6953], True, 0.6953),  # probabilities in bfloat16
+        ([0.5, 2.5], False, 1 / (1 + math.exp(-2.0))),
+        ([-1.5, 2.5], False, 1 / (1 + math.exp(-4.0))),  # logits whose sum is 1
+        ([0.5, 0.7], False, 1 / (1 + math.exp(-0.2))),  # logits that lie between 0 and 1
+    ],
+)
+def test_numbers_of_the_right_kind_are_scores(row, use_activation, score):
+    with serving(lambda body, handler: data([row] * len(body["input"][0]))) as server:
+        judge = VLLMPoolingJudge(
+            "m", server.url, PRMSpec.preset("trl"), byte_tokenizer(), use_activation=use_activation
+        )
+        assert judge.scores([JudgeItem(PROBLEM, ("a", "b"))]) == [[pytest.approx(score)] * 2]
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
@@ -272,17 +320,6 @@ def test_a_server_that_is_down_is_left_alone_and_tried_again(clock):
         clock.skip(2)
         assert judge.scores([item]) == [[0.25, 0.25]]
         assert len(server.seen) == 4
-
-
-def test_this_machine_is_not_asked_through_a_proxy(monkeypatch):
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    with serving(lambda body, handler: data([0.25] * len(body["input"][0]))) as server:
-        for url in (server.url, server.url.replace("127.0.0.1", "localhost")):
-            judge = VLLMPoolingJudge("m", url, PRMSpec.preset("skywork"), byte_tokenizer(), max_retries=0)
-            assert judge.scores([JudgeItem(PROBLEM, ("a", "b"))]) == [[0.25, 0.25]]
 
 
 def test_the_key_is_sent_and_shown_nowhere(family, monkeypatch):

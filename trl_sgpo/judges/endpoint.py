@@ -20,6 +20,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from trl_sgpo.judges.log_once import LogOnce
+from trl_sgpo.judges.pace import FIRST_BACKOFF, LONGEST_BACKOFF, LONGEST_WAIT, Pace
 from trl_sgpo.judges.server_settings import RequestFormat, ServerSettings, api_key, redact
 
 
@@ -32,11 +33,12 @@ Write = Callable[[RequestFormat], tuple[Any, dict[str, Any]]]
 logger = logging.getLogger(__name__)
 log_once = LogOnce(logger)  # one for all servers of the process
 
-LONGEST_WAIT = 60.0  # seconds: a server that asks for more by Retry-After is not waited for
-_FIRST_BACKOFF, _LONGEST_BACKOFF = 0.5, 8.0  # seconds
 _LONGEST_TEXT = 200  # characters of a server's message that a reason keeps
 _LONGEST_MESSAGE = 4000  # characters of it that are looked through for what was refused
 _WALKS = 8  # of the whole ladder in vain, before an unexplained refusal is taken for the request's fault
+_EMPTY = 4  # empty answers in a row, before the output constraint is taken for their cause
+_EMPTY_AGAIN = 64  # further empty answers, after which it is tried again whether the constraint is their cause
+_RECENT = 5.0  # seconds: a server that has answered within them is not down, if it says that it is busy
 _LONGEST_PAUSE = 10  # times the first pause of the breaker
 
 # As OpenAI, vLLM, SGLang, llama.cpp, TGI and Anthropic's adapter say that a prompt is too long
@@ -46,6 +48,13 @@ _TOO_LONG = re.compile(
     r"longer than the (?:model|maximum)|tokens. must be <=",
     re.IGNORECASE,
 )
+
+
+# As Google, GitHub, AWS, SGLang, TGI and routers say it with a status that can mean something else
+_TOO_FAST = re.compile(
+    r"rate.?limit|too many (?:concurrent )?requests|throttl|overloaded|queue is full|slow down", re.IGNORECASE
+)
+_NO_CREDIT = re.compile(r"insufficient_quota|insufficient.balance|credit balance", re.IGNORECASE)
 
 
 def is_too_long(message: str) -> bool:
@@ -63,6 +72,7 @@ class RequestFailed(Exception):
     retry: bool = False  # whether the same server may be asked again
     delay: float | None = None  # seconds after which it wants to be asked again
     silent: bool = False  # no answer in time, which is no fault of a server that answers others meanwhile
+    too_fast: bool = False  # whether the server answers, and only limits the rate of requests
     refusal: str | None = None  # what the server said, if it may have refused an optional key of the request
 
 
@@ -155,12 +165,12 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         self.request_format = self.settings.request_format
-        self.slots = asyncio.Semaphore(self.settings.max_concurrency)
-        self.outstanding = 0
+        self.pace = Pace(self.settings.max_concurrency, self.settings.breaker_seconds)
         self.breaker = Breaker(self.url, self.settings.breaker_failures, self.settings.breaker_seconds)
         self._ladder = asyncio.Lock()
         self._is_proven = False  # whether a request in `request_format` was answered
         self._walks_left = _WALKS
+        self._empty = 0  # answers in a row
         self._last_answer = float("-inf")
 
     async def ask(self, write: Write, retries: int, end: float) -> tuple[Any, dict[str, Any]]:
@@ -169,11 +179,14 @@ class Endpoint:
         `time.monotonic`. Raises [`RequestFailed`] if there is no answer.
         """
         trial = await self.breaker.admission()
-        started = monotonic()
+        started, period = monotonic(), self.pace.period
         try:
             answer = await self._retried(write, retries, end, trial)
         except RequestFailed as failure:
-            if failure.kind == "breaker" or (failure.silent and self._last_answer > started):
+            if failure.too_fast:
+                self._slow_down(period, failure)
+                self.breaker.ended(trial)
+            elif failure.kind == "breaker" or (failure.silent and self._last_sign > started):
                 self.breaker.ended(trial)
             elif failure.server:
                 self.breaker.failed(failure.text, trial)
@@ -182,25 +195,39 @@ class Endpoint:
             raise
         except BaseException:
             # Cancelled. A server that said nothing until the deadline of the batch counts as one that timed out
-            if monotonic() > end - 0.01 and self._last_answer < started:
+            if monotonic() > end - 0.01 and self._last_sign < started:
                 self.breaker.failed("no answer before batch_deadline", trial)
             else:
                 self.breaker.ended(trial)
             raise
         self.breaker.succeeded(trial)
+        self.pace.answered(period)
         return answer
 
+    @property
+    def _last_sign(self) -> float:
+        """When the server last showed that it is up, be it by a refusal for the rate."""
+        return max(self._last_answer, self.pace.refused_at)
+
+    def _slow_down(self, period: int, failure: RequestFailed) -> None:
+        self.pace.refused(period, failure.delay, failure.text)
+        log_once(
+            f"rate {self.url}",
+            f"The judge's server {self.url} limits the rate of requests ({failure.text}). It is asked more slowly. "
+            "Judging takes longer; what batch_deadline allows is judged.",
+        )
+
     async def _retried(self, write: Write, retries: int, end: float, trial: bool) -> tuple[Any, dict[str, Any]]:
-        backoff = _FIRST_BACKOFF
+        backoff = FIRST_BACKOFF
         while True:
             try:
                 return await self._understood(write)
             except RequestFailed as failure:
                 delay = failure.delay if failure.delay is not None else backoff * random.uniform(0.75, 1)
-                if not failure.retry or retries == 0 or monotonic() + delay >= end:
+                if failure.too_fast or not failure.retry or retries == 0 or monotonic() + delay >= end:
                     raise
             retries -= 1
-            backoff = min(2 * backoff, _LONGEST_BACKOFF)
+            backoff = min(2 * backoff, LONGEST_BACKOFF)
             self.usage["retries"] += 1
             await asyncio.sleep(delay)
             if self.breaker.is_open and not trial:
@@ -212,31 +239,43 @@ class Endpoint:
         try:
             answer = await self._send(*write(request_format))
         except RequestFailed as failure:
-            if failure.refusal is None:
+            if not _blames_a_key(failure, request_format):
                 raise
-            refusal, message = failure, failure.refusal
+            refusal = failure
         else:
-            self._is_proven = self._is_proven or request_format == self.request_format
-            return answer
+            has_text = self.settings.has_text(answer[1])
+            self._empty = 0 if has_text else self._empty + 1
+            if self._empty < _EMPTY or not request_format.may_lower_output:
+                self._is_proven = self._is_proven or (has_text and request_format == self.request_format)
+                return answer
+            refusal = RequestFailed("empty", "the judge's answer is empty", server=False, refusal="response_format")
         async with self._ladder:  # one request climbs down, and the others that were refused follow it
             lower: RequestFormat | None = self.request_format
             named = True
             if request_format == self.request_format:
-                lower, named = request_format.without_one(message)
+                if refusal.kind == "empty" and self._empty < _EMPTY:
+                    raise refusal  # others have found that the constraint is not the cause
+                lower, named = request_format.without_one(refusal.refusal or "")
             # A refusal without an explanation is the request's own fault if others were understood
             while lower is not None and (named or not (self._is_proven or self._walks_left == 0)):
                 try:
                     answer = await self._send(*write(lower))
                 except RequestFailed as failure:
-                    if failure.refusal is None:
+                    if not _blames_a_key(failure, lower):
                         raise
-                    lower, named = lower.without_one(failure.refusal)
-                else:
-                    if lower != self.request_format:
-                        self._remember(lower)
-                    self._is_proven = True
-                    return answer
-            self._walks_left -= self._walks_left > 0 and not self._is_proven
+                    lower, named = lower.without_one(failure.refusal or "")
+                    continue
+                if refusal.kind == "empty" and not self.settings.has_text(answer[1]):
+                    lower = lower.without_one("response_format")[0] if lower.may_lower_output else None
+                    continue
+                if lower != self.request_format:
+                    self._remember(lower)
+                self._is_proven, self._empty = True, 0
+                return answer
+            if refusal.kind == "empty":
+                self._empty = -_EMPTY_AGAIN
+            else:
+                self._walks_left -= self._walks_left > 0 and not self._is_proven
             raise refusal
 
     def _remember(self, request_format: RequestFormat) -> None:
@@ -266,7 +305,7 @@ class Endpoint:
         except RequestFailed as failure:
             if not failure.server:
                 self._last_answer = monotonic()
-            self.usage["failures"] += failure.refusal is None
+            self.usage["failures"] += failure.server or failure.refusal is None
             raise
         except Exception as error:
             self.usage["failures"] += 1
@@ -322,25 +361,52 @@ class Endpoint:
             status = code if isinstance(code, int) and 400 <= code < 600 else 502
         message = redact(_message(answer, data), key)
         text = f"HTTP {status} from {self.url}: {_shortened(message)}"
-        if status in (400, 413, 422, 501):
-            if status == 413 or is_too_long(message[:_LONGEST_MESSAGE]):
-                raise RequestFailed("too long", f"{self.settings.if_too_long} {text}", server=False)
-            raise RequestFailed("refused", text, server=False, refusal=message[:_LONGEST_MESSAGE])
+        refusal = message[:_LONGEST_MESSAGE]
+        if status == 413 or (status in (400, 422, 501) and is_too_long(refusal)):
+            raise RequestFailed("too long", f"{self.settings.if_too_long} {text}", server=False)
+        if status == 429 and _NO_CREDIT.search(refusal):
+            raise RequestFailed("no credit", f"{text}. The account of this key has nothing left. No retry helps.")
+        if self._is_too_fast(status, message[:_LONGEST_TEXT], delay):
+            after = "" if delay is None else f" (Retry-After: {delay:.0f} s)"
+            raise RequestFailed("rate", text + after, delay=delay, too_fast=True)
+        if status in (400, 422, 501):
+            raise RequestFailed("refused", text, server=False, refusal=refusal)
         if status in (401, 403):
             hint = f"Check the key in the environment variable {self.settings.api_key_env}"
             hint += "." if key else ", which is not set."
             raise RequestFailed("key", f"{text}. {hint}")
         if status == 404:
             raise RequestFailed("not found", f"{text}. {self.settings.if_not_found}")
-        if status in (408, 409, 425, 429) or status >= 500:
+        if status in (408, 409, 425) or status >= 500:
             if delay is not None and delay > LONGEST_WAIT:
                 raise RequestFailed(f"HTTP {status}", f"{text} (Retry-After: {delay:.0f} s)")
-            raise RequestFailed(f"HTTP {status}", text, retry=True, delay=delay)
+            raise RequestFailed(f"HTTP {status}", text, retry=True, delay=delay, refusal=refusal)
         raise RequestFailed(f"HTTP {status}", text)
+
+    def _is_too_fast(self, status: int, message: str, delay: float | None) -> bool:
+        """
+        Whether an answer means: ask more slowly. 429 and 529 (overloaded) always do. 503 does if it says when to come
+        again, or if the server has just answered: nginx limits rates with a bare 503.
+        """
+        if status in (429, 529):
+            return True
+        if status == 503 and (delay is not None or monotonic() - self._last_answer < _RECENT):
+            return True
+        return (status in (400, 403) or status >= 500) and _TOO_FAST.search(message) is not None
+
+
+def _blames_a_key(failure: RequestFailed, request_format: RequestFormat) -> bool:
+    """Whether it may help to leave an optional key out. A server that breaks down (5xx) has to name the key."""
+    if failure.refusal is None:
+        return False
+    return not failure.server or request_format.without_one(failure.refusal)[1]
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds after which the server wants to be asked again, if it says so."""
+    milliseconds = headers.get("retry-after-ms", "")  # OpenAI's
+    if milliseconds.strip().isdecimal():
+        return float(milliseconds) / 1000
     value = headers.get("Retry-After")
     if value is None:
         return None

@@ -52,8 +52,8 @@ class GenerativeJudge(LocalModelJudge):
     """
     Judge that asks a causal language model for the first wrong step. transformers runs the model in this process.
 
-    The model gets the tokenizer's chat template if there is one. If the template has no system message, or leaves it out
-    without a word, the rules stand in the user's message. Without a template it gets the rules, the question and
+    The model gets the tokenizer's chat template if there is one. If the template refuses or drops the system message,
+    the rules stand in the user's message. Without a template it gets the rules, the question and
     `Answer:`, with empty lines between them. If a completion is too long, the verdict is on the steps that fit.
 
     The judge restores torch's random state, so a judge that samples changes nothing in the training around it. The

@@ -14,13 +14,15 @@ from typing import Any
 from trl_sgpo.judges.base import JudgeItem, StepJudge, Verdict
 from trl_sgpo.judges.combinators import check_min_agreement, plurality
 from trl_sgpo.judges.endpoint import RequestFailed
-from trl_sgpo.judges.prompt import JudgePrompt, Question
+from trl_sgpo.judges.prompt import JudgePrompt, Question, is_final
 from trl_sgpo.judges.server_settings import OUTPUTS, RequestFormat, ServerSettings, api_key, check_whole, redact
 from trl_sgpo.judges.servers import Request, Servers
 
 
 _OPENAI = "https://api.openai.com/v1"
 _NOT_OURS = ("messages", "model", "n", "stream")  # keys of a request that the judge has to write itself
+_FIELDS = ("content", "reasoning", "reasoning_content")  # of a message, in the order in which they are read
+_NOTHING = ("", "{}", "null")  # what an answer may be that says nothing
 _UNFINISHED = {
     "content_filter": "the server's content filter stopped the judge's answer",
     "abort": "the server broke the judge's answer off",
@@ -33,10 +35,17 @@ class OpenAIJudge(StepJudge):
     Judge that asks a model behind one or several OpenAI-compatible servers for the first wrong step.
 
     Servers may understand only a part of the protocol. The judge asks for an answer of a JSON schema. If the server
-    refuses that, it asks for a JSON object, then for a line of text, and remembers what was understood. Other optional
-    keys are left out the same way. An answer that does not come, is cut off or cannot be parsed is an abstention with
-    its reason. A server that fails `breaker_failures` times in a row is not asked for a while: training goes on as
-    GRPO, with a loud warning.
+    refuses that, or gives empty answers, it asks for a JSON object, then for a line of text, and remembers what was
+    understood. Other optional keys are left out the same way, and the rules move into the user's message if there can
+    be no system message. An answer that does not come, is cut off or cannot be parsed is an abstention with its
+    reason.
+
+    A server that fails `breaker_failures` times in a row is not asked for a while: training goes on as GRPO, with a
+    loud warning. A server that limits the rate of requests (429, 529, 503 with Retry-After) is not down. It is asked
+    more slowly, as often as `batch_deadline` allows. If it answers nothing for two minutes, it is tried now and then.
+
+    The proxies of the environment are used, but never for this machine. `no_proxy` may hold names, networks
+    (`10.0.0.0/8`) and ports (`host:8000`). A SOCKS proxy is an error.
 
     The completions of a problem are sent one after the other and to the same server, so that it computes their common
     beginning once.
@@ -45,8 +54,9 @@ class OpenAIJudge(StepJudge):
         model (`str`):
             Name of the model, as the server knows it.
         base_url (`str` or `Sequence[str]`, *optional*):
-            Address of the server, such as `"http://localhost:8000/v1"`. Several servers with the same model share the
-            work and stand in for each other. Defaults to the variable `OPENAI_BASE_URL`, else to OpenAI.
+            Address of the server, such as `"http://localhost:8000/v1"`. A route at its end, such as
+            `/chat/completions`, is left out. Several servers with the same model share the work and stand in for each
+            other. Defaults to the variable `OPENAI_BASE_URL`, else to OpenAI.
         api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
             Name of the environment variable that holds the key, if there is one. It is sent to every server. The key
             itself is never an argument, so that it appears in no config, log or model card.
@@ -61,8 +71,8 @@ class OpenAIJudge(StepJudge):
             Seconds that one request and one batch may take. A completion that is not judged by then is an abstention.
             Keep them below the process group's timeout.
         max_retries (`int`, *optional*, defaults to `2`):
-            How often a request is repeated after a lost connection, a status 408, 409, 425, 429 or 5xx, with growing
-            pauses or when the server says (Retry-After), if the deadline allows.
+            How often a request is repeated after a lost connection, a status 408, 409, 425 or 5xx, with growing pauses
+            or when the server says (Retry-After), if the deadline allows. Refusals for the rate do not count.
         max_tokens (`int`, *optional*, defaults to `1024`):
             Tokens the judge may write per answer. Reasoning models need more.
         max_characters (`int`, *optional*):
@@ -71,7 +81,7 @@ class OpenAIJudge(StepJudge):
         temperature (`float`, *optional*):
             Sampling temperature. Defaults to 0 for one vote and to 0.7 for several.
         output (`str`, *optional*, defaults to `"auto"`):
-            Form of the answer: `"json_schema"`, `"json_object"`, `"text"`, or `"auto"`, the first that is not refused.
+            Form of the answer: `"json_schema"`, `"json_object"`, `"text"`, or `"auto"`, the first that is understood.
         extra_body (`Mapping[str, Any]`, *optional*):
             Further keys of the request, such as `{"chat_template_kwargs": {"enable_thinking": False}}`. `transformers
             serve` samples only with `{"generation_config": '{"do_sample": true}'}`.
@@ -82,7 +92,8 @@ class OpenAIJudge(StepJudge):
     Raises:
         ImportError: If the package `aiohttp` is not installed.
         TypeError, ValueError: If an argument is of a wrong type or out of its range, `base_url` is no plain http(s)
-            address, or `api_key_env` is no name of a variable whose value can be sent.
+            address or would be asked through a SOCKS proxy, or `api_key_env` is no name of a variable whose value can
+            be sent.
 
     Example:
 
@@ -172,6 +183,7 @@ class OpenAIJudge(StepJudge):
                 max_retries=max_retries,
                 breaker_failures=breaker_failures,
                 breaker_seconds=breaker_seconds,
+                has_text=_has_text,
             ),
         )
 
@@ -213,7 +225,8 @@ class OpenAIJudge(StepJudge):
     def _request(self, item: JudgeItem) -> Request[Verdict]:
         def write(request_format: RequestFormat) -> tuple[Question, dict[str, Any]]:
             question = self.prompt.ask(item, request_format.output != "text", self.max_characters)
-            body: dict[str, Any] = {"model": self.model, "messages": question.messages}
+            messages = question.messages if request_format.system else question.without_system
+            body: dict[str, Any] = {"model": self.model, "messages": messages}
             body[request_format.length_key] = self.max_tokens
             if request_format.temperature:
                 body["temperature"] = self.temperature
@@ -237,21 +250,37 @@ class OpenAIJudge(StepJudge):
         if not isinstance(choice, dict) or not isinstance(message, dict):
             return Verdict.abstain("the server's answer holds no message")
         reason = choice.get("finish_reason")
-        if reason == "length":
+        texts = [_text(message.get(field)) for field in _FIELDS]
+        if reason == "length" and not is_final(texts[0], cut_off=True):
             return Verdict.abstain(f"the judge was cut off at max_tokens={self.max_tokens}")
         if isinstance(reason, str) and reason in _UNFINISHED:
             return Verdict.abstain(_UNFINISHED[reason])
-        # Some servers' parsers leave the content empty and put everything into `reasoning`
-        texts = [_text(message.get(field)) for field in ("content", "reasoning", "reasoning_content")]
-        text = next((text for text in texts if text.strip()), "")
         refusal = _text(message.get("refusal"))
         # A server may repeat anything, the headers too
         key = api_key(self.servers.settings.api_key_env)
         if refusal.strip() and not texts[0].strip():
             return Verdict.abstain(f"the judge refused to answer: {redact(refusal, key)[:200]}")
-        if not text:
-            return Verdict.abstain("the judge's answer is empty")
+        # Some servers' parsers leave the content empty and put everything into `reasoning`
+        text = next((text for text in texts if text.strip()), "")
+        if not text or text.strip() in _NOTHING:
+            hint = "" if self.output in ("auto", "text") else f" with output={self.output!r}: try output='text'"
+            return Verdict.abstain(f"the judge's answer is empty{hint}")
+        if not texts[0].strip() and not is_final(text):
+            return Verdict.abstain(f"the judge thought and gave no verdict: {redact(text, key)[-200:]!r}")
         return question.verdict(redact(text, key))
+
+
+def _has_text(answer: dict[str, Any]) -> bool:
+    """Whether an answer says anything. If not, an output constraint may be the cause."""
+    choice = answer["choices"][0] if answer["choices"] else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(choice, dict) or not isinstance(message, dict):
+        return True
+    texts = [_text(message.get(field)) for field in (*_FIELDS, "refusal")]
+    if choice.get("finish_reason") in _UNFINISHED or any(text.strip() not in _NOTHING for text in texts):
+        return True
+    # Cut off in thinking that is not sent, and not in white space, which a constraint can bring on
+    return choice.get("finish_reason") == "length" and not texts[0]
 
 
 def _text(value: Any) -> str:

@@ -5,6 +5,7 @@ What a judge asks its servers, and how: the optional keys of a request ([`Reques
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,8 +38,8 @@ def redact(text: str, key: str) -> str:
 class RequestFormat:
     """
     Which optional keys a request has. If a server refuses a request, it is asked again with one of them less: the one
-    that its message names, else the output constraint, the temperature, the extra keys and the name of the length
-    limit, in this order.
+    that its message names, else the output constraint, the temperature, the extra keys, the name of the length limit
+    and the system message, in this order. Without a system message the rules stand in the user's.
     """
 
     output: str = "json_schema"  # or "json_object" or "text"
@@ -46,19 +47,27 @@ class RequestFormat:
     temperature: bool = True  # whether one is sent
     extra: tuple[str, ...] = ()  # the keys of `extra_body` that are sent
     length_key: str = "max_tokens"  # OpenAI's newer models want "max_completion_tokens"
+    system: bool = True  # whether there is a system message, which Gemma, o1-mini and others refuse
+
+    @property
+    def may_lower_output(self) -> bool:
+        """Whether there is an output constraint, and the judge may do without."""
+        return self.output != "text" and not self.output_is_fixed
 
     def without_one(self, message: str) -> tuple["RequestFormat | None", bool]:
         """The next format to try after a refusal, `None` if there is none, and whether the message named the key."""
         options: list[tuple[str, RequestFormat]] = []
-        if self.output != "text" and not self.output_is_fixed:
+        if self.may_lower_output:
             lower = replace(self, output=OUTPUTS[OUTPUTS.index(self.output) + 1])
-            options.append(("response_format|json_schema|json_object|schema|grammar|guided|structured", lower))
+            options.append(("(?i:response_format|json.?object|json.?mode|schema|grammar|guided|structured)", lower))
         if self.temperature:
             options.append(("temperature", replace(self, temperature=False)))
         for name in self.extra:
             options.append((re.escape(name), replace(self, extra=tuple(x for x in self.extra if x != name))))
         if self.length_key == "max_tokens":
             options.append(("max_tokens|max_completion_tokens", replace(self, length_key="max_completion_tokens")))
+        if self.system:
+            options.append((r"(?i:\bsystem\b|\bdeveloper\b|\broles?\b)", replace(self, system=False)))
         for pattern, request_format in options:
             if re.search(pattern, message):
                 return request_format, True
@@ -74,7 +83,13 @@ class RequestFormat:
         parts += [f"extra_body[{name!r}] is not sent" for name in self.extra if name not in other.extra]
         if self.length_key != other.length_key:
             parts.append(f"the length limit is sent as {other.length_key!r}")
+        if self.system and not other.system:
+            parts.append("the rules stand in the user's message and not in a system message")
         return ", ".join(parts)
+
+
+def _always(answer: dict[str, Any]) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -94,6 +109,7 @@ class ServerSettings:
     max_retries: int
     breaker_failures: int
     breaker_seconds: float
+    has_text: Callable[[dict[str, Any]], bool] = _always  # whether a server's answer says anything
 
     def __post_init__(self) -> None:
         for name, least in (("max_concurrency", 1), ("max_retries", 0), ("breaker_failures", 1)):

@@ -1,21 +1,19 @@
 """
 Several servers with the same model, as one judge asks them: [`Servers`]. Here are the connections of a process, the
-choice of a server, the deadline of a batch, the check of addresses and the choice of a proxy. One request to one
-server is in `endpoint.py`.
+choice of a server and the deadline of a batch. One request to one server is in `endpoint.py`, and how fast a server is
+asked in `pace.py`.
 """
 
 import asyncio
-import ipaddress
 import os
-import urllib.request
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Generic, TypeVar
-from urllib.parse import urlsplit
 
+from trl_sgpo.judges.addresses import checked_urls, proxy_for
 from trl_sgpo.judges.background import background_loop, close_in_background, own
 from trl_sgpo.judges.endpoint import Endpoint, RequestFailed, Write, log_once
 from trl_sgpo.judges.server_settings import ServerSettings, api_key, redact
@@ -47,13 +45,16 @@ class Servers:
         self.usage: Counter[str] = Counter()
         self.endpoints: list[Endpoint] = []  # of this process; none before the first request
         self._loop: asyncio.AbstractEventLoop | None = None  # to which the endpoints belong
+        self._waiting: dict[asyncio.Future[None], None] = {}  # for a place at a server, in order
+        for url in self.base_urls:
+            proxy_for(url)  # raises for a proxy that cannot be used. It may hold a password, so it is not kept
         try:  # so that a missing package is found before any training
             import aiohttp  # noqa: F401
         except ImportError as error:
             raise ImportError("A judge that asks a server needs `aiohttp`: `pip install trl-sgpo[api]`.") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "endpoints": [], "_loop": None, "usage": Counter()}
+        return {**vars(self), "endpoints": [], "_loop": None, "_waiting": {}, "usage": Counter()}
 
     def ask(self, requests: Sequence[Request[T]]) -> list[T | RequestFailed]:
         """Per request, in order, what `read` gives, or why there is no answer. Sends `max_concurrency` per server."""
@@ -102,6 +103,11 @@ class Servers:
 
     def _late(self) -> RequestFailed:
         reason = f"not judged within batch_deadline={self.settings.batch_deadline:g} s"
+        begin = monotonic() - self.settings.batch_deadline
+        for endpoint in self.endpoints:
+            if endpoint.pace.refused_at > begin:
+                reason += f". It limits the rate of requests: {endpoint.pace.refusal}"
+                break
         return self._logged(RequestFailed("deadline", reason))
 
     async def _result(self, request: Request[T], homes: dict[Hashable, Endpoint], end: float) -> T | RequestFailed:
@@ -121,30 +127,62 @@ class Servers:
         """The answer of the first server that gives one: the group's own, then the others."""
         left = list(self.endpoints)
         while True:
-            endpoint = self._chosen(left, request.group, homes)
-            left.remove(endpoint)
-            endpoint.outstanding += 1
+            endpoint = await self._place(left, request.group, homes, end)
+            endpoint.pace.under_way += 1
             try:
-                async with endpoint.slots:
-                    retries = 0 if any(other.breaker.admits for other in left) else self.settings.max_retries
-                    return await endpoint.ask(request.write, retries, end)
+                stand_ins = any(other.breaker.admits for other in left if other is not endpoint)
+                return await endpoint.ask(request.write, 0 if stand_ins else self.settings.max_retries, end)
             except RequestFailed as failure:
-                left = [other for other in left if other.breaker.admits]
+                if failure.too_fast and endpoint.pace.is_worth_waiting(end):
+                    self.usage["retries"] += 1
+                    continue
+                left = [other for other in left if other is not endpoint and other.breaker.admits]
                 if not left or not failure.server:
                     raise
                 self._logged(failure)
             finally:
-                endpoint.outstanding -= 1
+                endpoint.pace.under_way -= 1
+                self._wake()
 
-    def _chosen(self, left: list[Endpoint], group: Hashable, homes: dict[Hashable, Endpoint]) -> Endpoint:
-        up = [endpoint for endpoint in left if endpoint.breaker.admits] or left
-        home = homes.get(group)
-        if home in up and (home.outstanding < self.settings.max_concurrency or len(up) == 1):
-            return home
-        chosen = min(up, key=lambda endpoint: endpoint.outstanding)
-        if home not in up:
-            homes[group] = chosen
-        return chosen
+    async def _place(
+        self, left: list[Endpoint], group: Hashable, homes: dict[Hashable, Endpoint], end: float
+    ) -> Endpoint:
+        """The server that gets a request, as soon as one has a place. Raises [`RequestFailed`] if none will in time."""
+        if self._waiting:
+            await asyncio.sleep(0)  # who waits already comes first
+        while True:
+            up = [endpoint for endpoint in left if endpoint.breaker.admits] or left
+            ready = [endpoint for endpoint in up if endpoint.pace.is_ready]
+            home = homes.get(group)
+            if ready:
+                chosen = home if home in ready else min(ready, key=lambda endpoint: endpoint.pace.under_way)
+                assert chosen is not None
+                if home not in up:
+                    homes[group] = chosen
+                return chosen
+            now = monotonic()
+            if not any(endpoint.pace.is_worth_waiting(end) for endpoint in up):
+                raise RequestFailed("rate", up[0].pace.refusal)
+            pauses = [endpoint.pace.resume - now for endpoint in up if endpoint.pace.resume > now]
+            await self._wait(min(pauses, default=None))
+
+    async def _wait(self, seconds: float | None) -> None:
+        """Waits until a request has ended, `seconds` at most."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiting[waiter] = None
+        try:
+            async with asyncio.timeout(seconds):
+                await waiter
+        except TimeoutError:
+            pass
+        finally:
+            self._waiting.pop(waiter, None)
+
+    def _wake(self) -> None:
+        """Lets everyone look again who waits for a place. Nobody does unless a server limits the rate of requests."""
+        for waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_result(None)
 
     def _connect(self, loop: asyncio.AbstractEventLoop) -> None:
         """Makes the connections of this process. Runs in its loop, so that no two threads make them."""
@@ -159,7 +197,7 @@ class Servers:
         )
         own(session)
         weakref.finalize(self, close_in_background, session, loop, os.getpid())
-        self.endpoints = [Endpoint(url, session, self.settings, self.usage, _proxy(url)) for url in self.base_urls]
+        self.endpoints = [Endpoint(url, session, self.settings, self.usage, proxy_for(url)) for url in self.base_urls]
         self._loop = loop
 
     def _logged(self, failure: RequestFailed) -> RequestFailed:
@@ -169,39 +207,3 @@ class Servers:
             "of this kind are counted in the metric `sgpo/abstain_rate` and not shown.",
         )
         return failure
-
-
-def checked_urls(base_url: Any) -> tuple[str, ...]:
-    """The addresses, checked. No part of an address is printed before it is known to hold no credentials."""
-    urls = [base_url] if isinstance(base_url, str) else base_url
-    if not isinstance(urls, Sequence) or not urls or not all(isinstance(url, str) for url in urls):
-        raise TypeError(f"base_url is of type {type(base_url).__name__}, or empty. Give an address or a list of them.")
-    for url in urls:
-        try:
-            parts = urlsplit(url)
-            _ = parts.port
-        except ValueError:
-            raise ValueError("base_url holds no valid address. Give 'http://localhost:8000/v1', say.") from None
-        if "@" in parts.netloc or parts.query or parts.fragment:
-            raise ValueError(
-                "base_url (not shown here) holds credentials or a query, which would end up in logs. Give the plain "
-                "address, and the key in the environment variable that `api_key_env` names."
-            )
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"base_url={url!r} is no http(s) address, such as 'http://localhost:8000/v1'.")
-    return tuple(dict.fromkeys(url.rstrip("/") for url in urls))
-
-
-def _proxy(url: str) -> str | None:
-    """The proxy that the environment names for an address; none for this machine itself."""
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    try:
-        address = ipaddress.ip_address(host)
-        is_this_machine = address.is_loopback or address.is_unspecified
-    except ValueError:
-        is_this_machine = host == "localhost" or host.endswith(".localhost")
-    if is_this_machine or urllib.request.proxy_bypass(host):
-        return None
-    proxies = urllib.request.getproxies()
-    return proxies.get(parts.scheme) or proxies.get("all")

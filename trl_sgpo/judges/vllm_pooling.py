@@ -11,13 +11,17 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from trl_sgpo.judges.addresses import checked_urls
 from trl_sgpo.judges.base import JudgeItem
 from trl_sgpo.judges.endpoint import RequestFailed
 from trl_sgpo.judges.local_model import context_length
 from trl_sgpo.judges.prm import EncodedSteps, PRMEncoder, PRMSpec, StepScorer
 from trl_sgpo.judges.prm.scores import checked_rule
 from trl_sgpo.judges.server_settings import RequestFormat, ServerSettings
-from trl_sgpo.judges.servers import Request, Servers, checked_urls
+from trl_sgpo.judges.servers import Request, Servers
+
+
+_ROUNDING = 0.01  # by which a sum of probabilities may differ from 1: a server may compute in bfloat16
 
 
 class VLLMPoolingJudge(StepScorer):
@@ -33,8 +37,8 @@ class VLLMPoolingJudge(StepScorer):
         model (`str`):
             Name of the model, as the server knows it.
         base_url (`str` or `Sequence[str]`, *optional*, defaults to `"http://localhost:8000"`):
-            Address of the server, with or without `/v1`. Several servers with the same model share the work and stand
-            in for each other.
+            Address of the server, with or without `/v1` and `/pooling`. Several servers with the same model share the
+            work and stand in for each other.
         spec ([`PRMSpec`], *optional*):
             The model's layout. By default what its config says; see [`PRMJudge`].
         tokenizer (`str` or `PreTrainedTokenizerBase`, *optional*):
@@ -94,7 +98,7 @@ class VLLMPoolingJudge(StepScorer):
                 if_too_long="The completion is too long for the server: start it with a larger --max-model-len.",
                 if_not_found=f"Check base_url, model={model!r}, and that the server runs with --runner pooling.",
                 # Nothing that a server could refuse and that could be left out
-                request_format=RequestFormat(output="text", temperature=False, length_key=""),
+                request_format=RequestFormat(output="text", temperature=False, length_key="", system=False),
                 api_key_env=api_key_env,
                 max_concurrency=max_concurrency,
                 timeout=timeout,
@@ -178,6 +182,8 @@ class VLLMPoolingJudge(StepScorer):
                 f"the server gave {len(rows)} rows for {len(encoded.ids)} tokens with {len(tagged)} step tags and "
                 f"{len(encoded.positions)} steps"
             )
+        if not self.use_activation and all(map(_are_probabilities, rows)):
+            return "the server gave probabilities although use_activation=False: use use_activation=True"
         return [self._score(row if isinstance(row, list) else [row]) for row in chosen]
 
     def _score(self, row: list[float]) -> float:
@@ -191,4 +197,13 @@ class VLLMPoolingJudge(StepScorer):
             return math.exp(value - largest) / sum(math.exp(other - largest) for other in row)
         if not math.isnan(value) and not 0 <= value <= 1:
             raise ValueError(f"the server gave {value:.3g}, which is no probability: use use_activation=False")
+        if self.spec.activation == "softmax" and len(row) > 1 and abs(sum(row) - 1) > _ROUNDING:
+            raise ValueError(
+                f"the server gave {row}, which are no probabilities, because their sum is not 1: use use_activation=False"
+            )
         return value
+
+
+def _are_probabilities(row: Any) -> bool:
+    """Whether numbers are the probabilities of several labels. Of logits this is nearly impossible for many rows."""
+    return isinstance(row, list) and len(row) > 1 and min(row) >= 0 and abs(sum(row) - 1) <= _ROUNDING
