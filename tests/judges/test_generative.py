@@ -158,6 +158,8 @@ class TestVerdicts:
         )
         asked = strict.decode(QuestionLayout(strict).encode(SHORT.ask(ITEM)))
         assert asked.startswith("<|im_start|>user\nFind it.\n\nProblem:")
+        without_rules = QuestionLayout(strict).encode(replace(SHORT, rules="").ask(ITEM))
+        assert "Problem:" in strict.decode(without_rules)
 
     @pytest.mark.parametrize(
         "drop",

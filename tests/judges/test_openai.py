@@ -168,6 +168,7 @@ class TestAnswers:
             (Answer(message={"content": {"a": 1}, "reasoning": 3}), "is empty"),
             (Answer(message=None), "holds no message"),
             (Answer(message="FIRST_ERROR: 1"), "holds no message"),
+            (Answer(message={"content": None}, finish_reason=["stop"]), "is empty"),
             (Answer(body={"choices": []}), "holds no message"),
             (Answer(body={"choices": [None]}), "holds no message"),
             (Answer(body={"choices": None}), "JSON without a list of choices"),

@@ -152,7 +152,7 @@ class TestWithoutHope:
         assert found
         for reason in found:
             assert reason.startswith("HTTP 429") or (
-                "batch_deadline=1.5 s. It limits the rate" in reason and "HTTP 429" in reason
+                "batch_deadline=1.5 s. The server limits the rate" in reason and "HTTP 429" in reason
             )
         assert len(server.requests) < 2 * 128
         assert "IS DOWN" not in caplog.text

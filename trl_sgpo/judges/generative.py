@@ -457,8 +457,10 @@ class QuestionLayout:
         try:
             text = self.tokenizer.apply_chat_template(question.messages, **settings)
         except Exception:  # some families have no system message
-            text = ""
-        if question.messages[0]["content"].strip() not in text:  # and some templates leave it out without a word
+            text = None
+        if (
+            text is None or question.messages[0]["content"].strip() not in text
+        ):  # and some templates leave it out without a word
             text = self.tokenizer.apply_chat_template(alone, **settings)
         return self.encode_answer(text)
 

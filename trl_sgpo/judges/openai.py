@@ -276,11 +276,14 @@ def _has_text(answer: dict[str, Any]) -> bool:
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or not isinstance(message, dict):
         return True
+    if _text(message.get("content")).strip() not in _NOTHING:
+        return True
     texts = [_text(message.get(field)) for field in (*_FIELDS, "refusal")]
-    if choice.get("finish_reason") in _UNFINISHED or any(text.strip() not in _NOTHING for text in texts):
+    reason = choice.get("finish_reason")
+    if (isinstance(reason, str) and reason in _UNFINISHED) or any(text.strip() not in _NOTHING for text in texts):
         return True
     # Cut off in thinking that is not sent, and not in white space, which a constraint can bring on
-    return choice.get("finish_reason") == "length" and not texts[0]
+    return reason == "length" and not texts[0]
 
 
 def _text(value: Any) -> str:

@@ -65,11 +65,11 @@ _ESCAPED_UNDERSCORE = re.compile(r"\\{1,4}_")  # as in Markdown and LaTeX
 _STEP = r"step[\s_#]{0,3}"
 _NUMBER = r"(-?\d{1,6}|none|later)(?:\.0{1,6})?\b(?![.,/-]\d)"
 _LINE = re.compile(rf"FIRST_ERROR[^\w\n-]{{0,8}}(?:boxed\{{)?(?:{_STEP})?{_NUMBER}", re.IGNORECASE)
-# After its choice a model may say what it is about, but not name a second one
-_ABOUT = r"\s{0,3}[:,;.(–—-](?!\s{0,3}(?:no|not|or|and|but|wait)\b)"
+# After its choice a model may say what it is about, but not name a second one. Numbers only follow `Step 2:`
+_NO_SECOND = r"(?!\s{0,3}(?:no|not|or|and|but|wait)\b)"
 _CHOICE = re.compile(
-    rf"\s*(?P<step>{_STEP})?{_NUMBER}"
-    rf"(?:\s*\.?\s*|{_ABOUT}(?(step)(?:(?!steps?\b).){{0,300}}|\D{{0,300}}))",
+    rf"\s*(?P<step>{_STEP})?{_NUMBER}(?:\s*\.?\s*|\s{{0,3}}[:,;.(–—-]{_NO_SECOND}\D{{0,300}}|"
+    rf"(?(step)\s{{0,3}}:{_NO_SECOND}(?:(?!steps?\b).){{0,300}}|(?!)))",
     re.IGNORECASE | re.DOTALL,
 )
 _OBJECT_START = re.compile(r"""\{\s*(?:"|'\w{1,40}'\s*:)""")  # and not the braces of LaTeX

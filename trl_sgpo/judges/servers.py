@@ -106,7 +106,7 @@ class Servers:
         begin = monotonic() - self.settings.batch_deadline
         for endpoint in self.endpoints:
             if endpoint.pace.refused_at > begin:
-                reason += f". It limits the rate of requests: {endpoint.pace.refusal}"
+                reason += f". The server limits the rate of requests: {endpoint.pace.refusal}"
                 break
         return self._logged(RequestFailed("deadline", reason))
 
@@ -148,8 +148,11 @@ class Servers:
         self, left: list[Endpoint], group: Hashable, homes: dict[Hashable, Endpoint], end: float
     ) -> Endpoint:
         """The server that gets a request, as soon as one has a place. Raises [`RequestFailed`] if none will in time."""
+        home = homes.get(group)
         if self._waiting:
             await asyncio.sleep(0)  # who waits already comes first
+        elif home in left and home.breaker.admits and home.pace.is_ready:
+            return home
         while True:
             up = [endpoint for endpoint in left if endpoint.breaker.admits] or left
             ready = [endpoint for endpoint in up if endpoint.pace.is_ready]
