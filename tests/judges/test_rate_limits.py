@@ -38,19 +38,19 @@ def refused(status=429, text="Rate limit reached", **headers):
     return Answer(text, status=status, headers={name.replace("_", "-"): value for name, value in headers.items()})
 
 
-def limited(per_second, refusal):
+def limited(per_second, refusal, seconds=1.0):
     """
-    A server with so many answers per second; everything else is refused. On a machine so slow that nothing else would be, some
+    A server with so many answers per second, counted in windows of `seconds`; everything else is refused. On a machine so slow that nothing else would be, some
     are refused all the same.
     """
     state = {"window": 0.0, "answered": 0, "requests": 0}
 
     def reply(request):
         state["requests"] += 1
-        if time.monotonic() - state["window"] >= 1:
+        if time.monotonic() - state["window"] >= seconds:
             state.update(window=time.monotonic(), answered=0)
         state["answered"] += 1
-        is_refused = state["answered"] > per_second or 20 <= state["requests"] < 30
+        is_refused = state["answered"] > per_second * seconds or 20 <= state["requests"] < 30
         return refusal if is_refused else "FIRST_ERROR: 2"
 
     return reply
@@ -62,11 +62,11 @@ def reasons(verdicts):
 
 REFUSALS = {
     "429": refused(),
-    "429 with Retry-After": refused(Retry_After="1"),
+    "429 with Retry-After": refused(Retry_After="0.2"),
     "429 with Retry-After: 0": refused(Retry_After="0"),
-    "429 in milliseconds": refused(retry_after_ms="300", Retry_After="1"),
+    "429 in milliseconds": refused(retry_after_ms="200", Retry_After="1"),
     "529": refused(529, "Overloaded"),
-    "503 with Retry-After": refused(503, "busy", Retry_After="1"),
+    "503 with Retry-After": refused(503, "busy", Retry_After="0.2"),
     "503 of nginx": Answer(body=b"<h1>503 Service Temporarily Unavailable</h1>", status=503),
     "403 of Google": refused(403, "Rate Limit Exceeded"),
     "400 of a router": refused(400, "ThrottlingException: Too many requests, please wait"),
@@ -80,8 +80,9 @@ class TestEverythingIsJudged:
         ("refusal", "n_servers"),
         [(name, 1) for name in REFUSALS] + [("429", 2), ("429 with Retry-After", 2), ("503 of nginx", 2)],
     )
-    def test_by_servers_with_a_rate_limit(self, serve, caplog, refusal, n_servers):
-        servers = [serve(limited(100 // n_servers, REFUSALS[refusal])) for _ in range(n_servers)]
+    def test_by_servers_with_a_rate_limit(self, serve, caplog, monkeypatch, refusal, n_servers):
+        monkeypatch.setattr(pace, "FIRST_BACKOFF", 0.1)  # as everything here is faster than at a real server
+        servers = [serve(limited(200 // n_servers, REFUSALS[refusal], seconds=0.2)) for _ in range(n_servers)]
         judge = OpenAIJudge("m", [server.url for server in servers], max_retries=0, batch_deadline=100)
         verdicts = judge.judge(ITEMS)
         assert reasons(verdicts) == set()
