@@ -46,6 +46,7 @@ FRAGMENTS = [
     "What? ", "Step 1: ", "Step 2: ", "**Step 3** ", "### Step 4: go\n", "1. ", "2. ", "3) ", "## Solution\n",
     "#### 42", "---", "```", "```\n", "~~~\n", "$$", "$", "\\[", "\\]", "\\\\[2pt]", "\\begin{align}", "\\end{align}",
     "\\begin{cases}", "\\end{cases}", "\\boxed{4}", "| a | b |\n", "|---|---|\n", "|", "The answer is 4.",
+    "<reasoning>\n", "</step>\n", "<answer>", "</s>", "\\begin{itemize}", "\\end{itemize}", "\\item ", "Wait. ",
     "we have:\n", "- item\n", "...", "<think>", "</think>", "。", "é", "\u2028", "\x1c", "\ud800", "🙂", "\0",
 ]
 # fmt: on
@@ -147,6 +148,85 @@ EXAMPLES = {
     "answer_is_not_an_end": ["The answer is 4.\n\n", "But wait: it is 5."],
     "answer_with_its_reason": ["Add.\n\n", "The answer follows from adding."],
     "long_answer": ["Add.\n\n", "The answer is 4 because " + "we add and " * 20 + "stop."],
+    # Tags on lines of their own are no steps
+    "tags_around_reasoning_and_answer": [
+        "<reasoning>\nWe add 3 and 4.\n",
+        "That is 8.\n</reasoning>\n<answer>\n8\n</answer>\n",
+    ],
+    "tags_among_blank_lines": [
+        "<reasoning>\n\nAdd.\n\n",
+        "Double.\n\n</reasoning>\n\n<answer>\n\n8\n\n</answer>",
+    ],
+    "tags_inline": ["<reasoning>Add. ", "Double.</reasoning><answer>8</answer>"],
+    "an_opening_tag_begins_a_step": ["Add.\n", "<check>\nDouble.\n</check>\n", "Stop."],
+    "tags_of_other_forms": [
+        "<start_working_out>\nAdd.\n",
+        '<part n="2">\nDouble.\n<br/>\n</part>\n',
+        "Stop.\n<end_working_out>\n<SOLUTION>\n8\n</SOLUTION>",
+    ],
+    "a_closing_and_an_opening_tag_on_one_line": ["Add.\n", "Double.\n</reasoning><answer>\n8\n</answer>"],
+    "end_of_text_tags": ["Add.\n", "Double.\n</s>\n<|im_end|>\n<|endoftext|>"],
+    "tags_in_brackets": ["[INST]\nAdd.\n", "Double.\n[/INST]"],
+    "step_tags": ["<step>\nAdd.\nGet 4.\n</step>\n", "<step>\nDouble.\nGet 8.\n</step>\n<answer>8</answer>"],
+    "numbered_step_tags": [
+        '<step n="1">\nAdd.\n\nGet 4.\n</step>\n',
+        "<step 2>Double.</step>",
+        "<step_3>Stop.</step_3>",
+    ],
+    "environments_of_prose_are_tags": ["\\begin{proof}\n\nAdd.\n\n", "Double.\n\n\\end{proof}"],
+    "an_answer_of_several_lines_in_tags": ["Add.\n", "Double.\n<answer>\nx = 3\ny = 4\n</answer>"],
+    "all_in_answer_tags": ["<answer>\nAdd.\n", "Double.\n</answer>"],
+    "comparisons_and_vectors_are_no_tags": ["a < b\n", "<a, b>\n", "<5>\n", "b > a"],
+    # Lists in LaTeX
+    "latex_items": [
+        "\\begin{enumerate}\n\\item Add.\n",
+        "\\item Double.\n",
+        "\\item Stop.\n\\end{enumerate}",
+    ],
+    "latex_items_in_a_text": [
+        "We add first.\n\\begin{itemize}\n  ",
+        "\\item Add.\n\n  ",
+        "\\item[b] Double.\n\\end{itemize}\n",
+        "So we stop here.",
+    ],
+    "latex_items_on_one_line": ["\\begin{description} \\item[a] Add. ", "\\item[b] Double. \\end{description} "],
+    "latex_list_inside_an_item": [
+        "\\begin{enumerate}\n\\item Add.\n\\begin{itemize}\n\\item a\n\\item b\n\\end{itemize}\n",
+        "\\item Double.\n\\[\nx\n\\]\n\\end{enumerate}",
+    ],
+    "latex_list_that_is_cut_off": ["\\begin{enumerate}\n\\item Add.\n", "\\item Double.\n", "\\item So"],
+    "few_latex_items_among_paragraphs": [
+        "We solve.\n\n",
+        "\\begin{enumerate}\n\\item x = 1\n\n\\item y = 2\n\\end{enumerate}\n\n",
+        "So.\n\n",
+        "Then.\n\n",
+        "End.",
+    ],
+    "latex_items_in_code": [
+        "Code.\n\n",
+        "```\n\\begin{itemize}\n\\item a\n\\item b\n\\item c\n\\end{itemize}\n```\n\n",
+        "Done.",
+    ],
+    # A solution that goes back
+    "steps_that_start_over": [
+        "Step 1: a\n",
+        "Step 2: b\n",
+        "Step 3: c\nThis is wrong. Let me start over.\n",
+        "Step 1: a\n",
+        "Step 2: b\n",
+        "Step 3: d\n",
+        "Step 4: e",
+    ],
+    "items_that_start_over": ["1. a\n", "2. b\n\nWait, that is wrong.\n\n", "1. a\n", "2. c\n", "3. d"],
+    "a_step_that_is_corrected": ["Step 1: a\n", "Step 2: b\n", "Step 2: c\n", "Step 3: d"],
+    "steps_for_each_choice": [
+        "**Step 1:** a\n",
+        "**Step 2:** b\n\n",
+        "**Step 1:** c\n",
+        "**Step 2:** d\n",
+    ],
+    "an_inner_list_does_not_start_over": ["1. Add.\n", "2. Double:\n1. a\n2. b\n", "3. Stop."],
+    "inner_steps_look_different": ["### Step 1: Add\n", "### Step 2: Double\nStep 1: a\n", "### Step 3: Stop"],
     "answer_level_goes_on_to_the_next": ["Add. ", "Double.\n\n#### 4"],
 }
 
@@ -225,6 +305,7 @@ def test_steps_without_blocks_respect_the_cap_on_size(text, limit):
 def test_every_step_has_content(text):
     found = pieces(text)
     assert len(found) <= 1 or all(re.search(r"[^\W_]", piece) for piece in found)
+    assert len(found) <= 1 or not any(re.fullmatch(r"\s*</?\w+>\s*", piece) for piece in found)
 
 
 @PROPERTY
@@ -265,6 +346,8 @@ HOSTILE = [
     "\n", " ", " \t\n", "a", "a\n", "a\n\n", "  a\n  ", "1.", "1. ", "1.\n", ". A", "Ab. ", '."" ', "e.g. A ", "... A",
     "!", "。", "-", "---\n", "|", "|\n", "|-|\n", "|a|\n|-|\n\n", "```", "```\n", "~~~\n", "$$", "$$\n\n", "\\", "\\[",
     "\\]", "\\begin{", "\\begin{a}", "\\begin{a}\\begin{b}\\end{a}", "\\boxed{", "\\boxed{4}\n", "#", "## a\n", "*",
+    "<", "<a ", "<a>", "<a>\n", "</a>\n", "<|a|>\n", "<step>", "<step>\n", "<answer>", "<answer></answer>", "[THINK]\n",
+    "\\item ", "\\begin{itemize}", "\\begin{itemize}\\item a\\end{itemize}", "1. a\nWait. ", "Step 1: a\nStep 2: b\n",
     "**a**\n", "_", "Step 1: a\n", "Step 1: ", "a:\n", "The answer is 4.\n", "<think>", "</think>", "(a. B ",
 ]
 # fmt: on
