@@ -43,7 +43,7 @@ def evaluate(args: "JudgeEvalArguments") -> dict[str, Any]:
     `judge.png`. A judge or data that cannot be read, or a folder with another judge's verdicts, raises a `ValueError`.
     """
     from trl_sgpo.judges import CachedJudge, StepwiseJudge
-    from trl_sgpo.judges.combinators import as_judge
+    from trl_sgpo.judges.stepwise import as_judge
     from trl_sgpo.loading import load_judge
 
     found = load_judge(args.judge, args.judge_args)

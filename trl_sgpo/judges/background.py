@@ -1,9 +1,8 @@
 """
-The event loop of the judges that ask servers: one per process, in one daemon thread, shared by all judges.
+The event loop of the judges that ask servers: one per process, in one daemon thread, shared by all judges. Connections
+belong to an event loop, so a loop per batch would open them anew, and notebooks have a loop that runs already.
 
-Connections belong to an event loop, so a loop per batch would open them anew every time, and `asyncio.run` cannot be used
-where a loop runs already, as in notebooks. A fork inherits neither the thread nor the right to use the connections: the
-child starts a loop of its own and leaves what it inherited alone.
+After a fork the child has no such thread and must not use the connections: it starts its own loop.
 """
 
 import asyncio
@@ -11,12 +10,8 @@ import os
 import selectors
 import threading
 import weakref
-from collections.abc import Coroutine
-from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
-
-T = TypeVar("T")
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
@@ -36,11 +31,6 @@ def background_loop() -> asyncio.AbstractEventLoop:
         return _loop
 
 
-def in_background(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> "Future[T]":
-    """Runs a coroutine in the background loop; to cancel the future is to cancel it."""
-    return asyncio.run_coroutine_threadsafe(work, loop)
-
-
 def own(connection: Any) -> None:
     """Says of an object that holds connections of the background loop that a forked child must not let go of it."""
     _owned.add(connection)
@@ -58,7 +48,7 @@ def close_in_background(connection: Any, loop: asyncio.AbstractEventLoop, pid: i
         pass
     work = connection.close()
     try:
-        in_background(work, loop).result(timeout=0.5)
+        asyncio.run_coroutine_threadsafe(work, loop).result(timeout=0.5)
     except Exception:
         work.close()
 

@@ -1,6 +1,5 @@
 """
-What a step-wise judge is asked, what it answers, the one method it has to have, and how one is asked so that whatever it
-does ends in verdicts ([`ask`]).
+What a step-wise judge is asked, what it answers, and how it is asked so that the result is always verdicts ([`ask`]).
 """
 
 import operator
@@ -17,10 +16,8 @@ class JudgeItem:
     One completion to judge.
 
     Args:
-        problem (`str`):
-            The problem as the policy saw it.
-        steps (`tuple[str, ...]`):
-            The steps of the completion, in order.
+        problem, steps (`str` and `tuple[str, ...]`):
+            The problem as the policy saw it, and the steps of the completion, in order.
         reference (`str`, *optional*):
             A reference solution or answer, if the dataset has one.
         known_wrong (`bool`, *optional*, defaults to `True`):
@@ -28,7 +25,7 @@ class JudgeItem:
         row (`Mapping[str, Any]`, *optional*):
             The other columns of the dataset row.
         context (`Mapping[int, str]`, *optional*):
-            By step index, text that came just before that step and that the policy did not write: tool results.
+            By step index, text just before that step that the policy did not write: tool results.
     """
 
     problem: str
@@ -48,10 +45,8 @@ class Verdict:
         status (`str`):
             `"error"`: `first_error` is the first wrong step. `"no_error"`: every step is right. `"abstain"`: the judge
             cannot say, or failed. An abstention is never turned into a number.
-        first_error (`int`, *optional*):
-            0-based index of the first wrong step.
-        n_steps (`int`, *optional*):
-            How many steps the judge saw, to guard against a mix-up; not checked if `None`.
+        first_error, n_steps (`int`, *optional*):
+            0-based index of the first wrong step, and how many steps the judge saw, against mix-ups.
         confidence (`float`, *optional*):
             The judge's confidence in [0, 1], if it has one.
         reason (`str`, *optional*, defaults to `""`):
@@ -86,8 +81,8 @@ class StepJudge(ABC):
     """
     A step-wise judge: finds the first wrong step of each completion. It need not be able to solve the problem.
 
-    Subclass it and write [`~StepJudge.judge`]. A judge takes a batch, keeps its order and does not raise for a single
-    item: a timeout, a refusal or an answer that cannot be parsed is `Verdict.abstain(reason)`.
+    Subclass it and write [`~StepJudge.judge`]. It does not raise for a single item: a timeout, a refusal or an answer
+    that cannot be parsed is `Verdict.abstain(reason)`.
     """
 
     @property
@@ -97,24 +92,15 @@ class StepJudge(ABC):
 
     @abstractmethod
     def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:
-        """
-        Judges a batch of completions.
-
-        Args:
-            items (`Sequence[JudgeItem]`):
-                The completions to judge. Never empty, and each has at least one step.
-
-        Returns:
-            `list[Verdict]`: One verdict per item, in the same order.
-        """
+        """One verdict per item, in the same order. There is at least one item, and each has at least one step."""
 
 
 def ask(
     judge: StepJudge, items: Sequence[JudgeItem], on_exception: Callable[[StepJudge], None] | None = None
 ) -> list[Verdict]:
     """
-    A judge's verdicts, checked. Never raises: where the judge does, gives a wrong number of verdicts or something that
-    is none, they are abstentions with that reason. `on_exception(judge)` is called inside the handler.
+    A judge's verdicts, checked. Never raises: if the judge does, or gives a wrong number of verdicts or none,
+    they are abstentions with that reason. `on_exception(judge)` is called inside the handler.
     """
     try:
         verdicts = list(judge.judge(list(items)))

@@ -1,17 +1,10 @@
-"""Batches for a model that judges in this process: how they are made, and what happens if one fails."""
+"""Batches for a model that judges in this process."""
 
-import logging
-from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
-
-from trl_sgpo.judges.log_once import LogOnce
-
-
-T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
+from torch.nn.utils.rnn import pad_sequence
 
 
 def token_batches(lengths: dict[int, int], max_tokens: int) -> list[list[int]]:
@@ -41,77 +34,6 @@ def pad(
     rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask of shape `(n_rows, longest)`, padded on one side."""
-    longest = max(map(len, rows))
-    gaps = [[pad_id] * (longest - len(row)) for row in rows]
-    pairs = list(zip(gaps, rows, strict=True))
-    if side == "left":
-        ids = [[*gap, *row] for gap, row in pairs]
-        mask = [[0] * len(gap) + [1] * len(row) for gap, row in pairs]
-    else:
-        ids = [[*row, *gap] for gap, row in pairs]
-        mask = [[1] * len(row) + [0] * len(gap) for gap, row in pairs]
-    return torch.tensor(ids), torch.tensor(mask)
-
-
-class BatchRunner:
-    """
-    Runs batches of one judge so that a failure costs verdicts and not the training.
-
-    Args:
-        device (`torch.device`):
-            Where the judge's model runs.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._log_once = LogOnce(logger)
-
-    def run(
-        self,
-        work: Callable[[Sequence[int]], list[T]],
-        keys: Sequence[int],
-        failed: Callable[[str], T],
-        what: Callable[[int], str],
-        name: str,
-    ) -> list[T]:
-        """
-        The results of `work` on a batch. If the batch does not fit into the memory, it is halved.
-
-        Args:
-            work (`Callable`):
-                Keys -> one result per key.
-            keys (`Sequence[int]`):
-                The batch.
-            failed (`Callable`):
-                A reason -> the result of a key whose batch failed.
-            what (`Callable`):
-                A key -> its description, for the reason.
-            name (`str`):
-                The judge's name, for the log.
-        """
-        from accelerate.utils.memory import should_reduce_batch_size
-
-        try:
-            return work(keys)
-        except Exception as error:
-            out_of_memory = should_reduce_batch_size(error)
-            reason = f"{type(error).__name__}: {error}"
-            if not out_of_memory:
-                self.show_traceback(name)
-        # Not inside the handler: there the exception would keep the tensors of the failed pass alive
-        if not out_of_memory:
-            return [failed(reason)] * len(keys)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if len(keys) == 1:
-            return [failed(f"{what(keys[0])} does not fit into the memory of {self.device}")]
-        half = len(keys) // 2
-        return [result for part in (keys[:half], keys[half:]) for result in self.run(work, part, failed, what, name)]
-
-    def show_traceback(self, name: str) -> None:
-        """Logs the exception that is being handled; the first one only."""
-        self._log_once.traceback(
-            "%s failed on a batch. Its completions count as abstentions; further failures are counted in the metric "
-            "`sgpo/abstain_rate` and not shown.",
-            name,
-        )
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    masks = [torch.ones_like(row) for row in ids]
+    return pad_sequence(ids, True, pad_id, side), pad_sequence(masks, True, 0, side)

@@ -1,9 +1,9 @@
 """
-A judge that remembers: [`CachedJudge`] keeps the verdicts of another one in an SQLite file.
+A judge that remembers: [`CachedJudge`] keeps the verdicts of another judge in an SQLite file.
 
-A file rather than a server, and the standard library rather than a cache package: the verdicts are JSON, so reading a
-file that someone else wrote runs nothing. SQLite makes it safe for several processes of one machine at a time, and for
-one that is killed while it writes. Left out: expiry and a limit on the size; delete the file to start again.
+Why a file and no server: several processes of one machine may use it, and a process that is killed while it writes
+leaves it whole. Why no cache package: the verdicts are JSON, so reading a file of someone else runs no code. Left out:
+expiry and a size limit. Delete the file to start again.
 """
 
 import hashlib
@@ -16,27 +16,24 @@ import sqlite3
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from types import TracebackType
 from typing import Any, TypeVar
 
 from trl_sgpo.judges.base import JudgeItem, StepJudge, Verdict, ask, checked_verdict, identity
-from trl_sgpo.judges.callable import CallableJudge
-from trl_sgpo.judges.combinators import Combinator, as_judge
+from trl_sgpo.judges.callable import CallableJudge, columns_for
+from trl_sgpo.judges.combinators import Combinator
 from trl_sgpo.judges.log_once import LogOnce
+from trl_sgpo.judges.stepwise import as_judge
 
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Seconds that a process waits for the others to finish writing
-BUSY_SECONDS = 10.0
-# Keys per query; SQLite's own limit on variables was 999 before version 3.32
-CHUNK = 500
-# Part of every key: raise it when the same key would come to mean something else
-VERSION = 1
+BUSY_SECONDS = 10.0  # that a process waits for the others to finish writing
+CHUNK = 500  # keys per query, because SQLite's own limit on variables was 999 before version 3.32
+VERSION = 1  # part of every key: raise it if the same key gets another meaning
 
 # Held by whoever uses a connection, so that none is in use when the process forks
 _lock = threading.RLock()
@@ -50,27 +47,25 @@ class CachedJudge(StepJudge):
 
     A verdict belongs to the judge's identity and to all that the judge is given: problem, steps, reference,
     `known_wrong` and context, and for a plain function the columns that it reads. Abstentions are not kept, so a
-    server that was down is asked again; a completion that comes twice in a batch is asked about once. A cache that
-    cannot be read or written costs time, never the training: the judge is asked directly, and one warning says why.
+    server that was down is asked again. A completion that comes twice in a batch is asked about once. If the cache
+    cannot be read or written, the judge is asked directly, and one warning says why. The training goes on.
 
-    Several processes of one machine may share the file, and one that is killed leaves it whole. Several *machines* may
-    not share it on a network disk: give each a file of its own. The file holds hashes and verdicts, among them the
-    judge's `reason`, which may quote the completion.
+    Several processes of one machine may share the file. Several *machines* must not share it on a network disk: give
+    each its own file. The file holds hashes and verdicts with their `reason`, which may quote the completion.
 
     Args:
         judge ([`StepJudge`] or `Callable`):
             The judge to ask, or a plain function (see [`CallableJudge`]). To cache samples of a judge, put the cache
-            around the [`MajorityVote`], not inside it. A judge of your own that reads `item.row` beyond what follows
-            from the problem must not be cached, for the row is no part of the key.
+            around the [`MajorityVote`], not inside it. The row is no part of the key: do not cache a judge of your own
+            that reads more of `item.row` than follows from the problem.
         path (`str` or `os.PathLike`):
             The file, created if there is none. Its folder has to exist.
         key (`str`, *optional*):
             The judge's identity. Defaults to its attribute `cache_key`, if it has one, else to its name. Give another
-            one when the judge changes but its name does not: another prompt, temperature, or body of a function.
+            one if the judge changes but its name does not: another prompt, temperature, or body of a function.
 
     Attributes:
-        hits (`int`): Completions, in this process, about which the judge did not have to be asked.
-        misses (`int`): Completions about which it was asked.
+        hits, misses (`int`): Completions, in this process, about which the judge was not asked, and was asked.
 
     Raises:
         TypeError: If `judge` is neither a judge nor a function, or `path` or `key` is of a wrong type.
@@ -137,7 +132,11 @@ class CachedJudge(StepJudge):
         self.misses += len(to_ask)
         self.hits += len(items) - len(to_ask)
         if to_ask:
-            answers = ask(self.wrapped, list(to_ask.values()), self._show_traceback)
+            answers = ask(
+                self.wrapped,
+                list(to_ask.values()),
+                lambda judge: self._log_once.failed(f"The judge {judge.name} raised an exception"),
+            )
             known.update(zip(to_ask, answers, strict=True))
             texts = [(mark, _written(answer)) for mark, answer in zip(to_ask, answers, strict=True)]
             rows = [(mark, text) for mark, text in texts if isinstance(mark, bytes) and text is not None]
@@ -160,9 +159,7 @@ class CachedJudge(StepJudge):
     def __enter__(self) -> "CachedJudge":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -170,7 +167,7 @@ class CachedJudge(StepJudge):
             self.close()
 
     def _key(self, item: JudgeItem) -> bytes | None:
-        """The key of an item; `None` if what it is made of cannot be written down."""
+        """The key of an item; `None` if the item cannot be written as JSON."""
         try:
             parts: dict[str, Any] = {
                 "version": VERSION,
@@ -182,26 +179,29 @@ class CachedJudge(StepJudge):
                 "context": sorted((int(i), text) for i, text in item.context.items()),
             }
             if self._columns != ():
-                parts["row"] = _seen(item.row, self._columns)
+                parts["row"] = columns_for(item.row, self._columns)
             text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=_plain)
         except Exception as error:
             self._log_once(
                 "key",
-                "A completion cannot be cached, because it or its row cannot be written as JSON (%s: %s). The judge is "
-                "asked directly about such completions.",
-                type(error).__name__,
-                error,
+                "A completion cannot be cached, because it or its row cannot be written as JSON "
+                f"({type(error).__name__}: {error}). The judge is asked directly about such completions.",
             )
             return None
         return hashlib.sha256(text.encode()).digest()
 
     def _use(self, verb: str, work: Callable[[sqlite3.Connection], T]) -> T | None:
-        """What `work` returns for the open cache; `None`, and the first time a warning, if the cache fails."""
+        """The result of `work` on the open cache. If the cache fails: `None`, and the first time a warning."""
         if self._damaged:
             return None
         with _lock:
             try:
-                return work(self._connect())
+                if self._connection is not None and self._pid != os.getpid():
+                    self.close()  # a fork that Python does not know of
+                if self._connection is None:
+                    self._pid = os.getpid()
+                    self._connection = _opened(self.path)
+                return work(self._connection)
             except (sqlite3.Error, OSError) as error:
                 self.close()
                 self._report(verb, error)
@@ -210,44 +210,22 @@ class CachedJudge(StepJudge):
                 self.close()
                 raise
 
-    def _connect(self) -> sqlite3.Connection:
-        if self._connection is not None and self._pid != os.getpid():
-            self.close()  # a fork that Python does not know of
-        if self._connection is None:
-            self._pid = os.getpid()
-            self._connection = _opened(self.path)
-        return self._connection
-
     def _report(self, verb: str, error: Exception) -> None:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             self._damaged = True
             self._log_once(
                 "damaged",
-                "The cache %s is damaged or no cache (%s). It is left alone, and the judge is asked directly. To cache "
-                "again, delete it together with %s-wal and %s-shm, or give `CachedJudge` another path, and start again.",
-                self.path,
-                error,
-                self.path,
-                self.path,
+                f"The cache {self.path} is damaged or no cache ({error}). It is left alone, and the judge is asked "
+                f"directly. To cache again, delete it together with {self.path}-wal and {self.path}-shm, or give "
+                "`CachedJudge` another path, and start again.",
             )
             return
         self._log_once(
             "failed",
-            "The cache %s cannot be %s (%s: %s). The judge is asked directly, and the cache is tried again with every "
-            "batch; further failures are not shown. Check that the path is a file in an existing folder, that both can be "
-            "written, that the disk has room, and that no other process holds the file for more than %g s.",
-            self.path,
-            verb,
-            type(error).__name__,
-            error,
-            BUSY_SECONDS,
-        )
-
-    def _show_traceback(self, judge: StepJudge) -> None:
-        self._log_once.traceback(
-            "The judge %s raised an exception. What it was asked about counts as an abstention, which is not cached; "
-            "further exceptions stand in the verdicts' reasons and are not shown.",
-            judge.name,
+            f"The cache {self.path} cannot be {verb} ({type(error).__name__}: {error}). The judge is asked directly. "
+            "The cache is tried again with every batch, and further failures are not shown. Check that the path is a "
+            "file in an existing folder, that both can be written, that the disk has room, and that no other process "
+            f"holds the file for more than {BUSY_SECONDS:g} s.",
         )
 
 
@@ -279,9 +257,11 @@ def _read(connection: sqlite3.Connection, keys: Iterable[bytes]) -> dict[bytes |
         chunk = wanted[start : start + CHUNK]
         query = f"SELECT key, verdict FROM verdicts WHERE key IN ({','.join('?' * len(chunk))})"
         for key, text in connection.execute(query, chunk):
-            verdict = _parsed(text)
-            if verdict is not None:
-                found[key] = verdict
+            with suppress(TypeError, ValueError):  # a row that holds no verdict: the judge is asked
+                status, first_error, n_steps, confidence, reason = json.loads(text)
+                verdict = checked_verdict(Verdict(status, first_error, n_steps, confidence, reason), n_steps)
+                if verdict.status != "abstain":
+                    found[key] = verdict
     return found
 
 
@@ -302,16 +282,6 @@ def _written(verdict: Verdict) -> str | None:
     return json.dumps([verdict.status, verdict.first_error, verdict.n_steps, confidence, verdict.reason])
 
 
-def _parsed(text: str) -> Verdict | None:
-    """The verdict in a row; `None` if it holds none, and the judge is asked."""
-    try:
-        status, first_error, n_steps, confidence, reason = json.loads(text)
-        verdict = checked_verdict(Verdict(status, first_error, n_steps, confidence, reason), n_steps)
-    except (TypeError, ValueError):
-        return None
-    return None if verdict.status == "abstain" else verdict
-
-
 def _functions(judge: StepJudge) -> list[CallableJudge]:
     """The plain functions inside a judge."""
     if isinstance(judge, CallableJudge):
@@ -329,17 +299,9 @@ def _has_own_name(judge: CallableJudge) -> bool:
 
 def _columns(functions: Sequence[CallableJudge]) -> tuple[str, ...] | None:
     """The columns that any of the functions reads; `None` for all of them."""
-    names: set[str] = set()
-    for function in functions:
-        if function.column_names is None:
-            return None
-        names.update(function.column_names)
-    return tuple(sorted(names))
-
-
-def _seen(row: Mapping[str, Any], columns: tuple[str, ...] | None) -> dict[str, Any]:
-    names = row if columns is None else columns
-    return {name: row[name] for name in names if name in row and name not in ("problem", "steps")}
+    if any(function.column_names is None for function in functions):
+        return None
+    return tuple(sorted({name for function in functions for name in function.column_names or ()}))
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,7 @@ import inspect
 import logging
 import threading
 from asyncio import CancelledError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,19 +18,19 @@ logger = logging.getLogger(__name__)
 
 class CallableJudge(StepJudge):
     """
-    A judge made of a plain function. A function given to [`StepwiseJudge`] becomes one by itself.
+    A judge made of a plain function. [`StepwiseJudge`] turns a function into one by itself.
 
     Args:
         function (`Callable`):
-            `f(problem, steps, **row) -> int | None`: the 0-based index of the first wrong step, `None` for no error. A
-            dataset column reaches it by name: it is given the columns that it has parameters for, or all of them if it
-            takes `**kwargs`. It may also return a [`Verdict`], to abstain or to give a reason. If it raises, the
-            verdict is an abstention, and the first traceback is logged.
+            `f(problem, steps, **row) -> int | None`: the 0-based index of the first wrong step, `None` for no error.
+            It gets the dataset columns that it has parameters for, or all of them if it takes `**kwargs`. It may also
+            return a [`Verdict`], to abstain or to give a reason. If it raises, the verdict is an abstention, and the
+            first traceback is logged.
         batch_deadline (`float`, *optional*, defaults to `600.0`):
-            Seconds that one batch may take. What is not judged by then is an abstention, so that a function that hangs
-            does not hang the training; keep it below the process group's timeout. The function runs in a thread of its
-            own for that; with `None` it runs in the calling thread, without a limit, as code must that sets signals
-            (the timeouts of `math_verify` do).
+            Seconds that one batch may take. A completion that is not judged by then is an abstention, so a function
+            that hangs does not hang the training. Keep it below the process group's timeout. The function runs in a
+            thread of its own. `None`: no limit, and the function runs in the calling thread. Code that sets signals
+            needs this, such as the timeouts of `math_verify`.
 
     Raises:
         TypeError: If `function` is not callable, or is a coroutine function.
@@ -57,9 +57,7 @@ class CallableJudge(StepJudge):
                 "`StepJudge` and run the batch in its `judge` method, for instance with `asyncio.run`."
             )
         if batch_deadline is not None and not 0 < batch_deadline <= threading.TIMEOUT_MAX:
-            raise ValueError(
-                f"batch_deadline={batch_deadline} must be a positive number of seconds, or None for no limit."
-            )
+            raise ValueError(f"batch_deadline={batch_deadline} must be a positive number of seconds, or None.")
         self.function = function
         self.batch_deadline = batch_deadline
         self.column_names = _column_names(function)
@@ -98,31 +96,27 @@ class CallableJudge(StepJudge):
         return done + [late] * (len(items) - len(done))
 
     def _judge_one(self, item: JudgeItem) -> Verdict:
-        row = item.row
-        names = row if self.column_names is None else self.column_names
-        # A column called "problem" or "steps" must not collide with the two arguments that are always given
-        columns = {name: row[name] for name in names if name in row and name not in ("problem", "steps")}
         try:
-            answer = self.function(item.problem, list(item.steps), **columns)
+            answer = self.function(item.problem, list(item.steps), **columns_for(item.row, self.column_names))
         except (Exception, SystemExit, CancelledError) as error:
-            self._log_once.traceback(
-                "The judge %s raised an exception. This completion counts as an abstention; further exceptions are "
-                "counted in the metric `sgpo/abstain_rate` and not shown.",
-                self.name,
-            )
+            self._log_once.failed(f"The judge {self.name} raised an exception")
             if "main thread" in str(error):
                 self._log_once(
                     "main thread",
-                    "The judge %s wants the main thread, as code that sets signals does. Give it "
+                    f"The judge {self.name} wants the main thread, as code that sets signals does. Give it "
                     "`CallableJudge(function, batch_deadline=None)`, which runs it there, without a time limit.",
-                    self.name,
                 )
             return Verdict.abstain(f"{type(error).__name__}: {error}")
         if isinstance(answer, Verdict):
             return answer
-        if answer is None:
-            return Verdict.no_error(len(item.steps))
-        return Verdict.error(answer, len(item.steps))
+        return Verdict.no_error(len(item.steps)) if answer is None else Verdict.error(answer, len(item.steps))
+
+
+def columns_for(row: Mapping[str, Any], names: Sequence[str] | None) -> dict[str, Any]:
+    """The columns of a row that a judge function gets: those with these names, or all of them if `names` is `None`."""
+    # A column called "problem" or "steps" must not collide with the two arguments that are always given
+    wanted = row if names is None else names
+    return {name: row[name] for name in wanted if name in row and name not in ("problem", "steps")}
 
 
 def _column_names(function: Callable[..., Any]) -> list[str] | None:

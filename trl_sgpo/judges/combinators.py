@@ -1,22 +1,19 @@
 """
-Judges made of judges: a vote ([`MajorityVote`]), the most suspicious of several ([`EarliestError`]), and one after the
-other ([`Fallback`]).
+Judges made of judges: a vote ([`MajorityVote`]), the earliest error that any of several finds ([`EarliestError`]), and
+one judge after the other ([`Fallback`]).
 
-What a vote or a group of verdicts comes to is a pure function ([`plurality`], [`earliest`]); the classes only ask. The
-members are asked one after the other in the calling thread, so their deadlines add up. A member that fails is one that
-abstains, with its reason: the others still decide.
+The members are asked one after the other in the calling thread, so their deadlines add up. A member that fails
+abstains with its reason, and the others still decide.
 """
 
-import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from trl_sgpo.judges.base import JudgeItem, StepJudge, Verdict, ask, identity
-from trl_sgpo.judges.callable import CallableJudge
 from trl_sgpo.judges.log_once import LogOnce
-from trl_sgpo.judges.stepwise import StepwiseJudge
+from trl_sgpo.judges.stepwise import as_judge
 
 
 logger = logging.getLogger(__name__)
@@ -24,17 +21,11 @@ logger = logging.getLogger(__name__)
 
 def plurality(votes: Sequence[Verdict], min_agreement: float = 0.5) -> Verdict:
     """
-    What a vote comes to: the answer given most often, an answer being a first wrong step or "no error".
+    The answer that most votes give. An answer is a first wrong step or "no error".
 
-    Args:
-        votes (`Sequence[Verdict]`):
-            The verdicts on one completion, at least one. Abstentions vote for nothing, and count in the agreement.
-        min_agreement (`float`, *optional*, defaults to `0.5`):
-            Share of all votes that the winner needs.
-
-    Returns:
-        `Verdict`: The winner, its share of all votes as confidence and the tally as reason. An abstention if everyone
-        abstained, at a tie for the first place, or below `min_agreement`.
+    The confidence is the winner's share of all votes, and the reason is the tally. The result is an abstention if all
+    votes abstain, if the first place is tied, or if the share is below `min_agreement`. An abstention votes for no
+    answer, but it counts as one of the votes.
 
     Example:
 
@@ -68,17 +59,19 @@ def plurality(votes: Sequence[Verdict], min_agreement: float = 0.5) -> Verdict:
     return Verdict(first.status, first.first_error, first.n_steps, share, text)
 
 
+def check_min_agreement(min_agreement: Any) -> None:
+    """Raises an error if the argument is no share."""
+    if isinstance(min_agreement, bool) or not isinstance(min_agreement, int | float):
+        raise TypeError(f"min_agreement={min_agreement!r} is not a number, the share of votes that the winner needs.")
+    if not 0 <= min_agreement <= 1:
+        raise ValueError(
+            f"min_agreement={min_agreement} must lie in [0, 1]: it is the share of all votes that the winner needs, "
+            f"not their number. For 5 votes of 8 give {5 / 8}."
+        )
+
+
 def earliest(votes: Sequence[Verdict]) -> Verdict:
-    """
-    The verdict with the smallest first error; "no error" if nobody finds one; an abstention if everyone abstains.
-
-    Example:
-
-    ```python
-    >>> earliest([Verdict.error(3), Verdict.no_error(), Verdict.error(1, reason="5 is not 4")]).reason
-    '5 is not 4'
-    ```
-    """
+    """The verdict with the smallest first error, else a "no error". An abstention if all votes abstain."""
     errors = [(vote.first_error, i) for i, vote in enumerate(votes) if vote.first_error is not None]
     if errors:
         return votes[min(errors)[1]]
@@ -86,17 +79,7 @@ def earliest(votes: Sequence[Verdict]) -> Verdict:
 
 
 class Combinator(StepJudge):
-    """
-    What the judges made of judges share: their members, and how a member is asked.
-
-    Args:
-        judges (`Sequence[StepJudge | Callable]`):
-            The members, at least one. A function becomes a [`CallableJudge`].
-
-    Raises:
-        TypeError: If `judges` is no list, or a member is neither a judge nor a function.
-        ValueError: If `judges` is empty.
-    """
+    """The base of the judges made of judges: their members, and how a member is asked."""
 
     def __init__(self, judges: Sequence[StepJudge | Callable[..., Any]]) -> None:
         if isinstance(judges, str) or not isinstance(judges, Sequence):
@@ -114,43 +97,38 @@ class Combinator(StepJudge):
 
     @property
     def cache_key(self) -> str:
-        """What a cache knows this judge by: all that its verdicts depend on."""
+        """Identifies this judge in a cache: it holds all that the verdicts depend on."""
         return f"{type(self).__name__}({_listed(identity(judge) for judge in self.judges)})"
 
     def _ask(self, judge: StepJudge, items: Sequence[JudgeItem]) -> list[Verdict]:
-        return ask(judge, items, self._show_traceback)
+        def log(judge: StepJudge) -> None:
+            self._log_once.failed(f"The judge {judge.name}, a member of {self.name}, raised an exception")
+
+        return ask(judge, items, log)
 
     def _votes(self, items: Sequence[JudgeItem]) -> list[tuple[Verdict, ...]]:
         """Per item, the verdicts of all members."""
         return list(zip(*(self._ask(judge, items) for judge in self.judges), strict=True))
 
-    def _show_traceback(self, judge: StepJudge) -> None:
-        self._log_once.traceback(
-            "The judge %s, a member of %s, raised an exception. It counts as abstaining on what it was asked about; "
-            "further exceptions of the members stand in the verdicts' reasons and are not shown.",
-            judge.name,
-            self.name,
-        )
-
 
 class MajorityVote(Combinator):
     """
-    Vote of several judges, or of one that samples: the answer given most often, if enough of them agree.
+    Vote of several judges, or of one that samples: the answer that most of them give, if enough agree.
 
-    An answer is a first wrong step or "no error". The confidence of the verdict is the winner's share of all votes,
-    abstentions included, and its reason the tally. See [`plurality`].
+    An answer is a first wrong step or "no error". The confidence is the winner's share of all votes, abstentions
+    included. The reason is the tally. See [`~trl_sgpo.judges.combinators.plurality`].
 
     Args:
         judges (`Sequence[StepJudge | Callable]`):
-            The voters. The same one several times asks it several times: `MajorityVote([judge] * 8)`. It then has to
-            sample, with a temperature above zero and without a cache of its own (cache the vote instead).
+            The voters. `MajorityVote([judge] * 8)` asks one judge eight times. It must then sample with a temperature
+            above zero, and must have no cache of its own: cache the vote instead.
         min_agreement (`float`, *optional*, defaults to `0.5`):
-            Share of all votes that the winner needs, in [0, 1]; with less the vote abstains. It abstains at a tie for
-            the first place too. `0` lets any plurality win.
+            Share of all votes that the winner needs, in [0, 1]. With less, or at a tie for the first place, the vote
+            abstains. With `0` every plurality wins.
 
     Raises:
-        TypeError: If `judges` is no list, a member is neither a judge nor a function, or `min_agreement` no number.
-        ValueError: If `judges` is empty or `min_agreement` lies outside [0, 1].
+        TypeError, ValueError: If `judges` is no list or empty, a member is neither a judge nor a function, or
+            `min_agreement` is no number in [0, 1].
 
     Example:
 
@@ -164,16 +142,7 @@ class MajorityVote(Combinator):
 
     def __init__(self, judges: Sequence[StepJudge | Callable[..., Any]], min_agreement: float = 0.5) -> None:
         super().__init__(judges)
-        if isinstance(min_agreement, bool) or not isinstance(min_agreement, int | float):
-            raise TypeError(
-                f"min_agreement={min_agreement!r} is not a number. It is the share of all votes that the winner "
-                "needs, for instance 0.5."
-            )
-        if not 0 <= min_agreement <= 1:
-            raise ValueError(
-                f"min_agreement={min_agreement} must lie in [0, 1]: it is the share of all votes that the winner "
-                f"needs, not their number. For 5 votes of 8 give {5 / 8}."
-            )
+        check_min_agreement(min_agreement)
         self.min_agreement = min_agreement
 
     @property
@@ -186,18 +155,14 @@ class MajorityVote(Combinator):
 
 class EarliestError(Combinator):
     """
-    The most suspicious of several judges: the smallest first error that any of them finds.
+    The smallest first error that any of several judges finds. "No error" if none finds one and at least one says so.
 
-    "No error" only if none finds one and at least one says so. For precise judges that each see one kind of error,
-    such as a calculator beside a model; a single trigger-happy member drags the first error forward.
+    Use it for precise judges that each see one kind of error, such as a calculator beside a model. A single member
+    that often sees errors where there are none moves the first error forward.
 
     Args:
         judges (`Sequence[StepJudge | Callable]`):
             The members. All are asked about every completion.
-
-    Raises:
-        TypeError: If `judges` is no list, or a member is neither a judge nor a function.
-        ValueError: If `judges` is empty.
 
     Example:
 
@@ -214,18 +179,14 @@ class EarliestError(Combinator):
 
 class Fallback(Combinator):
     """
-    Asks the first judge; what it abstains on, the next one, and so on. Put the precise and cheap one first.
+    Asks the first judge. If it abstains on a completion, the next judge is asked, and so on.
 
-    "No error" cannot be right for a completion that is known to be wrong, so it goes on to the next judge too. If none
-    of those finds an error, it stands.
+    "No error" cannot be right for a completion that is known to be wrong, so the next judge is asked then too. The
+    "no error" stands if no later judge finds an error. Put the precise and cheap judge first.
 
     Args:
         judges (`Sequence[StepJudge | Callable]`):
             The members, in the order in which they are asked.
-
-    Raises:
-        TypeError: If `judges` is no list, or a member is neither a judge nor a function.
-        ValueError: If `judges` is empty.
 
     Example:
 
@@ -258,27 +219,7 @@ class Fallback(Combinator):
         return [verdict or _nobody(why) for verdict, why in zip(verdicts, reasons, strict=True)]
 
 
-def as_judge(judge: Any, argument: str = "judge") -> StepJudge:
-    """The judge itself, or a function as a judge; `argument` is what an error calls it."""
-    if inspect.isclass(judge):
-        raise TypeError(
-            f"{argument}={judge.__name__} is a class, not a judge: give an instance, `{judge.__name__}()`."
-        )
-    if isinstance(judge, StepwiseJudge):
-        # It is callable, but as a reward function
-        raise TypeError(f"{argument} is a `StepwiseJudge`, a reward function: give the judge inside it, its `.judge`.")
-    if isinstance(judge, StepJudge):
-        return judge
-    if not callable(judge):
-        raise TypeError(
-            f"{argument}={judge!r} is neither a `StepJudge` nor a function. Give a judge from `trl_sgpo.judges`, or a "
-            "function `f(problem, steps, **row)` that returns the 0-based index of the first wrong step, or None for "
-            "no error."
-        )
-    return CallableJudge(judge)
-
-
-def _listed(names: Any) -> str:
+def _listed(names: Iterable[str]) -> str:
     """`a, 3 x b`: names in their order, and how often each comes."""
     return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in Counter(names).items())
 

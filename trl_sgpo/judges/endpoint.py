@@ -3,8 +3,7 @@ One server that judges ask: whether it is up ([`Breaker`]), and how one request 
 [`RequestFailed`] ([`Endpoint`]). What is asked is in `server_settings.py`, several servers are in `servers.py`.
 
 The client is aiohttp and not the package `openai`, because a judged round takes longer with that one
-(`benchmarks/judge_throughput`). Retries, Retry-After and the bound on requests under way would be ours in any case: they
-depend on the deadline and the breaker, which have to see every answer.
+(`benchmarks/judge_throughput`). Its retries could not be used: they depend on the deadline and the breaker here.
 """
 
 import asyncio
@@ -16,17 +15,19 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from trl_sgpo.judges.log_once import LogOnce
 from trl_sgpo.judges.server_settings import RequestFormat, ServerSettings, api_key, redact
 
 
 if TYPE_CHECKING:
-    from aiohttp import ClientResponse, ClientSession
+    from aiohttp import ClientSession
 
-T = TypeVar("T")
+# From the format of a request: something to remember, and the body of the request
+Write = Callable[[RequestFormat], tuple[Any, dict[str, Any]]]
 
 logger = logging.getLogger(__name__)
 log_once = LogOnce(logger)  # one for all servers of the process
@@ -35,8 +36,7 @@ LONGEST_WAIT = 60.0  # seconds: a server that asks for more by Retry-After is no
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.5, 8.0  # seconds
 _LONGEST_TEXT = 200  # characters of a server's message that a reason keeps
 _LONGEST_MESSAGE = 4000  # characters of it that are looked through for what was refused
-# How often the whole ladder is tried in vain before an unexplained refusal is taken for the request's fault
-_WALKS = 8
+_WALKS = 8  # of the whole ladder in vain, before an unexplained refusal is taken for the request's fault
 _LONGEST_PAUSE = 10  # times the first pause of the breaker
 
 # As OpenAI, vLLM, SGLang, llama.cpp, TGI and Anthropic's adapter say that a prompt is too long
@@ -53,53 +53,24 @@ def is_too_long(message: str) -> bool:
     return _TOO_LONG.search(message) is not None and not re.search("response_format|schema", message)
 
 
+@dataclass(eq=False)
 class RequestFailed(Exception):
-    """
-    Why a request has no answer.
+    """Why a request has no answer."""
 
-    Args:
-        kind (`str`):
-            Which kind of failure, for the log: the first of each kind is shown.
-        text (`str`):
-            The reason of the abstention. Holds no key.
-        server (`bool`, *optional*, defaults to `True`):
-            Whether the server is to blame and not the request, so that the breaker counts it and another server may be
-            asked.
-        retry (`bool`, *optional*, defaults to `False`):
-            Whether the same server may be asked again.
-        delay (`float`, *optional*):
-            Seconds after which it wants to be asked again.
-        silent (`bool`, *optional*, defaults to `False`):
-            Whether there simply was no answer in time. Not a fault of a server that answers others meanwhile.
-        refusal (`str`, *optional*):
-            What the server said, where it may have refused one of the optional keys of the request.
-    """
-
-    def __init__(
-        self,
-        kind: str,
-        text: str,
-        server: bool = True,
-        retry: bool = False,
-        delay: float | None = None,
-        silent: bool = False,
-        refusal: str | None = None,
-    ) -> None:
-        super().__init__(text)
-        self.kind = kind
-        self.text = text
-        self.server = server
-        self.retry = retry
-        self.delay = delay
-        self.silent = silent
-        self.refusal = refusal
+    kind: str  # of failure: the first of each kind is logged
+    text: str  # the reason of the abstention, without any key
+    server: bool = True  # whether the server is to blame: the breaker counts it, and another server is asked
+    retry: bool = False  # whether the same server may be asked again
+    delay: float | None = None  # seconds after which it wants to be asked again
+    silent: bool = False  # no answer in time, which is no fault of a server that answers others meanwhile
+    refusal: str | None = None  # what the server said, if it may have refused an optional key of the request
 
 
 class Breaker:
     """
-    Keeps requests from a server that is down. After `failures` failed requests in a row none is sent for `seconds`. Then one
-    request tries, while the others wait for its result. Each failed trial doubles the pause, up to tenfold. Used in the
-    event loop only.
+    Keeps requests from a server that is down. After `failures` failed requests in a row none is sent for `seconds`.
+    Then one request tries, and the others wait for its result. Each failed trial doubles the pause, up to tenfold.
+    Used in the event loop only.
     """
 
     def __init__(self, label: str, failures: int, seconds: float) -> None:
@@ -147,7 +118,7 @@ class Breaker:
         if self._until is not None:
             self._until, self._pause = None, self.seconds
             logger.warning("The judge's server %s answers again.", self.label)
-        self._end_trial(trial)
+        self.ended(trial)
 
     def failed(self, text: str, trial: bool) -> None:
         self._in_a_row += 1
@@ -158,85 +129,44 @@ class Breaker:
         elif self._until is None and self._in_a_row >= self.failures:
             self._until = monotonic() + self._pause
             logger.warning(
-                "THE JUDGE'S SERVER %s IS DOWN: %d requests failed in a row, the last one with: %s. For %g s it is not "
-                "asked; what no other server answers is abstained on, and training goes on as GRPO. Then it is tried "
-                "again, at growing intervals.",
-                self.label,
-                self._in_a_row,
-                text,
-                self._pause,
+                f"THE JUDGE'S SERVER {self.label} IS DOWN: {self._in_a_row} requests failed in a row, the last one "
+                f"with: {text}. For {self._pause:g} s it is not asked; what no other server answers is abstained on, "
+                "and training goes on as GRPO. Then it is tried again, at growing intervals."
             )
-        self._end_trial(trial)
+        self.ended(trial)
 
-    def abandoned(self, trial: bool) -> None:
-        """The request ended without telling anything about the server."""
-        self._end_trial(trial)
-
-    def _end_trial(self, trial: bool) -> None:
+    def ended(self, trial: bool) -> None:
+        """A request ended. By itself this tells nothing about the server."""
         if trial and self._trial is not None:
             waiting, self._trial = self._trial, None
             if not waiting.done():
                 waiting.set_result(None)
 
 
+@dataclass(eq=False)
 class Endpoint:
-    """
-    One server. Made and used in the background event loop only.
+    """One server, used in the background event loop only. The key is read for every request and kept nowhere."""
 
-    Args:
-        url (`str`):
-            Its base URL, without credentials.
-        session (`ClientSession`):
-            Holds the connections.
-        settings ([`ServerSettings`]):
-            What is asked, and how. The key is read for every request and kept nowhere.
-        usage (`Counter`):
-            Counters to add to.
-        proxy (`str`, *optional*):
-            URL of a proxy.
-    """
+    url: str  # the base URL, without credentials
+    session: "ClientSession"
+    settings: ServerSettings
+    usage: "Counter[str]"  # to be added to
+    proxy: str | None = None
 
-    def __init__(
-        self,
-        url: str,
-        session: "ClientSession",
-        settings: ServerSettings,
-        usage: "Counter[str]",
-        proxy: str | None = None,
-    ) -> None:
-        self.url = url
-        self.request_format = settings.request_format
-        self.slots = asyncio.Semaphore(settings.max_concurrency)
+    def __post_init__(self) -> None:
+        self.request_format = self.settings.request_format
+        self.slots = asyncio.Semaphore(self.settings.max_concurrency)
         self.outstanding = 0
-        self.breaker = Breaker(url, settings.breaker_failures, settings.breaker_seconds)
-        self._session = session
-        self._settings = settings
-        self._usage = usage
-        self._proxy = proxy
+        self.breaker = Breaker(self.url, self.settings.breaker_failures, self.settings.breaker_seconds)
         self._ladder = asyncio.Lock()
         self._is_proven = False  # whether a request in `request_format` was answered
         self._walks_left = _WALKS
         self._last_answer = float("-inf")
 
-    async def ask(
-        self, write: Callable[[RequestFormat], tuple[T, dict[str, Any]]], retries: int, end: float
-    ) -> tuple[T, dict[str, Any]]:
+    async def ask(self, write: Write, retries: int, end: float) -> tuple[Any, dict[str, Any]]:
         """
-        Sends one request and brings it to an answer.
-
-        Args:
-            write (`Callable`):
-                Format -> something to remember, and the body of the request.
-            retries (`int`):
-                How often it may be sent again if the server fails.
-            end (`float`):
-                The deadline, on the clock of `time.monotonic`. The caller cancels then.
-
-        Returns:
-            What `write` gave to remember, and the server's answer: an object with the list that the settings name.
-
-        Raises:
-            [`RequestFailed`]: If there is no answer.
+        What `write` gave to remember, and the server's answer. The caller cancels at `end`, on the clock of
+        `time.monotonic`. Raises [`RequestFailed`] if there is no answer.
         """
         trial = await self.breaker.admission()
         started = monotonic()
@@ -244,7 +174,7 @@ class Endpoint:
             answer = await self._retried(write, retries, end, trial)
         except RequestFailed as failure:
             if failure.kind == "breaker" or (failure.silent and self._last_answer > started):
-                self.breaker.abandoned(trial)
+                self.breaker.ended(trial)
             elif failure.server:
                 self.breaker.failed(failure.text, trial)
             else:
@@ -255,14 +185,12 @@ class Endpoint:
             if monotonic() > end - 0.01 and self._last_answer < started:
                 self.breaker.failed("no answer before batch_deadline", trial)
             else:
-                self.breaker.abandoned(trial)
+                self.breaker.ended(trial)
             raise
         self.breaker.succeeded(trial)
         return answer
 
-    async def _retried(
-        self, write: Callable[[RequestFormat], tuple[T, dict[str, Any]]], retries: int, end: float, trial: bool
-    ) -> tuple[T, dict[str, Any]]:
+    async def _retried(self, write: Write, retries: int, end: float, trial: bool) -> tuple[Any, dict[str, Any]]:
         backoff = _FIRST_BACKOFF
         while True:
             try:
@@ -273,14 +201,12 @@ class Endpoint:
                     raise
             retries -= 1
             backoff = min(2 * backoff, _LONGEST_BACKOFF)
-            self._usage["retries"] += 1
+            self.usage["retries"] += 1
             await asyncio.sleep(delay)
             if self.breaker.is_open and not trial:
                 raise self.breaker.failure()
 
-    async def _understood(
-        self, write: Callable[[RequestFormat], tuple[T, dict[str, Any]]]
-    ) -> tuple[T, dict[str, Any]]:
+    async def _understood(self, write: Write) -> tuple[Any, dict[str, Any]]:
         """Sends a request, with fewer and fewer optional keys if the server refuses it."""
         request_format = self.request_format
         try:
@@ -293,77 +219,75 @@ class Endpoint:
             self._is_proven = self._is_proven or request_format == self.request_format
             return answer
         async with self._ladder:  # one request climbs down, and the others that were refused follow it
-            began_with = self.request_format
-            retry_present = request_format != self.request_format
             lower: RequestFormat | None = self.request_format
             named = True
-            while True:
-                if not retry_present:
-                    lower, named = (lower or request_format).without_one(message)
-                retry_present = False
-                # A refusal without an explanation is the request's own fault if others were understood
-                if lower is None or (not named and (self._is_proven or self._walks_left == 0)):
-                    self._walks_left -= self._walks_left > 0 and not self._is_proven
-                    raise refusal
+            if request_format == self.request_format:
+                lower, named = request_format.without_one(message)
+            # A refusal without an explanation is the request's own fault if others were understood
+            while lower is not None and (named or not (self._is_proven or self._walks_left == 0)):
                 try:
                     answer = await self._send(*write(lower))
                 except RequestFailed as failure:
                     if failure.refusal is None:
                         raise
-                    message = failure.refusal
-                    continue
-                if lower != began_with:
-                    self._remember(lower)
-                self._is_proven = True
-                return answer
+                    lower, named = lower.without_one(failure.refusal)
+                else:
+                    if lower != self.request_format:
+                        self._remember(lower)
+                    self._is_proven = True
+                    return answer
+            self._walks_left -= self._walks_left > 0 and not self._is_proven
+            raise refusal
 
     def _remember(self, request_format: RequestFormat) -> None:
-        difference = self.request_format.difference(request_format)
         before = self.request_format
+        difference = before.difference(request_format)
         lost = (before.temperature and not request_format.temperature) or before.extra != request_format.extra
         log_once(
             f"format {self.url} {difference}",
-            "The judge's server %s refuses a part of what it is sent. From now on: %s.",
-            self.url,
-            difference,
+            f"The judge's server {self.url} refuses a part of what it is sent. From now on: {difference}.",
             level=logging.WARNING if lost else logging.INFO,
         )
         self.request_format = request_format
 
-    async def _send(self, remembered: T, body: dict[str, Any]) -> tuple[T, dict[str, Any]]:
-        key = api_key(self._settings.api_key_env)
+    async def _send(self, remembered: Any, body: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        key = api_key(self.settings.api_key_env)
         headers = {"Content-Type": "application/json"}
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        self._usage["requests"] += 1
+        self.usage["requests"] += 1
         try:
             # Around everything, because a server that sends a byte now and then keeps a read timeout from running out
-            async with asyncio.timeout(self._settings.timeout):
+            async with asyncio.timeout(self.settings.timeout):
                 status, answer_headers, data = await self._post(json.dumps(body).encode(), headers)
-            delay = _retry_after(answer_headers)
-            answer = self._checked(status, data, delay, key)
+            answer = self._checked(status, data, _retry_after(answer_headers), key)
             self._last_answer = monotonic()
             return remembered, answer
         except RequestFailed as failure:
             if not failure.server:
                 self._last_answer = monotonic()
-            self._usage["failures"] += failure.refusal is None
+            self.usage["failures"] += failure.refusal is None
             raise
         except Exception as error:
-            self._usage["failures"] += 1
+            self.usage["failures"] += 1
             # The original error may hold the request with its headers
             raise self._failure(error, key) from None
 
-    async def _post(self, data: bytes, headers: dict[str, str]) -> tuple[int, Mapping[str, str], bytes]:
-        """Status, headers and body of the answer to one request."""
-        async with self._session.post(
-            self.url + self._settings.path,
-            data=data,
+    async def _post(self, question: bytes, headers: dict[str, str]) -> tuple[int, Mapping[str, str], bytes]:
+        async with self.session.post(
+            self.url + self.settings.path,
+            data=question,
             headers=headers,
-            proxy=self._proxy,
+            proxy=self.proxy,
             allow_redirects=False,  # one would turn the POST into a GET, or carry the key elsewhere
         ) as response:
-            return response.status, response.headers, await _read(response, self._settings.longest_answer)
+            data = bytearray()
+            async for part in response.content.iter_any():
+                data += part
+                if len(data) > self.settings.longest_answer:
+                    response.close()
+                    raise RequestFailed("no answer", f"the answer is longer than {self.settings.longest_answer} bytes")
+            return response.status, response.headers, bytes(data)
 
     def _failure(self, error: Exception, key: str) -> RequestFailed:
         """What is said of an exception of the client."""
@@ -372,9 +296,8 @@ class Endpoint:
         if isinstance(error, aiohttp.ConnectionTimeoutError):
             return RequestFailed("connection", f"{self.url} could not be reached in time", retry=True, silent=True)
         if isinstance(error, TimeoutError):
-            return RequestFailed(
-                "timeout", f"no answer within timeout={self._settings.timeout:g} s from {self.url}", silent=True
-            )
+            text = f"no answer within timeout={self.settings.timeout:g} s from {self.url}"
+            return RequestFailed("timeout", text, silent=True)
         text = _shortened(redact(f"{self.url}: {type(error).__name__}: {error}", key))
         if isinstance(error, aiohttp.ClientError | OSError):
             return RequestFailed("connection", text, retry=True)
@@ -387,10 +310,10 @@ class Endpoint:
         except (ValueError, RecursionError):
             answer = None
         if 200 <= status < 300:
-            if isinstance(answer, dict) and isinstance(answer.get(self._settings.field), list):
+            if isinstance(answer, dict) and isinstance(answer.get(self.settings.field), list):
                 return answer
             if not isinstance(answer, dict) or not answer.get("error"):
-                what = "no JSON" if answer is None else f"JSON without a list of {self._settings.field}"
+                what = "no JSON" if answer is None else f"JSON without a list of {self.settings.field}"
                 text = _shortened(redact(data.decode(errors="replace"), key))
                 raise RequestFailed("no answer", f"{self.url} answered with {what}: {text}")
             # Routers report what a provider said in an answer of status 200
@@ -401,31 +324,19 @@ class Endpoint:
         text = f"HTTP {status} from {self.url}: {_shortened(message)}"
         if status in (400, 413, 422, 501):
             if status == 413 or is_too_long(message[:_LONGEST_MESSAGE]):
-                raise RequestFailed("too long", f"{self._settings.if_too_long} {text}", server=False)
+                raise RequestFailed("too long", f"{self.settings.if_too_long} {text}", server=False)
             raise RequestFailed("refused", text, server=False, refusal=message[:_LONGEST_MESSAGE])
         if status in (401, 403):
-            hint = f"Check the key in the environment variable {self._settings.api_key_env}" + (
-                "." if key else ", which is not set."
-            )
+            hint = f"Check the key in the environment variable {self.settings.api_key_env}"
+            hint += "." if key else ", which is not set."
             raise RequestFailed("key", f"{text}. {hint}")
         if status == 404:
-            raise RequestFailed("not found", f"{text}. {self._settings.if_not_found}")
+            raise RequestFailed("not found", f"{text}. {self.settings.if_not_found}")
         if status in (408, 409, 425, 429) or status >= 500:
             if delay is not None and delay > LONGEST_WAIT:
                 raise RequestFailed(f"HTTP {status}", f"{text} (Retry-After: {delay:.0f} s)")
             raise RequestFailed(f"HTTP {status}", text, retry=True, delay=delay)
         raise RequestFailed(f"HTTP {status}", text)
-
-
-async def _read(response: "ClientResponse", longest: int) -> bytes:
-    parts, size = [], 0
-    async for part in response.content.iter_any():
-        size += len(part)
-        if size > longest:
-            response.close()
-            raise RequestFailed("no answer", f"the answer is longer than {longest} bytes")
-        parts.append(part)
-    return b"".join(parts)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

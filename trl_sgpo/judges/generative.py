@@ -1,12 +1,11 @@
 """
 A generative judge in this process: a causal language model that is asked, in words, for the first wrong step.
 
-The question, and how its answer is read, are the same as for a judge on a server ([`JudgePrompt`]). Here transformers
-runs the model. The policy's text reaches the model as text only: control tokens of the tokenizer are broken up in it,
-and a question that still holds one is not asked.
+The question and how its answer is read are those of a judge on a server ([`JudgePrompt`]). Control tokens of the
+tokenizer are broken up in the policy's text, and a question that still holds one is not asked.
 
-Left out on purpose: prefix caching, continuous batching, and models on several devices. A server has these. This judge
-is for small models beside the training, and for models that were trained to judge.
+Left out: prefix caching, continuous batching, and models on several devices. A server has these. This judge is for
+small models beside the training, and for models that were trained to judge.
 """
 
 import json
@@ -36,24 +35,17 @@ ANSWER_PREFIX = "FIRST_ERROR:"
 
 _TRIES = 8  # how often a question that is too long is made again with fewer steps
 
+# By index of the item: its question, and the token ids of the question
+Asked = dict[int, tuple[Question, list[int]]]
+
 
 @dataclass
 class Usage:
-    """
-    The work of a judge so far.
+    """The work of a judge so far."""
 
-    Args:
-        calls (`int`):
-            Questions that the model has read. Every vote counts.
-        prompt_tokens (`int`):
-            Tokens of those questions.
-        completion_tokens (`int`):
-            Tokens that the model has written. 0 if it only scores the choices.
-    """
-
-    calls: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    calls: int = 0  # questions that the model has read; every vote counts
+    prompt_tokens: int = 0  # of those questions
+    completion_tokens: int = 0  # that the model has written; 0 if it only scores the choices
 
 
 class GenerativeJudge(LocalModelJudge):
@@ -61,9 +53,7 @@ class GenerativeJudge(LocalModelJudge):
     Judge that asks a causal language model for the first wrong step. transformers runs the model in this process.
 
     The model gets the tokenizer's chat template if there is one. Otherwise it gets the rules, the question and
-    `Answer:`, with empty lines between them. Its answer must end within `max_new_tokens`: an answer that is cut off is
-    an abstention. A completion that is too long is shown up to the last step that fits, and the verdict on that part
-    counts.
+    `Answer:`, with empty lines between them. If a completion is too long, the verdict is on the steps that fit.
 
     The judge restores torch's random state, so a judge that samples changes nothing in the training around it. The
     model may be loaded while the policy trains under DeepSpeed ZeRO-3.
@@ -78,40 +68,32 @@ class GenerativeJudge(LocalModelJudge):
             The texts of the question.
         answer (`str`, *optional*, defaults to `"generate"`):
             `"generate"`: the model writes a brief check and the verdict. `"score"`: it writes nothing. The verdict is
-            the most likely continuation of `FIRST_ERROR:` among the allowed choices, and the confidence is its share
-            of their probability. This takes one forward pass per completion. It suits a small model that was trained
-            to judge.
+            the most likely continuation of `FIRST_ERROR:` among the allowed choices. The confidence is its share of
+            their probability. This takes one forward pass, and suits a small model that was trained to judge.
         max_new_tokens (`int`, *optional*, defaults to `1024`):
-            Tokens that the model may write per answer.
+            Tokens that the model may write per answer. An answer that does not end within them is an abstention.
         max_tokens_per_batch (`int`, *optional*, defaults to `16384`):
-            Most tokens of one batch, with answers and padding. A single question with its answer is never longer
-            either. If a batch does not fit into the memory, it is halved.
-        votes (`int`, *optional*, defaults to `1`):
-            Answers per completion. If there are several, the verdict is their plurality, see
+            Most tokens of one batch, with answers and padding, and of a single question with its answer. If a batch
+            does not fit into the memory, it is halved.
+        votes, min_agreement (`int` and `float`, *optional*, default to `1` and `0.5`):
+            Answers per completion, and the share of them that the winner needs. See
             [`~trl_sgpo.judges.combinators.plurality`].
-        min_agreement (`float`, *optional*, defaults to `0.5`):
-            Share of the votes that the winner needs.
-        temperature (`float`, *optional*):
-            Sampling temperature. Defaults to 0 (greedy decoding) for one vote and to 0.7 for several.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the sampling. Every call draws new samples.
+        temperature, seed (`float` and `int`, *optional*):
+            Sampling temperature, by default 0 (greedy decoding) for one vote and 0.7 for several, and seed of the
+            sampling. Every call draws new samples.
         batch_deadline (`float`, *optional*, defaults to `600.0`):
             Seconds that one call of the judge may take. A completion that is not judged by then is an abstention. Keep
             it below the process group's timeout. `None`: no limit.
-        device (`str` or `torch.device`, *optional*):
-            Where the model runs. Defaults to this process's GPU if there is one, else to the CPU. A loaded model stays
-            where it is.
-        dtype (`str` or `torch.dtype`, *optional*):
-            Type of the weights. Defaults to bfloat16 on a GPU and float32 elsewhere. A loaded model keeps its own.
+        device, dtype (`str`, `torch.device` or `torch.dtype`, *optional*):
+            Where the model runs, and the type of its weights. By default this process's GPU and bfloat16 if there is
+            one, else the CPU and float32. A loaded model keeps its own.
         offload (`bool`, *optional*, defaults to `False`):
             Whether the model waits in the CPU's memory and is moved to the device for every call. This leaves the
             GPU's memory to the training.
         chat_template_kwargs (`dict`, *optional*):
             Arguments for the chat template, for instance `{"enable_thinking": False}`.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether code from the model's repository may be run.
-        revision (`str`, *optional*):
-            Branch, tag or commit of the model on the Hub.
+        trust_remote_code, revision (`bool` and `str`, *optional*):
+            Whether code from the model's repository may be run, and the branch, tag or commit of the model on the Hub.
 
     Raises:
         TypeError: If `model` is neither a string nor a pair, or if `prompt` is no [`JudgePrompt`].
@@ -151,15 +133,6 @@ class GenerativeJudge(LocalModelJudge):
             raise TypeError(f"prompt={prompt!r} is no `JudgePrompt`. Give `JudgePrompt(rules=...)`.")
         if answer not in ANSWERS:
             raise ValueError(f"answer={answer!r} is unknown: it must be one of {list(ANSWERS)}.")
-        limits = {
-            "max_new_tokens": max_new_tokens,
-            "max_tokens_per_batch": max_tokens_per_batch,
-            "votes": votes,
-            "batch_deadline": batch_deadline,
-        }
-        for name, value in limits.items():
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be positive, because it is a limit of the judge.")
         if not 0 <= min_agreement <= 1:
             raise ValueError(f"min_agreement={min_agreement} must lie in [0, 1]: it is the share of the votes.")
         if temperature is None:
@@ -180,12 +153,28 @@ class GenerativeJudge(LocalModelJudge):
         self.temperature = temperature
         self.seed = seed
         self.batch_deadline = batch_deadline
+        for name in ("max_new_tokens", "max_tokens_per_batch", "votes", "batch_deadline"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be positive, because it is a limit of the judge.")
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.usage = Usage()
         self._model: Any
         super().__init__(model, tokenizer, device, dtype, offload, trust_remote_code, revision)
         self.layout = QuestionLayout(self.tokenizer, self.chat_template_kwargs)
-        self._limit = self._longest()
+        own = context_length(self._model.config)
+        longest = min(max_tokens_per_batch, own or max_tokens_per_batch)
+        if answer == "score":
+            self.layout.choice("1")  # raises if this tokenizer cannot
+        # A number has hardly more tokens than digits. "none" and "later" have at most one per letter and the space
+        prefix = len(self.layout.answer_prefix)
+        self._answer_tokens = max_new_tokens if answer == "generate" else prefix + 8
+        self._limit = longest - self._answer_tokens  # of the tokens of a question
+        if self._limit <= 0:
+            raise ValueError(
+                f"max_new_tokens={self._answer_tokens} leaves no room for a question: {self.model_name!r} reads {own} "
+                f"tokens, and max_tokens_per_batch={max_tokens_per_batch}. Make the first smaller, or the last larger."
+            )
         self._calls = 0  # of `judge`: each draws new samples
 
     @property
@@ -201,29 +190,8 @@ class GenerativeJudge(LocalModelJudge):
     def _take_model(self, model: Any) -> None:
         self._model = model
 
-    def _longest(self) -> int:
-        """Most tokens of a question that leaves room for its answer."""
-        own = context_length(self._model.config)
-        longest = min(self.max_tokens_per_batch, own or self.max_tokens_per_batch)
-        if self.answer == "score":
-            self.layout.choice("1")  # raises if this tokenizer cannot
-        # A number has hardly more tokens than digits. "none" and "later" have at most one per letter, and one for the
-        # space
-        answer = (
-            self.max_new_tokens if self.answer == "generate" else len(self.layout.encode_answer(ANSWER_PREFIX)) + 8
-        )
-        if longest <= answer:
-            raise ValueError(
-                f"max_new_tokens={answer} leaves no room for a question: {self.model_name!r} has room for {own} "
-                f"tokens, and max_tokens_per_batch={self.max_tokens_per_batch}. Give a smaller max_new_tokens, or a "
-                "larger max_tokens_per_batch."
-            )
-        self._answer_tokens = answer
-        return longest - answer
-
     @property
     def cache_key(self) -> str:
-        """Identifies this judge in a cache: it holds all that the verdicts depend on."""
         settings = {
             "revision": self.revision,
             "version": self._version,
@@ -242,54 +210,45 @@ class GenerativeJudge(LocalModelJudge):
 
     def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:
         end = math.inf if self.batch_deadline is None else monotonic() + self.batch_deadline
-        verdicts: list[Verdict | None] = [None] * len(items)
-        asked: dict[int, tuple[Question, list[int]]] = {}
-        for i, item in enumerate(items):
-            try:
-                asked[i] = self.layout.ask(self.prompt, item, self._limit)
-            except Exception as error:
-                verdicts[i] = Verdict.abstain(str(error) or type(error).__name__)
-        self._calls += 1
+        asked, verdicts = self._asked(items)
         try:
             with self._ready():
-                for i, verdict in (self._score if self.answer == "score" else self._generate)(asked, end).items():
-                    verdicts[i] = verdict
+                verdicts |= (self._score if self.answer == "score" else self._generate)(asked, end)
         except Exception as error:  # the model could not be moved
-            self._runner.show_traceback(self.name)
-            reason = Verdict.abstain(f"{type(error).__name__}: {error}")
-            return [verdict or reason for verdict in verdicts]
-        return [verdict or self._late() for verdict in verdicts]
+            self._show_traceback()
+            verdicts |= dict.fromkeys(asked, Verdict.abstain(f"{type(error).__name__}: {error}"))
+        return [verdicts[i] for i in range(len(items))]
 
     def sample(self, items: Sequence[JudgeItem]) -> list[list[tuple[str, Verdict]]]:
         """
         Critiques to train on: `votes` answers of the model per item, each with the verdict that is read from it. An
         item whose question cannot be asked has none.
         """
-        asked = {}
-        for i, item in enumerate(items):
-            try:
-                asked[i] = self.layout.ask(self.prompt, item, self._limit)
-            except Exception as error:
-                logger.info("Item %d is left out: %s", i, error)
-        self._calls += 1
+        asked, failed = self._asked(items)
+        for i, verdict in failed.items():
+            logger.info("Item %d is left out: %s", i, verdict.reason)
         with self._ready():
             answers = self._answers(asked, math.inf)
         return [answers.get(i, []) for i in range(len(items))]
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Written answers
-    # -----------------------------------------------------------------------------------------------------------------
+    def _asked(self, items: Sequence[JudgeItem]) -> tuple[Asked, dict[int, Verdict]]:
+        """The questions of a call, and abstentions on the items that cannot be asked about."""
+        asked: Asked = {}
+        failed: dict[int, Verdict] = {}
+        for i, item in enumerate(items):
+            try:
+                asked[i] = self.layout.ask(self.prompt, item, self._limit)
+            except Exception as error:
+                failed[i] = Verdict.abstain(str(error) or type(error).__name__)
+        self._calls += 1
+        return asked, failed
 
-    def _generate(self, asked: dict[int, tuple[Question, list[int]]], end: float) -> dict[int, Verdict]:
+    def _generate(self, asked: Asked, end: float) -> dict[int, Verdict]:
         answers = self._answers(asked, end)
-        verdicts = {i: [verdict for _, verdict in votes] for i, votes in answers.items()}
-        return {
-            i: votes[0] if self.votes == 1 else plurality(votes, self.min_agreement) for i, votes in verdicts.items()
-        }
+        votes = {i: [verdict for _, verdict in own] for i, own in answers.items()}
+        return {i: own[0] if self.votes == 1 else plurality(own, self.min_agreement) for i, own in votes.items()}
 
-    def _answers(
-        self, asked: dict[int, tuple[Question, list[int]]], end: float
-    ) -> dict[int, list[tuple[str, Verdict]]]:
+    def _answers(self, asked: Asked, end: float) -> dict[int, list[tuple[str, Verdict]]]:
         """Per item, `votes` answers and the verdicts read from them."""
         rows = [i for i in asked for _ in range(self.votes)]
         answers: dict[int, list[tuple[str, Verdict]]] = {i: [] for i in asked}
@@ -303,9 +262,9 @@ class GenerativeJudge(LocalModelJudge):
         return answers
 
     def _read(self, question: Question, ids: list[int]) -> tuple[str, Verdict]:
-        stops = [n for n, id in enumerate(ids) if id in self._eos_ids]
-        text = self.tokenizer.decode(ids[: stops[0]] if stops else ids, skip_special_tokens=True)
-        if stops:
+        ended = bool(ids) and ids[-1] in self._eos_ids
+        text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+        if ended:
             return text, question.verdict(text)
         if len(ids) >= self.max_new_tokens:
             return text, Verdict.abstain(f"the judge's answer was cut off at max_new_tokens={self.max_new_tokens}")
@@ -338,20 +297,14 @@ class GenerativeJudge(LocalModelJudge):
             generation_config=settings,
             synced_gpus=False,  # True lets the ranks wait for each other under ZeRO-3. This model is not partitioned
         )[:, input_ids.shape[1] :].tolist()
-        answers = []
-        for row in written:
-            stop = next((n + 1 for n, id in enumerate(row) if id in self._eos_ids), len(row))
-            answers.append(row[:stop])
+        stops = [next((n + 1 for n, id in enumerate(row) if id in self._eos_ids), None) for row in written]
+        answers = [row[:stop] for row, stop in zip(written, stops, strict=True)]
         self.usage.calls += len(prompts)
         self.usage.prompt_tokens += sum(map(len, prompts))
         self.usage.completion_tokens += sum(map(len, answers))
         return answers
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Scored choices
-    # -----------------------------------------------------------------------------------------------------------------
-
-    def _score(self, asked: dict[int, tuple[Question, list[int]]], end: float) -> dict[int, Verdict]:
+    def _score(self, asked: Asked, end: float) -> dict[int, Verdict]:
         rows: list[tuple[int, tuple[int, ...]]] = []  # an item, and a head: tokens after which choices are looked up
         for i, (question, _) in asked.items():
             rows += [(i, head) for head in _longest_heads([self.layout.choice(c) for c in question.choices])]
@@ -359,10 +312,8 @@ class GenerativeJudge(LocalModelJudge):
         found: dict[int, dict[tuple[int, ...], float]] = {i: {} for i in asked}
         verdicts: dict[int, Verdict] = {}
         for batch in token_batches({row: len(own) for row, own in enumerate(ids)}, self.max_tokens_per_batch):
-            heads = [rows[row][1] for row in batch]
-            results = self._in_memory(
-                self._log_probabilities, [ids[row] for row in batch], end, [len(h) for h in heads]
-            )
+            prompts, heads = [ids[row] for row in batch], [rows[row][1] for row in batch]
+            results = self._in_memory(self._log_probabilities, prompts, end, [len(head) for head in heads])
             for row, head, result in zip(batch, heads, results, strict=True):
                 i = rows[row][0]
                 if isinstance(result, Verdict):
@@ -402,10 +353,6 @@ class GenerativeJudge(LocalModelJudge):
         self.usage.prompt_tokens += sum(map(len, prompts))
         return [logits[row, -1 - n :].float().log_softmax(dim=-1).cpu() for row, n in enumerate(head_lengths)]
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Running the model
-    # -----------------------------------------------------------------------------------------------------------------
-
     def _in_memory(self, run: Any, prompts: list[list[int]], end: float, *columns: list[Any]) -> list[Any]:
         """The results of `run` on a batch, in parts if the memory is too small. A `Verdict` for each that failed."""
 
@@ -414,13 +361,8 @@ class GenerativeJudge(LocalModelJudge):
                 return [self._late()] * len(rows)
             return run([prompts[i] for i in rows], end, *([column[i] for i in rows] for column in columns))
 
-        return self._runner.run(
-            part,
-            range(len(prompts)),
-            failed=Verdict.abstain,
-            what=lambda i: f"a question of {len(prompts[i])} tokens",
-            name=self.name,
-        )
+        results = self._run(part, range(len(prompts)), lambda i: f"a question of {len(prompts[i])} tokens")
+        return [Verdict.abstain(result) if isinstance(result, str) else result for result in results]
 
     def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         ids, mask = pad(rows, self._pad_id, "left")  # the model writes on after the last token
@@ -451,12 +393,6 @@ class QuestionLayout:
 
     Train a judge on the same ids: those of [`~QuestionLayout.ask`], then those of [`~QuestionLayout.encode_answer`]
     and an EOS token.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            The model's tokenizer.
-        chat_template_kwargs (`dict`, *optional*):
-            Arguments for the chat template.
     """
 
     def __init__(self, tokenizer: Any, chat_template_kwargs: dict[str, Any] | None = None) -> None:
@@ -478,11 +414,8 @@ class QuestionLayout:
 
     def ask(self, prompt: JudgePrompt, item: JudgeItem, max_tokens: int | None = None) -> tuple[Question, list[int]]:
         """
-        The question about a completion and its token ids, up to where the answer begins. It holds as many steps as fit
-        into `max_tokens`, and no control token in the policy's text.
-
-        Raises:
-            ValueError: If not even the first step fits, or a control token is left.
+        The question about a completion and its token ids, up to where the answer begins. It has as many steps as fit
+        into `max_tokens`, and no control token in the policy's text. A `ValueError` if that is not possible.
         """
         room: int | None = None
         broken_up: tuple[str, ...] = ()
@@ -514,21 +447,17 @@ class QuestionLayout:
 
     def encode(self, question: Question) -> list[int]:
         """Token ids of a question, up to where the answer begins."""
+        joined = "\n\n".join(message["content"] for message in question.messages)
         if self.tokenizer.chat_template is None:
-            text = "\n\n".join([*(message["content"] for message in question.messages), "Answer:\n"])
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = self.encode_answer(f"{joined}\n\nAnswer:\n")
             bos = self.tokenizer.bos_token_id
-            return list(ids) if bos is None else [bos, *ids]
-        return list(self.tokenizer(self._render(question.messages), add_special_tokens=False)["input_ids"])
-
-    def _render(self, messages: list[dict[str, str]]) -> str:
+            return ids if bos is None else [bos, *ids]
         settings = {"tokenize": False, "add_generation_prompt": True, **self.chat_template_kwargs}
         try:
-            return self.tokenizer.apply_chat_template(messages, **settings)
-        except Exception:
-            # Some families have no system message
-            joined = "\n\n".join(message["content"] for message in messages)
-            return self.tokenizer.apply_chat_template([{"role": "user", "content": joined}], **settings)
+            text = self.tokenizer.apply_chat_template(question.messages, **settings)
+        except Exception:  # some families have no system message
+            text = self.tokenizer.apply_chat_template([{"role": "user", "content": joined}], **settings)
+        return self.encode_answer(text)
 
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an answer, or of its beginning, as it follows a question."""
@@ -548,24 +477,9 @@ class QuestionLayout:
 
 def choice_shares(choices: Sequence[tuple[int, ...]], log_probabilities: Sequence[float]) -> list[float]:
     """
-    The share of each choice in the probability of all choices together.
-
-    If a tokenizer cuts numbers into digits, the probability that a text begins with `1` includes `10` and `12`. These
-    are subtracted.
-
-    Args:
-        choices (`Sequence[tuple[int, ...]]`):
-            The tokens of each choice.
-        log_probabilities (`Sequence[float]`):
-            Their log-probabilities.
-
-    Example:
-
-    ```python
-    >>> shares = choice_shares([(1,), (2,), (1, 2)], [math.log(0.5), math.log(0.3), math.log(0.4)])
-    >>> [round(share, 3) for share in shares]
-    [0.125, 0.375, 0.5]
-    ```
+    The share of each choice in the probability of all choices, from their tokens and log-probabilities. All are
+    NaN if one of these is not finite. If a tokenizer cuts numbers into digits, the probability that a text begins with
+    `1` includes `10` and `12`. These are subtracted.
     """
     if not all(map(math.isfinite, log_probabilities)):
         return [math.nan] * len(choices)
@@ -581,14 +495,6 @@ def choice_shares(choices: Sequence[tuple[int, ...]], log_probabilities: Sequenc
 
 
 def _longest_heads(choices: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """
-    The fewest token rows after which every choice's tokens can be looked up. The model must read all of a choice but
-    its last token.
-
-    ```python
-    >>> _longest_heads([(1,), (2,), (1, 0), (1, 2)])
-    [(1,)]
-    ```
-    """
+    """The fewest token rows after which every choice can be looked up: the model reads all but its last token."""
     heads = sorted({choice[:-1] for choice in choices})
     return [h for h in heads if not any(other != h and other[: len(h)] == h for other in heads)]

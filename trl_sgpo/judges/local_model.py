@@ -1,22 +1,25 @@
 """
 The base of the judges that run a model in this process: [`LocalModelJudge`] loads the model or takes a loaded one, and
-moves it to its device and back. The training around the judge stays as it is.
-
-transformers is imported when a model is loaded, not before.
+moves it to its device and back. transformers is imported when a model is loaded, not before.
 """
 
+import logging
 import os
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from trl_sgpo.judges.base import StepJudge
-from trl_sgpo.judges.batches import BatchRunner
+from trl_sgpo.judges.log_once import LogOnce
 
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 # With this variable transformers loads weights on the first rank only, and FSDP sends them to the other ranks
 _FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
@@ -28,10 +31,6 @@ class LocalModelJudge(StepJudge):
 
     A subclass writes `_load_model` and `_take_model`, which set its modules, and `_parts`, which lists them. It runs
     the model inside `_ready`. The arguments are those of [`~trl_sgpo.judges.GenerativeJudge`].
-
-    Raises:
-        TypeError: If `model` is neither a string nor a pair.
-        ValueError: If the model cannot be loaded.
     """
 
     _files = "config.json, the weights and the tokenizer's files"  # that a model's folder must have
@@ -61,7 +60,7 @@ class LocalModelJudge(StepJudge):
                 f"tokenizer, `{type(self).__name__}((model, tokenizer))`."
             )
         self._move("cpu" if offload else self.device)
-        self._runner = BatchRunner(self.device)
+        self._log_once = LogOnce(logger)
 
     @property
     @abstractmethod
@@ -78,7 +77,10 @@ class LocalModelJudge(StepJudge):
 
     def _load(self, path: str, tokenizer: Any, device: Any, dtype: Any, source: dict[str, Any]) -> None:
         self.model_name = path
-        self.device = torch.device(default_device() if device is None else device)
+        if device is None:  # this process's GPU if there is one, by the variable that the launchers set
+            rank = int(os.environ.get("LOCAL_RANK", "0"))
+            device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
         if dtype is None:
             dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         # Load directly to the GPU: otherwise several ranks of one machine fill its memory at the same time
@@ -88,7 +90,10 @@ class LocalModelJudge(StepJudge):
             self._load_model(path, dtype=dtype, device_map=device_map, **source)
         for part in self._parts:
             part.requires_grad_(False)
-        self._version = getattr(self._parts[0].config, "_commit_hash", None) or newest_weights(path)
+        # Of a folder: when its weights were last written, which changes if a model is trained again into it
+        files = [file for end in ("safetensors", "bin") for file in Path(path).glob(f"*.{end}")]
+        newest = max((file.stat().st_mtime_ns for file in files), default=None)
+        self._version = getattr(self._parts[0].config, "_commit_hash", None) or newest
 
     def _take(self, model: Any, own: Any, tokenizer: Any, device: Any, dtype: Any, source: dict[str, Any]) -> None:
         self.model_name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
@@ -113,8 +118,8 @@ class LocalModelJudge(StepJudge):
             yield
         except failure as error:
             raise ValueError(
-                f"model={self.model_name!r} could not be loaded: {error} Give a Hub id, or a folder with "
-                f"{self._files}."
+                f"model={self.model_name!r} could not be loaded: {error} "
+                f"Give a Hub id, or a folder with {self._files}."
             ) from error
 
     @property
@@ -147,6 +152,35 @@ class LocalModelJudge(StepJudge):
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
 
+    def _run(
+        self, work: Callable[[Sequence[int]], list[T]], keys: Sequence[int], what: Callable[[int], str]
+    ) -> list[T | str]:
+        """
+        The results of `work` on a batch of keys, in order, and a reason for a key whose batch failed. If the batch
+        does not fit into the memory, it is halved. `what` describes a key for the reason.
+        """
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        try:
+            return list(work(keys))
+        except Exception as error:
+            out_of_memory = should_reduce_batch_size(error)
+            reason = f"{type(error).__name__}: {error}"
+            if not out_of_memory:
+                self._show_traceback()
+        # Not inside the handler: there the exception would keep the tensors of the failed pass alive
+        if not out_of_memory:
+            return [reason] * len(keys)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(keys) == 1:
+            return [f"{what(keys[0])} does not fit into the memory of {self.device}"]
+        half = len(keys) // 2
+        return [result for part in (keys[:half], keys[half:]) for result in self._run(work, part, what)]
+
+    def _show_traceback(self) -> None:
+        self._log_once.failed(f"{self.name} failed on a batch")
+
     def _move(self, device: Any) -> None:
         for part in self._parts:
             part.to(device)
@@ -158,18 +192,9 @@ def outside_deepspeed() -> Iterator[None]:
     Inside this context transformers loads models whole and on every rank, also if the policy trains under DeepSpeed
     ZeRO-3 or FSDP.
 
-    As soon as training arguments with a ZeRO-3 config exist, transformers partitions the parameters of every new model
-    over the ranks. The engine of the policy does not gather a judge's parameters, so the judge's first forward pass
-    would fail. With FSDP's memory-saving loading only the first rank reads the weights, and nothing would send a
-    judge's weights to the others. Both settings are removed inside the context and restored after it, also after an
-    exception.
-
-    Example:
-
-    ```python
-    >>> with outside_deepspeed():
-    ...     model = AutoModelForCausalLM.from_pretrained(path)
-    ```
+    Under ZeRO-3 transformers partitions the parameters of every new model, and the policy's engine does not gather a
+    judge's. With FSDP's memory-saving loading only the first rank reads the weights, and nothing would send a judge's
+    to the others. Both settings are restored after the context.
     """
     from transformers.integrations import deepspeed
 
@@ -184,19 +209,6 @@ def outside_deepspeed() -> Iterator[None]:
         setattr(deepspeed, name, kept)
         if fsdp_loading is not None:
             os.environ[_FSDP_LOADING] = fsdp_loading
-
-
-def default_device() -> torch.device:
-    """This process's GPU if there is one (by `LOCAL_RANK`, which the launchers set), else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return torch.device("cpu")
-
-
-def newest_weights(path: str) -> int | None:
-    """When the weights in a folder were last written. It changes if a model is trained again into the folder."""
-    files = [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")] if Path(path).is_dir() else []
-    return max((file.stat().st_mtime_ns for file in files), default=None)
 
 
 def context_length(config: Any) -> int | None:

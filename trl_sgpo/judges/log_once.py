@@ -5,21 +5,7 @@ from typing import Any
 
 
 class LogOnce:
-    """
-    Logs the first message of each kind, and no later one.
-
-    Args:
-        logger (`logging.Logger`):
-            Where to log.
-
-    Example:
-
-    ```python
-    >>> log_once = LogOnce(logging.getLogger(__name__))
-    >>> for error in ("timeout", "timeout", "no key"):
-    ...     log_once(error, "The server failed: %s", error)  # two lines
-    ```
-    """
+    """Logs the first message of each kind, and no later one."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
@@ -34,9 +20,16 @@ class LogOnce:
             self._logger.log(level, message, *args, exc_info=exc_info)
 
     def __contains__(self, kind: str) -> bool:
-        """Whether a message of this kind was logged."""
         return kind in self._logged
 
     def traceback(self, message: str, *args: Any) -> None:
         """Logs the exception that is being handled, if it is the first one."""
         self("traceback", message, *args, exc_info=True)
+
+    def failed(self, what: str) -> None:
+        """Logs the exception that is being handled, if it is the first one: `what` costs verdicts and not the run."""
+        self.traceback(
+            "%s. What it was asked about counts as an abstention; further failures are counted in the metric "
+            "`sgpo/abstain_rate` and not shown.",
+            what,
+        )

@@ -1,12 +1,8 @@
 """
-A prompted model behind any OpenAI-compatible server: vLLM, SGLang, `transformers serve`, hosted ones.
+A prompted model behind any OpenAI-compatible server: vLLM, SGLang, `transformers serve`, hosted ones. Needs
+`pip install trl-sgpo[api]`. The question and how its answer is read are in `prompt.py`, the servers in `servers.py`.
 
-One request per completion and vote, a bounded number at a time. Whatever the server or the network does, it costs a verdict
-at most: an answer that does not come back, is cut off or cannot be parsed is an abstention with its reason. The question and
-the way an answer is read are in `prompt.py`, the servers in `servers.py`. Needs
-`pip install trl-sgpo[api]`.
-
-Left out on purpose: streaming, several choices per request (`n`, which some servers ignore), log-probabilities, batch APIs.
+Left out: streaming, several choices per request (`n`, which some servers ignore), log-probabilities, batch APIs.
 """
 
 import hashlib
@@ -16,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trl_sgpo.judges.base import JudgeItem, StepJudge, Verdict
-from trl_sgpo.judges.combinators import plurality
+from trl_sgpo.judges.combinators import check_min_agreement, plurality
 from trl_sgpo.judges.endpoint import RequestFailed
 from trl_sgpo.judges.prompt import JudgePrompt, Question
 from trl_sgpo.judges.server_settings import OUTPUTS, RequestFormat, ServerSettings, api_key, check_whole, redact
@@ -36,10 +32,11 @@ class OpenAIJudge(StepJudge):
     """
     Judge that asks a model behind one or several OpenAI-compatible servers for the first wrong step.
 
-    The servers may understand little of the protocol. The judge asks for an answer of a JSON schema. If the server refuses
-    that, it asks for a JSON object, and then for a line of text, and remembers what was understood. Other optional keys are
-    left out the same way. A server that fails `breaker_failures` times in a row is not asked for a while: training goes on
-    as GRPO, with a loud warning.
+    Servers may understand only a part of the protocol. The judge asks for an answer of a JSON schema. If the server
+    refuses that, it asks for a JSON object, then for a line of text, and remembers what was understood. Other optional
+    keys are left out the same way. An answer that does not come, is cut off or cannot be parsed is an abstention with
+    its reason. A server that fails `breaker_failures` times in a row is not asked for a while: training goes on as
+    GRPO, with a loud warning.
 
     The completions of a problem are sent one after the other and to the same server, so that it computes their common
     beginning once.
@@ -48,54 +45,44 @@ class OpenAIJudge(StepJudge):
         model (`str`):
             Name of the model, as the server knows it.
         base_url (`str` or `Sequence[str]`, *optional*):
-            Address of the server, for instance `"http://localhost:8000/v1"`, or those of several servers with the same
-            model, which share the work and stand in for each other. Defaults to the environment variable
-            `OPENAI_BASE_URL`, else to OpenAI.
+            Address of the server, such as `"http://localhost:8000/v1"`. Several servers with the same model share the
+            work and stand in for each other. Defaults to the variable `OPENAI_BASE_URL`, else to OpenAI.
         api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
-            Name of the environment variable that holds the key. The key itself is never an argument, so that it appears
-            in no config, log or model card. It is sent to every server in `base_url`. Servers without keys need none.
+            Name of the environment variable that holds the key, if there is one. It is sent to every server. The key
+            itself is never an argument, so that it appears in no config, log or model card.
         prompt ([`JudgePrompt`], *optional*):
             The texts of the question.
-        votes (`int`, *optional*, defaults to `1`):
-            How often each completion is judged; the answer given most often wins (see
-            [`~trl_sgpo.judges.combinators.plurality`]).
-        min_agreement (`float`, *optional*, defaults to `0.5`):
-            Share of all votes that the winner needs.
+        votes, min_agreement (`int` and `float`, *optional*, default to `1` and `0.5`):
+            How often each completion is judged, and the share of all votes that the winner needs. See
+            [`~trl_sgpo.judges.combinators.plurality`].
         max_concurrency (`int`, *optional*, defaults to `128`):
-            Requests under way at the same time, per server and process. More than a server works on at once keep it busy.
-        timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds that one request may take.
-        batch_deadline (`float`, *optional*, defaults to `300.0`):
-            Seconds that one batch may take; the rest is abstained on. Keep it below the process group's timeout.
+            Requests under way at the same time, per server and process.
+        timeout, batch_deadline (`float`, *optional*, default to `120.0` and `300.0`):
+            Seconds that one request and one batch may take. A completion that is not judged by then is an abstention.
+            Keep them below the process group's timeout.
         max_retries (`int`, *optional*, defaults to `2`):
             How often a request is repeated after a lost connection, a status 408, 409, 425, 429 or 5xx, with growing
             pauses or when the server says (Retry-After), if the deadline allows.
         max_tokens (`int`, *optional*, defaults to `1024`):
-            Tokens the judge may write per answer. An answer that is cut off is an abstention: reasoning models need more.
+            Tokens the judge may write per answer. Reasoning models need more.
         max_characters (`int`, *optional*):
-            Room for the problem, the reference and the steps, in characters (three to four of them make a token). Steps
-            that do not fit are not shown. No limit by default.
+            Room for the problem, the reference and the steps (three to four characters make a token). Steps that do
+            not fit are not shown. No limit by default.
         temperature (`float`, *optional*):
             Sampling temperature. Defaults to 0 for one vote and to 0.7 for several.
         output (`str`, *optional*, defaults to `"auto"`):
-            Form of the answer: `"json_schema"`, `"json_object"`, `"text"`, or `"auto"` for the first of these that the
-            server does not refuse.
+            Form of the answer: `"json_schema"`, `"json_object"`, `"text"`, or `"auto"`, the first that is not refused.
         extra_body (`Mapping[str, Any]`, *optional*):
             Further keys of the request, such as `{"chat_template_kwargs": {"enable_thinking": False}}`. `transformers
             serve` samples only with `{"generation_config": '{"do_sample": true}'}`.
-        breaker_failures (`int`, *optional*, defaults to `8`):
-            Failed requests in a row, retries included, after which a server counts as down.
-        breaker_seconds (`float`, *optional*, defaults to `30.0`):
-            Seconds until it is tried again. The pause doubles with every failed trial, up to tenfold.
-
-    Attributes:
-        usage (`dict[str, int]`): What the judge has used in this process; see [`OpenAIJudge.usage`].
+        breaker_failures, breaker_seconds (`int` and `float`, *optional*, default to `8` and `30.0`):
+            Failed requests in a row, retries included, after which a server counts as down, and seconds until it is
+            tried again. The pause doubles with every failed trial, up to tenfold.
 
     Raises:
         ImportError: If the package `aiohttp` is not installed.
-        TypeError: If an argument is of a wrong type.
-        ValueError: If an argument is out of its range, `base_url` is no plain http(s) address, or `api_key_env` is no name
-            of a variable whose value can be sent.
+        TypeError, ValueError: If an argument is of a wrong type or out of its range, `base_url` is no plain http(s)
+            address, or `api_key_env` is no name of a variable whose value can be sent.
 
     Example:
 
@@ -133,20 +120,14 @@ class OpenAIJudge(StepJudge):
         check_whole("max_tokens", max_tokens, 1)
         if max_characters is not None:
             check_whole("max_characters", max_characters, 1)
-        if not isinstance(min_agreement, int | float) or not 0 <= min_agreement <= 1:
-            raise ValueError(
-                f"min_agreement={min_agreement!r} must lie in [0, 1]: it is the share of all votes that the winner needs."
-            )
+        check_min_agreement(min_agreement)
         if temperature is None:
             temperature = 0.0 if votes == 1 else 0.7
         if not isinstance(temperature, int | float) or not 0 <= temperature < 100:
-            raise ValueError(
-                f"temperature={temperature!r} must be a number of at least 0. The default for one vote is 0."
-            )
+            raise ValueError(f"temperature={temperature!r} must be a number of at least 0, the default for one vote.")
         if votes > 1 and temperature == 0:
             raise ValueError(
-                f"votes={votes} with temperature=0 would ask the same thing {votes} times and get the same answer. Set "
-                "temperature=0.7, or leave votes at 1."
+                f"votes={votes} with temperature=0 would ask the same thing {votes} times: set temperature=0.7."
             )
         if output not in ("auto", *OUTPUTS):
             raise ValueError(f"output={output!r} is unknown: it must be one of {['auto', *OUTPUTS]}.")
@@ -200,7 +181,6 @@ class OpenAIJudge(StepJudge):
 
     @property
     def cache_key(self) -> str:
-        """What a cache knows this judge by: all that its verdicts depend on, and not where the model runs."""
         parts: dict[str, Any] = {
             "prompt": self.prompt.fingerprint,
             "temperature": self.temperature,
@@ -227,31 +207,24 @@ class OpenAIJudge(StepJudge):
     def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:
         answers = self.servers.ask([self._request(item) for item in items for _ in range(self.votes)])
         votes = [Verdict.abstain(answer.text) if isinstance(answer, RequestFailed) else answer for answer in answers]
-        if self.votes == 1:
-            return votes
-        return [plurality(votes[i : i + self.votes], self.min_agreement) for i in range(0, len(votes), self.votes)]
+        groups = [votes[i : i + self.votes] for i in range(0, len(votes), self.votes)]
+        return votes if self.votes == 1 else [plurality(group, self.min_agreement) for group in groups]
 
     def _request(self, item: JudgeItem) -> Request[Verdict]:
         def write(request_format: RequestFormat) -> tuple[Question, dict[str, Any]]:
             question = self.prompt.ask(item, request_format.output != "text", self.max_characters)
-            return question, self._body(question, request_format)
+            body: dict[str, Any] = {"model": self.model, "messages": question.messages}
+            body[request_format.length_key] = self.max_tokens
+            if request_format.temperature:
+                body["temperature"] = self.temperature
+            if request_format.output == "json_schema":
+                schema = {"name": "verdict", "strict": True, "schema": question.schema}
+                body["response_format"] = {"type": "json_schema", "json_schema": schema}
+            elif request_format.output == "json_object":
+                body["response_format"] = {"type": "json_object"}
+            return question, {**body, **{name: self.extra_body[name] for name in request_format.extra}}
 
         return Request((item.problem, item.reference), write, self._read)
-
-    def _body(self, question: Question, request_format: RequestFormat) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": question.messages,
-            request_format.length_key: self.max_tokens,
-        }
-        if request_format.temperature:
-            body["temperature"] = self.temperature
-        if request_format.output == "json_schema":
-            schema = {"name": "verdict", "strict": True, "schema": question.schema}
-            body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        elif request_format.output == "json_object":
-            body["response_format"] = {"type": "json_object"}
-        return {**body, **{name: self.extra_body[name] for name in request_format.extra}}
 
     def _read(self, question: Question, answer: dict[str, Any]) -> Verdict:
         """The verdict in a server's answer, which may hold anything."""

@@ -1,10 +1,9 @@
 """
 The question put to a generative judge, and how its answer is read. Pure text: nothing here asks a model.
 
-What a policy wrote is data to the judge. It stands between tags that carry a nonce drawn for this one question, and what
-could act as a tag, as a chat-control token or as a verdict is broken up before it gets there ([`as_data`]). The rules come
-first and are repeated in short at the end. Everything that the completions of one problem share comes before everything
-in which they differ, so that servers with prefix caching compute it once.
+What a policy wrote is data. It stands between tags with a nonce that is drawn for this one question, and [`as_data`]
+breaks up what could act as a tag, a control token or a verdict. What the completions of one problem share comes first,
+so that servers with prefix caching compute it once.
 """
 
 import hashlib
@@ -13,7 +12,6 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from functools import lru_cache
 from typing import Any
 
 from trl_sgpo.judges.base import JudgeItem, Verdict
@@ -49,8 +47,8 @@ answer is later."""
 
 NONE, LATER = "none", "later"
 
-# What opens a tag or a control token in some chat template, some server's parser or this prompt. By its form and not from a
-# list of names, for the next model family has other names: in mathematics the space that is put in changes nothing.
+# What opens a tag or a control token in a chat template, a server's parser or this prompt. By its form and not from a
+# list of names, because the next model family has other names. In mathematics the added space changes nothing.
 _TAG = re.compile(r"<(?=[^\W\d]|[/|｜<\[\]])")
 _BAR = re.compile(r"(?<=[|｜])(?=[>\]])|(?<=\[)(?=[|｜])")
 _BRACKET = re.compile(
@@ -69,6 +67,7 @@ _LAST_FIELD = re.compile(r'"first_error_step"\s{0,9}:\s{0,9}"?([^"{}]{1,20})"?\s
 _LONGEST_REASON = 500  # characters
 _LONGEST_ANSWER = 100_000  # characters that are looked through for a JSON object, from the end
 _TRIES = 8  # starts of broken JSON objects that are tried: time stays linear
+_DECODER = json.JSONDecoder(strict=False)  # models put line breaks into strings
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,11 @@ class JudgePrompt:
         known_wrong, unknown (`str`, *optional*):
             The question about a completion whose final answer is known to be wrong, and about any other.
         text_answer, json_answer (`str`, *optional*):
-            The form of the answer, as free text and as a JSON object; `{choices}` stands for the allowed answers. Free
+            The form of the answer, as free text and as a JSON object. `{choices}` stands for the allowed answers. Free
             text has to end in a line `FIRST_ERROR: k`.
         left_out (`str`, *optional*):
-            What is said of a completion that is too long to be shown whole; `{left_out}` is the number of steps left out.
+            What is said of a completion that is too long to be shown whole. `{left_out}` is the number of steps left
+            out.
 
     Example:
 
@@ -114,15 +114,12 @@ class JudgePrompt:
             if not isinstance(value, str):
                 raise TypeError(f"JudgePrompt: {name}={value!r} is not a string.")
         for name in ("text_answer", "json_answer"):
-            if "{choices}" not in getattr(self, name):
-                raise ValueError(
-                    f"JudgePrompt: {name}={getattr(self, name)!r} does not name the allowed answers. Write {{choices}} "
-                    "where they belong."
-                )
+            if "{choices}" not in (text := getattr(self, name)):
+                raise ValueError(f"JudgePrompt: {name}={text!r} does not name the allowed answers: write {{choices}}.")
         if "FIRST_ERROR" not in self.text_answer or "first_error_step" not in self.json_answer:
             raise ValueError(
                 "JudgePrompt: `text_answer` must ask for a line `FIRST_ERROR: k` and `json_answer` for the field "
-                "`first_error_step`, for that is what the answer is read by."
+                "`first_error_step`, because the answer is read by them."
             )
 
     @property
@@ -138,77 +135,59 @@ class JudgePrompt:
         control_tokens: Sequence[str] = (),
     ) -> "Question":
         """
-        The question about one completion.
+        The question about one completion. A `ValueError` if not even the first step fits into `max_characters`.
 
         Args:
-            item ([`JudgeItem`]):
-                The completion.
             as_json (`bool`, *optional*, defaults to `False`):
                 Whether to ask for a JSON object rather than for free text.
             max_characters (`int`, *optional*):
-                Room for the problem, the reference and the steps, in characters. Steps that do not fit are left out, the
-                last ones first, and the judge is told so.
+                Room for the problem, the reference and the steps. The last steps are left out if they do not fit.
             control_tokens (`Sequence[str]`, *optional*):
                 Further texts that must not reach the model as data, such as the special tokens of its tokenizer.
-
-        Raises:
-            ValueError: If not even the first step fits into `max_characters`.
         """
         tokens = tuple(control_tokens)
         parts = [f"Problem:\n{as_data(item.problem, tokens)}"]
         if item.reference is not None:
             parts.append(f"Reference solution:\n{as_data(item.reference, tokens)}")
         room = float("inf") if max_characters is None else max_characters - sum(map(len, parts))
-        shown: list[tuple[int, str | None, str]] = []
-        for i, text in enumerate(item.steps):
-            context = as_data(item.context[i], tokens) if i in item.context else None
-            step = as_data(text, tokens)
-            room -= len(step) + len(context or "")
+        shown: list[tuple[str, str, str]] = []  # the tag, what stands in it after the nonce, and the text
+        n_shown = 0
+        for i, step in enumerate(item.steps):
+            texts = [("result", "", as_data(item.context[i], tokens))] if i in item.context else []
+            texts.append(("step", f" {i + 1}", as_data(step, tokens)))
+            room -= sum(len(text) for _, _, text in texts)
             if room < 0:
                 break
-            shown.append((i, context, step))
+            shown += texts
+            n_shown += 1
         if not shown:
             raise ValueError(
                 f"the problem and the first step are longer than max_characters={max_characters}: nothing can be shown"
             )
         # Drawn last: whatever the text holds, it does not hold the nonce
-        texts = [*parts, *(text for _, context, step in shown for text in (context or "", step))]
-        nonce = _nonce(texts)
-        for i, context, step in shown:
-            if context is not None:
-                parts.append(f"<result-{nonce}>\n{context}\n</result-{nonce}>")
-            parts.append(f"<step-{nonce} {i + 1}>\n{step}\n</step-{nonce}>")
-        left_out = len(item.steps) - len(shown)
+        nonce = _nonce([*parts, *(text for _, _, text in shown)])
+        parts += [f"<{tag}-{nonce}{number}>\n{text}\n</{tag}-{nonce}>" for tag, number, text in shown]
+        left_out = len(item.steps) - n_shown
         if left_out:
             parts.append(self.left_out.format(left_out=left_out))
         parts.append(self.known_wrong if item.known_wrong else self.unknown)
-        choices = [str(i + 1) for i in range(len(shown))]
-        choices += [] if item.known_wrong else [NONE]
-        choices += [LATER] if left_out else []
+        words = ([] if item.known_wrong else [NONE]) + ([LATER] if left_out else [])
+        number = "the number of a step" if n_shown == 1 else f"the number of a step, 1 to {n_shown},"
         form = self.json_answer if as_json else self.text_answer
-        parts.append(form.replace("{choices}", _in_words(len(shown), choices)))
+        parts.append(form.replace("{choices}", " or ".join([number, *words])))
         messages = [{"role": "system", "content": self.rules}, {"role": "user", "content": "\n\n".join(parts)}]
-        return Question(messages, tuple(choices), len(item.steps))
+        choices = (*(str(i + 1) for i in range(n_shown)), *words)
+        return Question(messages, choices, len(item.steps))
 
 
 @dataclass(frozen=True)
 class Question:
-    """
-    One question to a generative judge.
+    """One question to a generative judge."""
 
-    Args:
-        messages (`list[dict[str, str]]`):
-            The chat messages: the rules as the system message, everything else as the user's.
-        choices (`tuple[str, ...]`):
-            The allowed answers: `"1"` to the number of steps shown, `"none"` where the completion may be right, `"later"`
-            where steps were left out.
-        n_steps (`int`):
-            Number of steps of the completion, those left out included.
-    """
-
-    messages: list[dict[str, str]]
+    messages: list[dict[str, str]]  # the rules as the system message, everything else as the user's
+    # "1" to the number of steps shown, "none" if the completion may be right, "later" if steps were left out
     choices: tuple[str, ...]
-    n_steps: int
+    n_steps: int  # also of those left out
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -225,8 +204,8 @@ class Question:
 
     def verdict(self, answer: str) -> Verdict:
         """
-        Reads an answer: the field `first_error_step` of the JSON object it is, or contains; else its last line
-        `FIRST_ERROR: k`. An abstention with the reason if it holds neither, or something that is no choice.
+        Reads an answer: the field `first_error_step` of a JSON object in it, else its last line `FIRST_ERROR: k`. An
+        abstention with the reason if it has neither, or names something that is no choice.
         """
         # What a model thinks before it answers is not its answer, unless it has no other
         answer = answer.rpartition("</think>")[2].strip() or answer.strip()
@@ -238,9 +217,7 @@ class Question:
             if not lines:
                 return Verdict.abstain(f"the judge's answer holds no verdict: {_shortened(answer, 120)!r}")
             choice = lines[-1].lower()
-        if choice == "0":
-            choice = NONE
-        if choice == NONE:
+        if choice in (NONE, "0"):
             # Not offered where the answer is known to be wrong; what it is worth there is not the parser's to decide
             return Verdict.no_error(self.n_steps, reason=_shortened(answer))
         if choice == LATER and LATER in self.choices:
@@ -255,11 +232,11 @@ def as_data(text: str, control_tokens: Sequence[str] = ()) -> str:
     """
     Text that a policy, a tool or a dataset wrote, made harmless for a chat prompt, in linear time and still readable.
 
-    A space is put into everything that could act: `<` before a letter, a slash or a bar, and `|>` (the bar may be the
-    full-width one), bracketed control words such as `[INST]`, the words by which a verdict is read, and `control_tokens`.
-    A space inside cannot make a new one, as taking something out could. Lone surrogates, which no server can be sent,
-    become question marks. A process reward model has its own way, because it reads the text without additional spaces:
-    see [`~trl_sgpo.judges.prm.PRMEncoder`].
+    A space is put into everything that could act: `<` before a letter, a slash or a bar, `|>` (the bar may be the
+    full-width one), bracketed control words such as `[INST]`, the words by which a verdict is read, and
+    `control_tokens`. An added space cannot make a new one, as taking something out could. Lone surrogates, which no
+    server can be sent, become question marks. A process reward model reads the text without additional spaces, so it
+    has its own way: see [`~trl_sgpo.judges.prm.PRMEncoder`].
 
     Example:
 
@@ -291,11 +268,6 @@ def _nonce(texts: Sequence[str]) -> str:
         nonce = secrets.token_hex(4)
         if not any(nonce in text for text in texts):
             return nonce
-
-
-def _in_words(n_shown: int, choices: Sequence[str]) -> str:
-    words = [choice for choice in choices if not choice.isdigit()]
-    return " or ".join(["the number of a step" if n_shown == 1 else f"the number of a step, 1 to {n_shown},", *words])
 
 
 def _json_choice(answer: str) -> str | None:
@@ -339,15 +311,10 @@ def _with_whole_escapes(text: str) -> str:
 def _object(text: str, start: int) -> tuple[dict[str, Any], int] | None:
     """The JSON object that begins at `start`, and where it ends; `None` if there is none."""
     try:
-        found, end = _decoder().raw_decode(text, start)
+        found, end = _DECODER.raw_decode(text, start)
     except (ValueError, RecursionError):
         return None
     return (found, end) if isinstance(found, dict) else None
-
-
-@lru_cache(maxsize=1)
-def _decoder() -> json.JSONDecoder:
-    return json.JSONDecoder(strict=False)  # models put line breaks into strings
 
 
 def _choice(value: Any) -> str | None:

@@ -1,10 +1,8 @@
 """
-A judge that needs no model but a reference solution: a step is wrong if it computes a result that the reference does not
-have.
+A judge that needs a reference solution and no model: a step is wrong if its result is not in the reference. It suits
+references that spell out their calculations, as GSM8K's do, with `#### answer` at the end.
 
-It suits data whose reference solutions spell out their calculations, as GSM8K's do, with `#### answer` at the end. It does
-no algebra and reads no LaTeX. Each expression here has possessive or bounded repetitions, so the time is linear, because a
-policy may write anything.
+Each expression here has possessive or bounded repetitions, so the time is linear, because a policy may write anything.
 """
 
 import re
@@ -51,7 +49,8 @@ class Equation(NamedTuple):
 
 class ReferenceJudge(StepJudge):
     """
-    Finds the first step that computes a result which the reference solution does not have. It needs no model.
+    Finds the first step that computes a result which the reference solution does not have. It needs no model, does no
+    algebra and reads no LaTeX.
 
     The results of a reference are the numbers right of its equals signs and its final answer. A step is wrong if
 
@@ -60,14 +59,14 @@ class ReferenceJudge(StepJudge):
       write the first one again and again;
     - it gives a final answer (`#### 12`) that is not the reference's.
 
-    Other steps are not wrong: words, a number that is only named, an unknown (`2x + 5 = 25`), an assignment (`x = 5`), a
-    calculation that goes on (`= 12 * 2`). Results agree if they are equal, or if one is the other one rounded to one
-    decimal or more. The verdict is an abstention without a reference, and if no step has anything to check.
+    Other steps are not wrong: words, an unknown (`2x + 5 = 25`), an assignment (`x = 5`), a calculation that goes on
+    (`= 12 * 2`). Results agree if they are equal, or if one is the other one rounded to one decimal or more. The
+    verdict is an abstention without a reference, and if no step has anything to check.
 
-    A solution that reaches the answer by another way is called wrong at the step that leaves the reference's way. So ask
-    this judge only about solutions that are known to be wrong. Measured on ProcessBench gsm8k, with GSM8K's solutions as
-    references: it finds 0.396 of the first errors exactly ([`ArithmeticJudge`] 0.101, both in [`EarliestError`] 0.420),
-    and it blames 0.254 of the right solutions ([`ArithmeticJudge`] none).
+    A solution that reaches the answer by another way is called wrong at the step that leaves the reference's way. So
+    ask this judge only about solutions that are known to be wrong. Measured on ProcessBench gsm8k, with GSM8K's
+    solutions as references: it finds 0.396 of the first errors exactly ([`ArithmeticJudge`] 0.101, both in
+    [`EarliestError`] 0.420), and it blames 0.254 of the right solutions ([`ArithmeticJudge`] none).
 
     Example:
 
@@ -124,14 +123,12 @@ def _judge_one(item: JudgeItem) -> Verdict:
 
 def plain_text(solution: str) -> str:
     """
-    A GSM8K solution with its calculator marks as plain equations. A mark is left out if the text has the equation
-    already; else it takes the place of the bare result.
+    A GSM8K solution with its calculator marks as plain equations. A mark takes the place of the bare result, and is
+    left out if the text has the equation already.
 
     ```python
-    >>> plain_text("48/2 = <<48/2=24>>24 clips")
-    '48/2 = 24 clips'
-    >>> plain_text("5 dozen are <<5*12=60>>60 eggs")
-    '5 dozen are 5*12=60 eggs'
+    >>> plain_text("48/2 = <<48/2=24>>24 clips, 5 dozen are <<5*12=60>>60 eggs")
+    '48/2 = 24 clips, 5 dozen are 5*12=60 eggs'
     ```
     """
     pieces, end = [], 0
@@ -146,29 +143,14 @@ def plain_text(solution: str) -> str:
 
 
 def final_answer(text: str) -> Number | None:
-    """
-    The number after `####`, or `None` if there is not exactly one such mark with a number after it: nobody may answer
-    twice.
-
-    ```python
-    >>> final_answer("48+24 = 72 clips\\n#### $72"), final_answer("The answer is 72.")
-    (Number(value=72, decimals=0), None)
-    ```
-    """
+    """The number after `####`. `None` if there is not exactly one such mark with a number: nobody may answer twice."""
     parts = text.split(ANSWER_MARK)
     found = _ANSWER.match(parts[1]) if len(parts) == 2 else None
     return None if found is None else _number(found)
 
 
 def equations(text: str) -> list[Equation]:
-    """
-    The equations of a text whose right side is a number, line by line. What is not surely understood is left out.
-
-    ```python
-    >>> [(str(e.results[0].value), e.computed) for e in equations("So 3 bags x 4 = 12 apples, and x = 5.")]
-    [('12', True), ('5', False)]
-    ```
-    """
+    """The equations of a text whose right side is a number, without what is not surely understood."""
     found = []
     for line in plain_text(text).splitlines():
         for left, right in pairwise(line.split("=")):

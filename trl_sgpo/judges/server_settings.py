@@ -26,27 +26,6 @@ def check_whole(name: str, number: Any, least: int) -> None:
         raise ValueError(f"{name}={number!r} must be a whole number of at least {least}.")
 
 
-def check_key_name(api_key_env: Any) -> None:
-    """
-    Raises a `ValueError` if an argument is no name of an environment variable, or what that holds cannot be sent. A key that
-    was given instead of a name is not printed.
-    """
-    if not isinstance(api_key_env, str) or not (
-        api_key_env in os.environ or re.fullmatch(r"[A-Z][A-Z0-9_]*", api_key_env)
-    ):
-        raise ValueError(
-            "api_key_env (not shown here, because it may be a key) is not the name of an environment variable. Put the key "
-            "into a variable, `export JUDGE_API_KEY=...`, and give its name: api_key_env='JUDGE_API_KEY'."
-        )
-    key = api_key(api_key_env)
-    if not (key.isascii() and key.isprintable()):
-        # Otherwise the HTTP library would say so, and might show the key
-        raise ValueError(
-            f"the environment variable {api_key_env} (api_key_env) holds characters that no HTTP header may have. Set it "
-            "anew."
-        )
-
-
 def redact(text: str, key: str) -> str:
     """A text without the key, and without what looks like one: servers quote it in their error messages."""
     if len(key) > 3:
@@ -57,29 +36,16 @@ def redact(text: str, key: str) -> str:
 @dataclass(frozen=True)
 class RequestFormat:
     """
-    Which optional keys a request has. If a server refuses a request, it is asked again with one of them less: the one that
-    its message names, else the output constraint, the temperature, the extra keys and the name of the length limit, in this
-    order.
-
-    Args:
-        output (`str`):
-            `"json_schema"`, `"json_object"` or `"text"`.
-        output_is_fixed (`bool`):
-            Whether the output constraint stays as it is.
-        temperature (`bool`):
-            Whether a temperature is sent.
-        extra (`tuple[str, ...]`):
-            Keys of `extra_body` that are sent.
-        length_key (`str`):
-            Name of the length limit. Most servers know `"max_tokens"`; OpenAI's newer models want
-            `"max_completion_tokens"`.
+    Which optional keys a request has. If a server refuses a request, it is asked again with one of them less: the one
+    that its message names, else the output constraint, the temperature, the extra keys and the name of the length
+    limit, in this order.
     """
 
-    output: str = "json_schema"
+    output: str = "json_schema"  # or "json_object" or "text"
     output_is_fixed: bool = False
-    temperature: bool = True
-    extra: tuple[str, ...] = ()
-    length_key: str = "max_tokens"
+    temperature: bool = True  # whether one is sent
+    extra: tuple[str, ...] = ()  # the keys of `extra_body` that are sent
+    length_key: str = "max_tokens"  # OpenAI's newer models want "max_completion_tokens"
 
     def without_one(self, message: str) -> tuple["RequestFormat | None", bool]:
         """The next format to try after a refusal, `None` if there is none, and whether the message named the key."""
@@ -113,31 +79,14 @@ class RequestFormat:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """
-    What a judge asks its servers, and how. The arguments that are not described here are those of [`OpenAIJudge`].
+    """What a judge asks its servers, and how. What has no comment is an argument of [`OpenAIJudge`]."""
 
-    Args:
-        path (`str`):
-            What follows the base URL.
-        field (`str`):
-            Name of the list that every answer holds.
-        longest_answer (`int`):
-            Bytes of an answer that are read at most.
-        if_too_long, if_not_found (`str`):
-            What to do if the server refuses a request because of its length, or does not know the path or the model.
-        request_format ([`RequestFormat`]):
-            What a request holds, unless a server refuses it.
-
-    Raises:
-        ValueError: If an argument is out of its range.
-    """
-
-    path: str
-    field: str
-    longest_answer: int
-    if_too_long: str
-    if_not_found: str
-    request_format: RequestFormat
+    path: str  # what follows the base URL
+    field: str  # name of the list that every answer holds
+    longest_answer: int  # bytes that are read at most
+    if_too_long: str  # what to do if a server refuses a request because of its length
+    if_not_found: str  # what to do if a server does not know the path or the model
+    request_format: RequestFormat  # what a request holds, unless a server refuses it
     api_key_env: str
     max_concurrency: int
     timeout: float
@@ -152,7 +101,14 @@ class ServerSettings:
         for name in ("timeout", "batch_deadline", "breaker_seconds"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e7:
-                raise ValueError(
-                    f"{name}={value!r} must be positive: it is the number of seconds that is waited at most."
-                )
-        check_key_name(self.api_key_env)
+                raise ValueError(f"{name}={value!r} must be positive: it is the most seconds to wait.")
+        name = self.api_key_env
+        if not isinstance(name, str) or not (name in os.environ or re.fullmatch(r"[A-Z][A-Z0-9_]*", name)):
+            raise ValueError(
+                "api_key_env (not shown here, because it may be a key) is not the name of an environment variable. "
+                "Put the key into one, `export JUDGE_API_KEY=...`, and give its name: api_key_env='JUDGE_API_KEY'."
+            )
+        key = api_key(name)
+        if not (key.isascii() and key.isprintable()):
+            # Otherwise the HTTP library would say so, and might show the key
+            raise ValueError(f"api_key_env={name!r} holds characters that no HTTP header may have. Set it anew.")

@@ -1,8 +1,7 @@
 """
-Several servers with the same model, as one judge asks them: [`Servers`].
-
-Here are the connections of a process, the choice of a server, the deadline of a batch, the check of addresses and the choice
-of a proxy. One request to one server is in `endpoint.py`.
+Several servers with the same model, as one judge asks them: [`Servers`]. Here are the connections of a process, the
+choice of a server, the deadline of a batch, the check of addresses and the choice of a proxy. One request to one
+server is in `endpoint.py`.
 """
 
 import asyncio
@@ -14,16 +13,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
-from trl_sgpo.judges.background import background_loop, close_in_background, in_background, own
-from trl_sgpo.judges.endpoint import Endpoint, RequestFailed, log_once
-from trl_sgpo.judges.server_settings import RequestFormat, ServerSettings, api_key, redact
+from trl_sgpo.judges.background import background_loop, close_in_background, own
+from trl_sgpo.judges.endpoint import Endpoint, RequestFailed, Write, log_once
+from trl_sgpo.judges.server_settings import ServerSettings, api_key, redact
 
-
-if TYPE_CHECKING:
-    from aiohttp import ClientSession
 
 T = TypeVar("T")
 
@@ -33,86 +29,42 @@ _LONGEST_REASON = 1000  # characters
 
 @dataclass(frozen=True)
 class Request(Generic[T]):
-    """
-    One request of a batch.
+    """One request of a batch."""
 
-    Args:
-        group (`Hashable`):
-            Requests of the same group are sent one after the other and to the same server, so that it computes their common
-            beginning once.
-        write (`Callable`):
-            Format -> something to remember, and the body of the request.
-        read (`Callable`):
-            What was remembered, and the server's answer -> the result.
-    """
-
+    # Requests of one group go to the same server, one after the other, so that it computes their common beginning once
     group: Hashable
-    write: Callable[[RequestFormat], tuple[Any, dict[str, Any]]]
-    read: Callable[[Any, dict[str, Any]], T]
-
-
-@dataclass(eq=False)
-class _Connections:
-    """What belongs to the event loop of one process."""
-
-    loop: asyncio.AbstractEventLoop
-    session: "ClientSession"
-    endpoints: list[Endpoint]
+    write: Write
+    read: Callable[[Any, dict[str, Any]], T]  # what was remembered, and the server's answer -> the result
 
 
 class Servers:
-    """
-    One or several servers with the same model, which share the work and stand in for each other.
-
-    Args:
-        judge (`str`):
-            Name of the judge, for the log.
-        base_url (`str` or `Sequence[str]`):
-            Their addresses.
-        settings ([`ServerSettings`]):
-            What is asked, and how.
-
-    Attributes:
-        usage (`Counter`): `requests` sent, repeated ones included; `retries`; `failures`, the requests without an answer.
-
-    Raises:
-        ImportError: If the package `aiohttp` is not installed.
-        TypeError: If `base_url` is neither an address nor a list of addresses.
-        ValueError: If `base_url` is no plain http(s) address.
-    """
+    """One or several servers with the same model, which share the work and stand in for each other, for one judge."""
 
     def __init__(self, judge: str, base_url: str | Sequence[str], settings: ServerSettings) -> None:
         self.judge = judge
         self.base_urls = checked_urls(base_url)
         self.settings = settings
         self.usage: Counter[str] = Counter()
-        self._connections: _Connections | None = None
-        _require_aiohttp()  # so that a missing package is found before any training
+        self.endpoints: list[Endpoint] = []  # of this process; none before the first request
+        self._loop: asyncio.AbstractEventLoop | None = None  # to which the endpoints belong
+        try:  # so that a missing package is found before any training
+            import aiohttp  # noqa: F401
+        except ImportError as error:
+            raise ImportError("A judge that asks a server needs `aiohttp`: `pip install trl-sgpo[api]`.") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_connections": None, "usage": Counter()}
-
-    @property
-    def endpoints(self) -> list[Endpoint]:
-        """The servers as this process knows them; none before the first request."""
-        return [] if self._connections is None else self._connections.endpoints
+        return {**vars(self), "endpoints": [], "_loop": None, "usage": Counter()}
 
     def ask(self, requests: Sequence[Request[T]]) -> list[T | RequestFailed]:
-        """
-        Sends a batch of requests, `max_concurrency` at a time and server.
-
-        Returns:
-            `list[T | RequestFailed]`: Per request, in order, what `read` gives, or why there is no answer.
-        """
+        """Per request, in order, what `read` gives, or why there is no answer. Sends `max_concurrency` per server."""
         if not requests:
             return []
         end = monotonic() + self.settings.batch_deadline
         loop = background_loop()
-        batch = in_background(self._ask(list(requests), loop, end), loop)
+        batch = asyncio.run_coroutine_threadsafe(self._ask(list(requests), loop, end), loop)
         try:
             return batch.result(timeout=1.1 * self.settings.batch_deadline)
-        except TimeoutError:
-            # Something else keeps the loop busy
+        except TimeoutError:  # something else keeps the loop busy
             batch.cancel()
             return [self._late() for _ in requests]
         except BaseException:  # an interrupt
@@ -122,7 +74,7 @@ class Servers:
     async def _ask(
         self, requests: list[Request[T]], loop: asyncio.AbstractEventLoop, end: float
     ) -> list[T | RequestFailed]:
-        endpoints = self._connected(loop).endpoints
+        self._connect(loop)
         homes: dict[Hashable, Endpoint] = {}
         groups: dict[Hashable, list[int]] = {}
         for i, request in enumerate(requests):
@@ -133,14 +85,13 @@ class Servers:
         async def work() -> None:
             while waiting:
                 i = waiting.popleft()
-                result = await self._result(requests[i], endpoints, homes, end)
+                result = await self._result(requests[i], homes, end)
                 results[i] = result
 
         # As many workers as may ask at a time, and not a task per request: what lives long brings on full garbage
         # collections, which take 0.1 s each beside torch
-        workers = [
-            loop.create_task(work()) for _ in range(min(len(waiting), self.settings.max_concurrency * len(endpoints)))
-        ]
+        n_workers = min(len(waiting), self.settings.max_concurrency * len(self.endpoints))
+        workers = [loop.create_task(work()) for _ in range(n_workers)]
         try:
             await asyncio.wait(workers, timeout=max(0.0, end - monotonic()))
         finally:
@@ -150,28 +101,25 @@ class Servers:
         return [results[i] if i in results else self._late() for i in range(len(requests))]
 
     def _late(self) -> RequestFailed:
-        return self._logged(
-            RequestFailed("deadline", f"not judged within batch_deadline={self.settings.batch_deadline:g} s")
-        )
+        reason = f"not judged within batch_deadline={self.settings.batch_deadline:g} s"
+        return self._logged(RequestFailed("deadline", reason))
 
-    async def _result(
-        self, request: Request[T], endpoints: list[Endpoint], homes: dict[Hashable, Endpoint], end: float
-    ) -> T | RequestFailed:
+    async def _result(self, request: Request[T], homes: dict[Hashable, Endpoint], end: float) -> T | RequestFailed:
         try:
-            return request.read(*await self._answer(request, endpoints, homes, end))
+            return request.read(*await self._answer(request, homes, end))
         except RequestFailed as failure:
             return self._logged(failure)
         except Exception as error:
-            # The question cannot be asked, because its first step is too long, or a bug of ours: a verdict, not the training
+            # The question cannot be asked, because its first step is too long, or a bug of ours: it costs a verdict
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             text = redact(f"{kind}{error}", api_key(self.settings.api_key_env))[:_LONGEST_REASON]
             return self._logged(RequestFailed(type(error).__name__, text))
 
     async def _answer(
-        self, request: Request[T], endpoints: list[Endpoint], homes: dict[Hashable, Endpoint], end: float
+        self, request: Request[T], homes: dict[Hashable, Endpoint], end: float
     ) -> tuple[Any, dict[str, Any]]:
         """The answer of the first server that gives one: the group's own, then the others."""
-        left = list(endpoints)
+        left = list(self.endpoints)
         while True:
             endpoint = self._chosen(left, request.group, homes)
             left.remove(endpoint)
@@ -198,51 +146,36 @@ class Servers:
             homes[group] = chosen
         return chosen
 
-    def _connected(self, loop: asyncio.AbstractEventLoop) -> _Connections:
-        """The connections of this process. Runs in its loop, so that no two threads make them."""
-        if self._connections is None or self._connections.loop is not loop:
-            import aiohttp
+    def _connect(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Makes the connections of this process. Runs in its loop, so that no two threads make them."""
+        if self._loop is loop:
+            return
+        import aiohttp
 
-            session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),  # the slots are the limit
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
-                cookie_jar=aiohttp.DummyCookieJar(),
-            )
-            own(session)
-            weakref.finalize(self, close_in_background, session, loop, os.getpid())
-            endpoints = [Endpoint(url, session, self.settings, self.usage, _proxy(url)) for url in self.base_urls]
-            self._connections = _Connections(loop, session, endpoints)
-        return self._connections
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),  # the slots are the limit
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        own(session)
+        weakref.finalize(self, close_in_background, session, loop, os.getpid())
+        self.endpoints = [Endpoint(url, session, self.settings, self.usage, _proxy(url)) for url in self.base_urls]
+        self._loop = loop
 
     def _logged(self, failure: RequestFailed) -> RequestFailed:
         log_once(
             failure.kind,
-            "The judge %s: %s. What nobody answers is an abstention; further ones of this kind are counted in the metric "
-            "`sgpo/abstain_rate`, stand in the verdicts' reasons and are not shown.",
-            self.judge,
-            failure.text.rstrip("."),
+            f"The judge {self.judge}: {failure.text.rstrip('.')}. What nobody answers is an abstention; further ones "
+            "of this kind are counted in the metric `sgpo/abstain_rate` and not shown.",
         )
         return failure
-
-
-def _require_aiohttp() -> None:
-    try:
-        import aiohttp  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "A judge that asks a server needs the package `aiohttp`, which is not installed. Run `pip install "
-            "trl-sgpo[api]`."
-        ) from error
 
 
 def checked_urls(base_url: Any) -> tuple[str, ...]:
     """The addresses, checked. No part of an address is printed before it is known to hold no credentials."""
     urls = [base_url] if isinstance(base_url, str) else base_url
     if not isinstance(urls, Sequence) or not urls or not all(isinstance(url, str) for url in urls):
-        raise TypeError(
-            f"base_url is of type {type(base_url).__name__}, or empty. Give an address, 'http://localhost:8000/v1', or a "
-            "list of addresses."
-        )
+        raise TypeError(f"base_url is of type {type(base_url).__name__}, or empty. Give an address or a list of them.")
     for url in urls:
         try:
             parts = urlsplit(url)
@@ -255,9 +188,7 @@ def checked_urls(base_url: Any) -> tuple[str, ...]:
                 "address, and the key in the environment variable that `api_key_env` names."
             )
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(
-                f"base_url={url!r} is no http(s) address. Give all of it, for instance 'http://localhost:8000/v1'."
-            )
+            raise ValueError(f"base_url={url!r} is no http(s) address, such as 'http://localhost:8000/v1'.")
     return tuple(dict.fromkeys(url.rstrip("/") for url in urls))
 
 
@@ -265,15 +196,12 @@ def _proxy(url: str) -> str | None:
     """The proxy that the environment names for an address; none for this machine itself."""
     parts = urlsplit(url)
     host = parts.hostname or ""
-    if _is_this_machine(host) or urllib.request.proxy_bypass(host):
+    try:
+        address = ipaddress.ip_address(host)
+        is_this_machine = address.is_loopback or address.is_unspecified
+    except ValueError:
+        is_this_machine = host == "localhost" or host.endswith(".localhost")
+    if is_this_machine or urllib.request.proxy_bypass(host):
         return None
     proxies = urllib.request.getproxies()
     return proxies.get(parts.scheme) or proxies.get("all")
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-    return address.is_loopback or address.is_unspecified

@@ -1,10 +1,8 @@
 """
 [`StepwiseJudge`]: the reward function that turns a judge's verdicts into rewards.
 
-It owns everything between a completion and its reward: the problem and the reference in the row, the steps, the
-verdict, the RTS, Eq. 2. It does not know which completions deserve judging: [`SGPOTrainer`] decides that. Whatever the
-judge or the segmenter does, it does not raise during training and does not invent a number: what cannot be judged is an
-abstention with its reason.
+It does not know which completions deserve judging: [`SGPOTrainer`] decides that. Whatever the judge or the segmenter
+does, it does not raise during training: what cannot be judged is an abstention with its reason, never a number.
 """
 
 import inspect
@@ -49,34 +47,16 @@ _SEGMENTER_PROBE = "First we add 2 and 3.\n2 + 3 = 5; so x = 5\n\nStep 2: double
 
 @dataclass(frozen=True)
 class StepScore:
-    """
-    What became of one completion.
+    """The score of one completion."""
 
-    Args:
-        status (`str`):
-            The verdict's status, after all checks: `"error"`, `"no_error"` or `"abstain"`.
-        first_error (`int` or `None`):
-            0-based index of the first wrong step.
-        n_steps (`int`):
-            Number of steps.
-        rts_steps, rts_characters (`float` or `None`):
-            Reasoning trajectory score by steps and by characters; `None` where the completion stays without a score.
-        reason (`str`):
-            The verdict's reason, or why there is none.
-        called (`bool`):
-            Whether the judge was asked.
-        cut ([`~trl_sgpo.steps.CutCompletion`], *optional*):
-            The completion's text and steps, where it has a first wrong one.
-    """
-
-    status: str
-    first_error: int | None
+    status: str  # the verdict's, after all checks: "error", "no_error" or "abstain"
+    first_error: int | None  # 0-based index of the first wrong step
     n_steps: int
-    rts_steps: float | None
+    rts_steps: float | None  # reasoning trajectory score by steps; `None` for a completion without a score
     rts_characters: float | None
-    reason: str
-    called: bool
-    cut: CutCompletion | None = None
+    reason: str  # the verdict's reason, or why there is none
+    called: bool  # whether the judge was asked
+    cut: CutCompletion | None = None  # the completion's text and steps, if it has a first wrong one
 
 
 class StepwiseJudge:
@@ -84,18 +64,18 @@ class StepwiseJudge:
     Reward function that rewards the correct prefix of a completion, as found by a step-wise judge.
 
     Put it into `reward_funcs` beside the outcome reward. [`SGPOTrainer`] asks it about the completions of failed groups
-    only; called by any other trainer as a plain reward function, it judges every completion. Its reward column is
-    called `stepwise_judge`.
+    only. Any other trainer calls it as a plain reward function, and then it judges every completion. Its reward column
+    is called `stepwise_judge`.
 
-    The reward of a completion with reasoning trajectory score RTS (arXiv 2505.11595, Eq. 2) is
-    `1 / (1 + exp(-beta * (RTS - gamma)))`, and RTS is the share of the completion before its first wrong step.
+    The reasoning trajectory score RTS is the share of the completion before its first wrong step. The reward is
+    `1 / (1 + exp(-beta * (RTS - gamma)))` (arXiv 2505.11595, Eq. 2).
 
     Args:
         judge ([`StepJudge`] or `Callable`):
             The judge, or a plain function `f(problem, steps, **row) -> int | None` (see [`CallableJudge`]).
         beta (`float`, *optional*, defaults to `10.0`):
-            Steepness of the logistic in Eq. 2. Not GRPO's KL coefficient. The paper's text swaps the two values of
-            `beta` and `gamma`; see [`~trl_sgpo.groups.rts_to_reward`].
+            Steepness of the logistic in Eq. 2, not GRPO's KL coefficient. The paper's text swaps the values of `beta`
+            and `gamma`; see [`~trl_sgpo.groups.rts_to_reward`].
         gamma (`float`, *optional*, defaults to `0.5`):
             The RTS that earns a reward of one half.
         transform (`str`, *optional*, defaults to `"logistic"`):
@@ -107,13 +87,13 @@ class StepwiseJudge:
             [`~trl_sgpo.steps.segment`].
         no_error (`str`, *optional*, defaults to `"abstain"`):
             What "no error" means for a completion that is known to be wrong. `"abstain"`: the judge missed the error,
-            so there is no verdict (else a judge with little recall would pay for writing many steps). `"last_step"`:
-            the last step is the wrong one, for judges that see everything.
+            so there is no verdict. Otherwise a judge with little recall would pay for writing many steps.
+            `"last_step"`: the last step is the wrong one, for judges that see everything.
         reference_column (`str`, *optional*, defaults to `"solution"`):
             The dataset column that holds the reference solution or answer, if there is one.
         include_thinking (`bool`, *optional*, defaults to `False`):
-            Whether steps are cut in `<think>` text too. By default only what follows the thinking is judged, unless
-            nothing does.
+            Whether steps are cut in `<think>` text too. By default only the text after the thinking is judged, if
+            there is any.
 
     Raises:
         TypeError: If `judge` or `segmenter` is of a wrong type.
@@ -140,23 +120,11 @@ class StepwiseJudge:
         reference_column: str = "solution",
         include_thinking: bool = False,
     ) -> None:
-        if inspect.isclass(judge):
-            raise TypeError(
-                f"judge={judge.__name__} is a class, not a judge: give an instance, `StepwiseJudge({judge.__name__}())`."
-            )
         if isinstance(judge, StepwiseJudge):
             raise TypeError("judge is a `StepwiseJudge` already: put it into `reward_funcs` as it is.")
-        if not isinstance(judge, StepJudge) and not callable(judge):
-            raise TypeError(
-                f"judge={judge!r} is neither a `StepJudge` nor a function. Give a judge from `trl_sgpo.judges`, or a "
-                "function `f(problem, steps, **row)` that returns the 0-based index of the first wrong step, or None "
-                "for no error."
-            )
+        self.judge = as_judge(judge)
         if not (beta >= 0 and math.isfinite(beta)):
-            raise ValueError(
-                f"beta={beta} must be a finite number of at least 0: with a negative one the reward of Eq. 2 would "
-                "fall as the correct prefix grows. The default is 10."
-            )
+            raise ValueError(f"beta={beta} must be a finite number of at least 0, else rewards fall with the RTS.")
         if not math.isfinite(gamma):
             raise ValueError(f"gamma={gamma} must be a finite number: it is the RTS that earns half. Use 0.5.")
         for argument, value, choices in (
@@ -169,11 +137,10 @@ class StepwiseJudge:
                     f"{argument}={value!r} is unknown: it must be one of {list(choices)}. The default is {choices[0]!r}."
                 )
         if not 0 <= gamma <= 1 and transform == "logistic":
+            low, high = rts_to_reward(torch.tensor([0.0, 1.0]), beta, gamma).tolist()
             warnings.warn(
-                f"gamma={gamma} lies outside [0, 1], where RTS lies, so all rewards fall on one flat side of Eq. 2: with "
-                f"beta={beta}, between {float(rts_to_reward(torch.tensor(0.0), beta, gamma)):.2g} and "
-                f"{float(rts_to_reward(torch.tensor(1.0), beta, gamma)):.2g}. The paper's text swaps the two values; "
-                "the sensible reading is beta=10, gamma=0.5.",
+                f"gamma={gamma} lies outside [0, 1], where RTS lies, so with beta={beta} all rewards lie between "
+                f"{low:.2g} and {high:.2g}. The paper's text swaps the two; sensible values are beta=10, gamma=0.5.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -185,7 +152,6 @@ class StepwiseJudge:
                 )
             _probe(segmenter)
         self.__name__ = REWARD_NAME  # what TRL calls the column of a callable
-        self.judge = judge if isinstance(judge, StepJudge) else CallableJudge(judge)
         self.beta = beta
         self.gamma = gamma
         self.transform = transform
@@ -205,16 +171,14 @@ class StepwiseJudge:
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
         """
-        The plain reward function: judges every completion, right or wrong.
+        The plain reward function: judges every completion, right or wrong. Gives each a reward in [0, 1], or `None` if
+        the judge abstained.
 
         Args:
             prompts, completions (`Sequence`):
                 One prompt and one completion per row, strings or lists of messages.
             kwargs:
                 The dataset's columns, each a list with one value per row, and TRL's own arguments.
-
-        Returns:
-            `list[float | None]`: One reward in [0, 1] per row, `None` where the judge abstained.
         """
         columns = {
             name: values
@@ -242,18 +206,9 @@ class StepwiseJudge:
         known_wrong: bool = True,
     ) -> list[StepScore]:
         """
-        Cuts, judges and scores a batch of completions. Never raises for what a judge or a segmenter does.
-
-        Args:
-            prompts, completions (`Sequence`):
-                One prompt and one completion per row, strings or lists of messages.
-            rows (`Sequence[Mapping[str, Any]]`):
-                The dataset rows they belong to.
-            known_wrong (`bool`, *optional*, defaults to `True`):
-                Whether all these completions are known to be wrong.
-
-        Returns:
-            `list[StepScore]`: One score per completion, in order. RTS is below 1 for completions known to be wrong.
+        One score per completion, in order. Never raises for what a judge or a segmenter does. The arguments are as in
+        [`~StepwiseJudge.__call__`], with the dataset rows. If the completions are known to be wrong, every RTS is
+        below 1.
         """
         scores: list[StepScore | None] = [None] * len(completions)
         cuts: dict[int, CutCompletion] = {}
@@ -261,9 +216,17 @@ class StepwiseJudge:
         for i, (prompt, completion, row) in enumerate(zip(prompts, completions, rows, strict=True)):
             try:
                 cut = cut_completion(completion, self.segmenter, include_thinking=self.include_thinking)
-                item = self._item(prompt, cut, row, known_wrong)
+                reference = row.get(self.reference_column)
+                item = JudgeItem(
+                    problem=problem_text(prompt),
+                    steps=cut.steps,
+                    reference=None if reference is None else str(reference),
+                    known_wrong=known_wrong,
+                    row={k: v for k, v in row.items() if k not in ("prompt", "completion", "completion_ids")},
+                    context=cut.context,
+                )
             except Exception as error:
-                self._show_traceback("A completion could not be cut into steps")
+                self._log_once.failed("A completion could not be cut into steps")
                 scores[i] = _unscored(Verdict.abstain(f"{type(error).__name__}: {error}"), 0, called=False)
                 continue
             if cut.blank:
@@ -276,21 +239,14 @@ class StepwiseJudge:
             cuts[i] = cut
             items.append(item)
         if items:
-            verdicts = ask(self.judge, items, self._show_judge_traceback)
+
+            def log(judge: StepJudge) -> None:
+                self._log_once.failed(f"The judge {judge.name} raised an exception")
+
+            verdicts = ask(self.judge, items, log)
             for (i, cut), verdict in zip(cuts.items(), verdicts, strict=True):
                 scores[i] = self._score(verdict, cut, known_wrong)
         return scores  # type: ignore[return-value]  # every row was filled above
-
-    def _item(self, prompt: Any, cut: CutCompletion, row: Mapping[str, Any], known_wrong: bool) -> JudgeItem:
-        reference = row.get(self.reference_column)
-        return JudgeItem(
-            problem=problem_text(prompt),
-            steps=cut.steps,
-            reference=None if reference is None else str(reference),
-            known_wrong=known_wrong,
-            row={k: v for k, v in row.items() if k not in ("prompt", "completion", "completion_ids")},
-            context=cut.context,
-        )
 
     def _score(self, verdict: Verdict, cut: CutCompletion, known_wrong: bool) -> StepScore:
         n_steps, first_error = len(cut.spans), verdict.first_error
@@ -312,15 +268,23 @@ class StepwiseJudge:
             cut=cut,
         )
 
-    def _show_judge_traceback(self, judge: StepJudge) -> None:
-        self._show_traceback(f"The judge {judge.name} raised an exception")
 
-    def _show_traceback(self, what: str) -> None:
-        self._log_once.traceback(
-            "%s. What it was asked about counts as an abstention; further failures are counted in the metric "
-            "`sgpo/abstain_rate` and not shown.",
-            what,
+def as_judge(judge: Any, argument: str = "judge") -> StepJudge:
+    """The judge itself, or a function as a judge; `argument` is what an error calls it."""
+    if inspect.isclass(judge):
+        raise TypeError(
+            f"{argument}={judge.__name__} is a class, not a judge: give an instance, `{judge.__name__}()`."
         )
+    if isinstance(judge, StepwiseJudge):  # it is callable, but as a reward function
+        raise TypeError(f"{argument} is a `StepwiseJudge`, a reward function: give the judge inside it, its `.judge`.")
+    if isinstance(judge, StepJudge):
+        return judge
+    if not callable(judge):
+        raise TypeError(
+            f"{argument}={judge!r} is neither a `StepJudge` nor a function `f(problem, steps, **row)` that gives the "
+            "0-based index of the first wrong step, or None for no error. Give one of them."
+        )
+    return CallableJudge(judge)
 
 
 def problem_text(prompt: Any) -> str:
@@ -360,15 +324,8 @@ _empty_column.__name__ = REWARD_NAME
 
 def take_judge(funcs: list[Any]) -> tuple[StepwiseJudge | None, int | None]:
     """
-    Takes the judge out of a list of reward functions, for a trainer that asks it itself. A function that rewards nothing takes
-    its place.
-
-    Returns:
-        `tuple[StepwiseJudge | None, int | None]`: The judge and its index, `None` if there is none.
-
-    Raises:
-        TypeError: If the list holds a judge that no `StepwiseJudge` wraps.
-        ValueError: If the list holds two judges, or another function of the judge's name.
+    Takes the judge out of a list of reward functions, for a trainer that asks it itself. A function that rewards
+    nothing takes its place. Returns the judge and its index, or two `None`.
     """
     indices = [i for i, func in enumerate(funcs) if isinstance(func, StepwiseJudge)]
     bare = [func for func in funcs if isinstance(func, StepJudge) or func is StepwiseJudge]
@@ -378,8 +335,8 @@ def take_judge(funcs: list[Any]) -> tuple[StepwiseJudge | None, int | None]:
         )
     if len(indices) > 1:
         raise ValueError(
-            f"reward_funcs holds {len(indices)} StepwiseJudges, at the positions {indices}, and a group can be judged by one. "
-            "To combine judges, combine them inside one `StepwiseJudge`."
+            f"reward_funcs holds {len(indices)} StepwiseJudges, at the positions {indices}, and a group can be judged "
+            "by one. To combine judges, combine them inside one `StepwiseJudge`."
         )
     if not indices:
         return None, None

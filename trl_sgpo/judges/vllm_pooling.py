@@ -1,12 +1,11 @@
 """
-A process reward model behind vLLM servers: `POST /pooling` with the task `token_classify`.
+A process reward model behind vLLM servers: `POST /pooling` with the task `token_classify`. Needs
+`pip install trl-sgpo[api]`. Servers, retries and the breaker are in `servers.py` and `endpoint.py`.
 
-The completions are tokenised here, as for [`PRMJudge`], and sent as token ids. So the server cannot take the policy's text for
-a separator, and the positions of the scores are known. Servers, retries and the breaker are in `servers.py` and `endpoint.py`.
-Needs `pip install trl-sgpo[api]`.
+The completions are tokenised here, as for [`PRMJudge`], and sent as token ids. So the server cannot take the policy's
+text for a separator, and the positions of the scores are known.
 """
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -14,68 +13,52 @@ from typing import Any
 
 from trl_sgpo.judges.base import JudgeItem
 from trl_sgpo.judges.endpoint import RequestFailed
-from trl_sgpo.judges.prm import KNOWN_WRONG_RULES, EncodedSteps, PRMEncoder, PRMSpec, StepScorer
+from trl_sgpo.judges.local_model import context_length
+from trl_sgpo.judges.prm import EncodedSteps, PRMEncoder, PRMSpec, StepScorer
+from trl_sgpo.judges.prm.scores import checked_rule
 from trl_sgpo.judges.server_settings import RequestFormat, ServerSettings
 from trl_sgpo.judges.servers import Request, Servers, checked_urls
 
 
-# Nothing that a server could refuse and that could be left out
-_FORMAT = RequestFormat(output="text", temperature=False, length_key="")
-
-
 class VLLMPoolingJudge(StepScorer):
     """
-    Judge that has every step scored by a process reward model on one or several vLLM servers. The first step whose score is
-    under the threshold is the error. See [`PRMJudge`] for what a verdict says, and [`OpenAIJudge`] for what happens when a
-    server fails.
+    Judge that scores every step with a process reward model on one or several vLLM servers. The first step whose score
+    is below the threshold is the error.
 
-    Start a server with `vllm serve Qwen/Qwen2.5-Math-PRM-7B --runner pooling`. It may answer with one row per token, or with
-    one row per step tag (pooling type `STEP`).
+    See [`PRMJudge`] for what a verdict says, and [`OpenAIJudge`] for what happens if a server fails. Start a server
+    with `vllm serve Qwen/Qwen2.5-Math-PRM-7B --runner pooling`. It may answer with one row per token, or with one row
+    per step tag (pooling type `STEP`).
 
     Args:
         model (`str`):
             Name of the model, as the server knows it.
         base_url (`str` or `Sequence[str]`, *optional*, defaults to `"http://localhost:8000"`):
-            Address of the server, with or without `/v1`, or those of several servers with the same model, which share the
-            work and stand in for each other.
+            Address of the server, with or without `/v1`. Several servers with the same model share the work and stand
+            in for each other.
         spec ([`PRMSpec`], *optional*):
             The model's layout. By default what its config says; see [`PRMJudge`].
         tokenizer (`str` or `PreTrainedTokenizerBase`, *optional*):
             The model's tokenizer, or the Hub id or folder that has it and the config. Defaults to `model`.
-        threshold (`float`, *optional*):
-            A step is wrong when its score is below this. Defaults to the spec's.
-        known_wrong_rule (`str`, *optional*, defaults to `"threshold"`):
+        threshold, known_wrong_rule (`float` and `str`, *optional*):
             See [`PRMJudge`].
         positive_index (`int`, *optional*):
             Which number of the server's rows belongs to a right step. Defaults to the spec's `positive_label` for token
             classification, and to 0 otherwise: give the server of a causal LM the two ids as `returned_token_ids`, the
             positive one first.
         use_activation (`bool`, *optional*, defaults to `True`):
-            Whether the server turns logits into probabilities. With `False` it is asked not to, and the spec's activation
-            is applied here.
-        api_key_env (`str`, *optional*, defaults to `"VLLM_API_KEY"`):
-            Name of the environment variable that holds the key, if the server wants one. The key itself is never an
-            argument, so that it appears in no config, log or model card.
-        max_concurrency (`int`, *optional*, defaults to `32`):
-            Requests under way at the same time, per server and process.
-        timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds that one request may take.
-        batch_deadline (`float`, *optional*, defaults to `300.0`):
-            Seconds that one batch may take; the rest is abstained on. Keep it below the process group's timeout.
+            Whether the server turns logits into probabilities. With `False` it is asked not to, and the spec's
+            activation is applied here.
         revision (`str`, *optional*):
             Branch, tag or commit of the tokenizer and the config on the Hub.
-        max_retries (`int`, *optional*, defaults to `2`):
-            See [`OpenAIJudge`].
-        breaker_failures (`int`, *optional*, defaults to `8`):
-            See [`OpenAIJudge`].
-        breaker_seconds (`float`, *optional*, defaults to `30.0`):
+        api_key_env (`str`, *optional*, defaults to `"VLLM_API_KEY"`):
+            Name of the environment variable that holds the key, if the server wants one. See [`OpenAIJudge`].
+        max_concurrency, timeout, batch_deadline, max_retries, breaker_failures, breaker_seconds (*optional*):
             See [`OpenAIJudge`].
 
     Raises:
         ImportError: If the package `aiohttp` is not installed.
-        TypeError: If `base_url` is neither an address nor a list of addresses.
-        ValueError: If the tokenizer or the config cannot be loaded or do not go with the spec, or another argument is
-            out of its range.
+        TypeError, ValueError: If the tokenizer or the config cannot be loaded or do not go with the spec, or another
+            argument is of a wrong type or out of its range.
     """
 
     def __init__(
@@ -97,12 +80,8 @@ class VLLMPoolingJudge(StepScorer):
         breaker_failures: int = 8,
         breaker_seconds: float = 30.0,
     ) -> None:
-        if known_wrong_rule not in KNOWN_WRONG_RULES:
-            raise ValueError(
-                f"known_wrong_rule={known_wrong_rule!r} is unknown: it must be one of {list(KNOWN_WRONG_RULES)}."
-            )
         self.model = model
-        self.known_wrong_rule = known_wrong_rule
+        self.known_wrong_rule = checked_rule(known_wrong_rule)
         self.use_activation = use_activation
         self.revision = revision
         self.servers = Servers(
@@ -114,7 +93,8 @@ class VLLMPoolingJudge(StepScorer):
                 longest_answer=1 << 28,
                 if_too_long="The completion is too long for the server: start it with a larger --max-model-len.",
                 if_not_found=f"Check base_url, model={model!r}, and that the server runs with --runner pooling.",
-                request_format=_FORMAT,
+                # Nothing that a server could refuse and that could be left out
+                request_format=RequestFormat(output="text", temperature=False, length_key=""),
                 api_key_env=api_key_env,
                 max_concurrency=max_concurrency,
                 timeout=timeout,
@@ -127,19 +107,24 @@ class VLLMPoolingJudge(StepScorer):
         config = None
         source = model if tokenizer is None else tokenizer
         if isinstance(source, str | os.PathLike):
-            tokenizer, config = _load_tokenizer(str(source), revision)
+            from transformers import AutoConfig, AutoTokenizer
+
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision)
+                config = AutoConfig.from_pretrained(str(source), revision=revision)
+            except Exception as error:
+                raise ValueError(
+                    f"the tokenizer and config of {str(source)!r} could not be loaded: {error} They are needed here, "
+                    "because token ids are sent. Give `tokenizer`: the Hub id or folder that has them."
+                ) from error
         if spec is None:
             if config is None:
-                raise ValueError(
-                    "spec=None, and a loaded tokenizer has no config that could tell it. Give `spec`, or the tokenizer "
-                    "by its Hub id or folder."
-                )
+                raise ValueError("spec=None, and a loaded tokenizer has no config. Give `spec`, or a Hub id.")
             spec = PRMSpec.from_config(config)
         self.spec = spec
         if threshold is not None:
             self.threshold = threshold
-        limit = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
-        self.encoder = PRMEncoder(tokenizer, spec, limit)
+        self.encoder = PRMEncoder(tokenizer, spec, None if config is None else context_length(config))
         if positive_index is None:
             positive_index = spec.positive_label if spec.head == "token_classification" else 0
         self.positive_index = positive_index
@@ -150,23 +135,15 @@ class VLLMPoolingJudge(StepScorer):
 
     @property
     def cache_key(self) -> str:
-        """What a cache knows this judge by: all that its verdicts depend on."""
-        spec = json.dumps({**self.spec.to_config(), "max_length": self.encoder.max_length}, sort_keys=True)
         options = f"known_wrong_rule={self.known_wrong_rule}, positive_index={self.positive_index}"
-        return f"VLLMPoolingJudge({self.model}, {self.revision}, {options}) {spec}"
+        return f"VLLMPoolingJudge({self.model}, {self.revision}, {options}) {self._layout_text()}"
 
-    def score_steps(self, items: Sequence[JudgeItem]) -> list[list[float] | str]:
-        results: list[list[float] | str] = [[] for _ in items]
-        requests: dict[int, Request[list[float] | str]] = {}
-        for i, (item, one) in enumerate(zip(items, self.encoder.encode(items), strict=True)):
-            if isinstance(one, Exception):
-                results[i] = f"the completion could not be encoded: {type(one).__name__}: {one}"
-            elif one.positions:
-                requests[i] = self._request(item, one)
-        answers = self.servers.ask(list(requests.values()))
-        for i, answer in zip(requests, answers, strict=True):
-            results[i] = answer.text if isinstance(answer, RequestFailed) else answer
-        return results
+    def _score_encoded(
+        self, items: Sequence[JudgeItem], encoded: dict[int, EncodedSteps]
+    ) -> dict[int, list[float] | str]:
+        answers = self.servers.ask([self._request(items[i], one) for i, one in encoded.items()])
+        scores = [answer.text if isinstance(answer, RequestFailed) else answer for answer in answers]
+        return dict(zip(encoded, scores, strict=True))
 
     def _request(self, item: JudgeItem, encoded: EncodedSteps) -> Request[list[float] | str]:
         body = {
@@ -205,10 +182,7 @@ class VLLMPoolingJudge(StepScorer):
 
     def _score(self, row: list[float]) -> float:
         if self.spec.head == "causal_lm" and len(row) != 2:
-            raise ValueError(
-                f"the server gave {len(row)} numbers per row where the two verdict tokens' are wanted: start it with "
-                "returned_token_ids"
-            )
+            raise ValueError(f"the server gave {len(row)} numbers per row, not 2: start it with returned_token_ids")
         value = float(row[self.positive_index])
         if not self.use_activation:
             if self.spec.activation == "sigmoid":
@@ -216,22 +190,5 @@ class VLLMPoolingJudge(StepScorer):
             largest = max(row)
             return math.exp(value - largest) / sum(math.exp(other - largest) for other in row)
         if not math.isnan(value) and not 0 <= value <= 1:
-            raise ValueError(
-                f"the server gave {value:.3g}, which is no probability: its model applies no activation; use "
-                "use_activation=False"
-            )
+            raise ValueError(f"the server gave {value:.3g}, which is no probability: use use_activation=False")
         return value
-
-
-def _load_tokenizer(path: str, revision: str | None) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=revision), AutoConfig.from_pretrained(
-            path, revision=revision
-        )
-    except Exception as error:
-        raise ValueError(
-            f"the tokenizer and config of {path!r} could not be loaded: {error} They are needed here, because the "
-            "server is sent token ids. Give `tokenizer`: the Hub id or folder that has them."
-        ) from error

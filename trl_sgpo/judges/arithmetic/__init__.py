@@ -1,11 +1,6 @@
 r"""
 A judge that needs no model: it recomputes the arithmetic that the steps spell out.
 
-It is a strict reader. Each link of each chain `a = b = c` is checked with exact rationals, if both sides are surely
-understood. Anything else ends the link: a variable, an unknown word, another unit, a function, a mixed number. The judge
-finds few errors in prose, and what it names is an error. It does not read the problem, does no algebra, and does not ask
-whether the right quantities were combined.
-
 Numbers, depth, length and exponents are bounded, and each pass is linear, because a policy may write anything. The
 expression for tokens has possessive or bounded repetitions only: it never goes back in the text.
 """
@@ -24,15 +19,19 @@ class ArithmeticJudge(StepJudge):
     r"""
     Finds the first step in which a spelled-out calculation is wrong. It has no parameters and needs no model.
 
+    It is a strict reader. Each link of each chain `a = b = c` is checked with exact rationals, if both sides are
+    surely understood. Anything else ends the link: a variable, an unknown word, another unit, a function, a mixed
+    number. The judge finds few errors in prose, and what it names is an error. It does not read the problem, does no
+    algebra, and does not ask whether the right quantities were combined.
+
     It reads `+ - * / × · ÷ ^ **`, brackets, `2(3)`, fractions, percentages, money, thousands separators, the LaTeX of
-    fractions and products (`\frac`, `\times`, `\cdot`, `\div`, `\text`, `\boxed`), the same unit word after each number
-    and GSM8K's calculator marks `<<48/2=24>>24`. A right-hand side holds if it is the exact value, or the value rounded
-    or truncated at its last digit. A capital letter that an earlier step set to a computed number, as in
+    fractions and products (`\frac`, `\times`, `\cdot`, `\div`, `\text`, `\boxed`), the same unit word after each
+    number and GSM8K's calculator marks `<<48/2=24>>24`. A right-hand side holds if it is the exact value, or the value
+    rounded or truncated at its last digit. A capital letter that an earlier step set to a computed number, as in
     `A = 3 + 4 = 7`, may be used later.
 
-    The verdict is an error at the first step with a link that does not hold. It is "no error" if at least one link was
-    checked and all hold, and an abstention if there was nothing to check. "No error" says that the arithmetic is right,
-    not that the solution is.
+    The verdict is "no error" if at least one link was checked and all hold, and an abstention if there was nothing to
+    check. "No error" says that the arithmetic is right, not that the solution is.
 
     Example:
 

@@ -44,7 +44,7 @@ class Reader:
         self.negate = negate  # the sign of a list's item, if it was a minus
         self.european = False
         self.depth = self.operations = 0
-        self.uncertain = self.percent = self.coarse = self.named = self.used_x = False
+        self.uncertain = self.percent = self.coarse = self.named = False
         self.words: list[str] = []  # all words that are read over
         self.units: list[str] = []
         self.rates: list[str] = []
@@ -97,29 +97,24 @@ class Reader:
         while True:
             before = self.tokens[self.end - 1]
             token, follow = self.peek(), self.peek(1)
+            symbol = "*"
             if token.kind == "o" and token.text in "*/":
                 symbol = token.text
-                self.end += 1
-            elif token.text == "of" and before.text == "%" and follow.kind == "n":
-                symbol = "*"
-                self.end += 1
             elif token.kind == "v" and token.text in "xX":
                 if before.kind not in "n)" or token.start == before.end or token.end == follow.start:
                     raise _Skip
                 # "4 x -2" and "4 x (2)" may be products
                 self.uncertain |= self.memory.x_is_unknown or follow.kind != "n"
-                self.used_x = True
                 if follow.kind not in ("n", "(") and not (follow.text == "-" and self.peek(2).start == follow.end):
                     raise _Skip
-                symbol = "*"
-                self.end += 1
             elif token.kind == "(" and before.kind in "n)":
                 if divided:
                     raise _Skip  # 1 / 2(3)
                 self.uncertain |= token.start > before.end and before.kind == "n"
-                symbol = "*"
-            else:
+            elif token.text != "of" or before.text != "%" or follow.kind != "n":
                 return left
+            if token.kind != "(":
+                self.end += 1
             if not self.depth:
                 self.prefixes.append(left.value)
             powers = self.tokens[self.end : self.end + 2]

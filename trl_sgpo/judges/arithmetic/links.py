@@ -1,26 +1,17 @@
 """The links of the chains `a = b = c` in one step: where their sides begin and end, and whether they agree."""
 
 from fractions import Fraction
+from itertools import takewhile
 
 from trl_sgpo.judges.arithmetic.expression import MAX_TOKENS, MAX_UNIT_WORDS, ZERO, Memory, Reader
-from trl_sgpo.judges.arithmetic.tokens import (
-    CONNECTORS,
-    CONVERTIBLE,
-    END,
-    SCALES,
-    TAKES_PART,
-    Token,
-    stem,
-    tokenize,
-    words_of,
-)
+from trl_sgpo.judges.arithmetic.tokens import CONNECTORS, END, SCALES, TAKES_PART, UNITS, Token, stem, tokenize, vocab
 
 
 _FACTORS = {3, 4, 7, 8, 10, 12, 16, 24, 30, 36, 52, 60, 100, 365, 1000, 1440, 1760, 2000, 3600, 5280}
-_TOTALS = words_of("sum total result value cost equation product difference")
-_ARTICLES = words_of("the a an these those all that first remaining other")
+_TOTALS = vocab("sum total result value cost equation product difference")
+_ARTICLES = vocab("the a an these those all that first remaining other")
 # Around a link these say that it is not meant as an equality of numbers
-_DOUBT = words_of(
+_DOUBT = vocab(
     "mod modulo remainder rem r base not false contradiction impossible incorrect wrong incorrectly contradicts mistake "
     "isn't doesn't unequal binary octal hexadecimal rounded rounding equiv pmod bmod ne neq ≡ ≠"
 )
@@ -74,8 +65,7 @@ def _check_tokens(text: str, tokens: list[Token], memory: Memory) -> str:
             name = ""
         elif name:
             last = after == len(tokens) or tokens[after].kind not in "=~"
-            computed = right.literal is not None and not first and right.literal.decimals == 0
-            if last and computed:
+            if last and not first and right.literal is not None and right.literal.decimals == 0:
                 memory.names[name] = right.number.value
         subject = [token.text for token in tokens[before + 1 : here]] if first and here - before < 16 else []
         if right is not None and tokens[here - 1].kind == "w" and subject:
@@ -198,10 +188,7 @@ def _read_right(tokens: list[Token], start: int, stop: int, memory: Memory) -> R
         return None
     if CONNECTORS.isdisjoint(words) and end < stop and tokens[end].kind in "on":
         return None  # 3 hours 30 minutes, 1 and 1/3
-    for word in words:
-        if word in CONNECTORS or word == "and":
-            break
-        side.words.append(stem(word))
+    side.words += map(stem, takewhile(lambda word: word not in CONNECTORS and word != "and", words))
     return side
 
 
@@ -248,14 +235,10 @@ def _other_units(text: str, left: Reader, right: Reader) -> bool:
         len(units) > 1
         or {*left.rates, *right.rates} - cancelled
         or (units and right.words and units.isdisjoint(right.words))
+        or (right.operations and len({*right.units} - cancelled) > 1)
+        or ("$" in text and not words.isdisjoint(("cent", "penny", "pennie", "nickel", "dime", "quarter")))
+        or len(convertible := (words & UNITS) - cancelled) > 1
     ):
-        return True
-    if right.operations and len({*right.units} - cancelled) > 1:
-        return True
-    if "$" in text and not words.isdisjoint(("cent", "penny", "pennie", "nickel", "dime", "quarter")):
-        return True
-    convertible = (words & CONVERTIBLE) - cancelled
-    if len(convertible) > 1:
         return True
     small, large = sorted((abs(left.number.value), abs(right.number.value)))
     factor = Fraction(large) / small if small else ZERO
@@ -270,14 +253,11 @@ def _agree(left: Reader, right: Reader, approximate: bool, memory: Memory) -> bo
         slack += Fraction(abs(a.value)) / 200  # who writes "about" does not claim the last digit
     if abs(a.value - b.value) <= slack or (percent and (a.value * 100 == b.value or a.value == b.value * 100)):
         return True
-    if right.literal is None and left.literal is None:
+    literal = right.literal or left.literal
+    if literal is None:
         # 1/3 * 30 = 0.33 * 30: the fractions of the second side may be rounded
         return (approximate or right.coarse) and 100 * abs(a.value - b.value) <= abs(a.value)
-    if right.literal is not None:
-        literal, exact, written = right.literal, a.value, b.value
-    else:
-        assert left.literal is not None
-        literal, exact, written = left.literal, b.value, a.value
+    exact, written = (b.value, a.value) if right.literal is None else (a.value, b.value)
     shown = literal.value if written >= 0 else -literal.value
     for scale in (1, 100) if percent else (1,):
         target = exact * scale
@@ -306,8 +286,5 @@ def _reason(text: str, left: Reader, right: Reader) -> str:
     pieces = [text[tokens[a].start : tokens[b - 1].end][:200] for a, b in ends]
     written = " ".join(" = ".join(pieces).split())
     value = left.number.value
-    if value.denominator == 1:
-        shown = str(value.numerator)
-    else:
-        shown = f"{float(value):.6g}" if abs(value) < 10**15 else f"{value.numerator}/{value.denominator}"
+    shown = str(value) if value.denominator == 1 or abs(value) >= 10**15 else f"{float(value):.6g}"
     return f"{written} (is {shown[:60]})"

@@ -1,9 +1,4 @@
-"""
-From the text of a step to numbers, operators, words and ends of sentences.
-
-The expression for tokens has possessive or bounded repetitions only, so it never goes back in the text, because a policy
-may write anything.
-"""
+"""From the text of a step to numbers, operators, words and ends of sentences."""
 
 import re
 from fractions import Fraction
@@ -14,7 +9,7 @@ MAX_DIGITS = 30
 
 
 class Number(NamedTuple):
-    """A number as it was written. A whole one is an `int`, because that is faster and has all that a `Fraction` has."""
+    """A number as it was written. A whole one is an `int`: it is faster, and has all that is used of a `Fraction`."""
 
     value: Fraction
     decimals: int = 0
@@ -24,14 +19,7 @@ _SWAPPED = str.maketrans(",.", ".,")
 
 
 def read_number(text: str, european: bool = False) -> Number | None:
-    """
-    The number that digits, points and commas mean, or `None`. `european` reads `1.234,5` instead of `1,234.5`.
-
-    ```python
-    >>> read_number("1,234.50"), read_number("1,2,3")
-    (Number(value=Fraction(2469, 2), decimals=2), None)
-    ```
-    """
+    """The number that digits, points and commas mean, or `None`. `european` reads `1.234,5` instead of `1,234.5`."""
     if len(text) > MAX_DIGITS + MAX_DIGITS // 3:
         return None
     whole, point, decimals = (text.translate(_SWAPPED) if european else text).partition(".")
@@ -83,29 +71,29 @@ _COMMANDS |= dict.fromkeys(("quad", "qquad", "Rightarrow", "implies", "rightarro
 _ENVIRONMENTS = ("align", "equation", "gather", "split", "multline", "eqnarray", "document", "center")
 
 
-def words_of(words: str) -> frozenset[str]:
+def vocab(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
 # With two of these in a link, or with one and sides that differ by a factor, the numbers need not agree
-CONVERTIBLE = words_of(
+UNITS = vocab(
     "second sec minute min hour hr h day week weekday weekend month year decade century mm cm dm km nm m inch inche foot "
     "feet ft yard yd mile mi meter metre centimeter centimetre millimeter millimetre kilometer kilometre mg kg g gram "
     "kilogram milligram pound lb ounce oz ton tonne ml cl liter litre milliliter millilitre cup pint quart gallon "
     "teaspoon tablespoon tsp tbsp dollar cent penny pennie nickel dime quarter buck usd"
 )
-_ATTACHED = CONVERTIBLE | words_of("lbs hrs mins mph kph")
+_ATTACHED = UNITS | vocab("lbs hrs mins mph kph")
 # These end what stands before them
-CONNECTORS = words_of(
+CONNECTORS = vocab(
     "or is are was were be so then thus hence therefore which that this because since when where if but as we she he they "
     "it i you gives equals equal makes leaves has have get gets calculate"
 )
 # A number before one of these is only a part of what it says
-SCALES = words_of(
+SCALES = vocab(
     "dozen dozens hundred hundreds thousand thousands million millions billion billions trillion pair pairs"
 )
 # Right before or after an expression these take part in the calculation
-TAKES_PART = SCALES | words_of(
+TAKES_PART = SCALES | vocab(
     "of to from by with than between times plus minus twice thrice half double triple quarter third negative mod modulo "
     "log ln sin cos tan sec csc cot arcsin arccos arctan sqrt root gcd lcm max min floor ceil ceiling abs det exp choose "
     "remainder average mean median base square squared cube cubed on least or more less percent divided multiplied"
@@ -136,8 +124,7 @@ def tokenize(text: str) -> tuple[list[Token], list[str]]:
             if len(word) == 1 or last.end == start or text[end : end + 1] != " " or "-" in word:
                 kind = _word_kind(text, word, end, last if last.end == start else END)
         elif kind == "n":
-            if last.end == start and last.kind in ("v", "w", "u"):
-                kind = "u"
+            kind = "u" if last.end == start and last.kind in ("v", "w", "u") else "n"
         elif kind == "silent":
             continue
         elif kind in ("plain", "other"):

@@ -1,7 +1,6 @@
 """
-The token ids of a completion as a process reward model reads it, and the positions of its scores: [`PRMEncoder`].
-
-A tokenizer is enough here: no model is needed.
+The token ids of a completion as a process reward model reads it, and the positions of its scores: [`PRMEncoder`]. A
+tokenizer is enough here: no model is needed.
 """
 
 import re
@@ -18,24 +17,11 @@ _STEP_LABEL = re.compile(r"\s*step\s*\d+\s*[:.)]", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class EncodedSteps:
-    """
-    One completion as the model reads it.
+    """One completion as the model reads it."""
 
-    Args:
-        ids (`list[int]`):
-            Token ids, up to the last score that fits into the model's context.
-        positions (`list[int]`):
-            Indices in `ids` at which the scores are read, in order. There are fewer than `n_steps` if not all steps
-            fit.
-        starts (`list[int]`):
-            Indices in `ids` at which these steps begin.
-        n_steps (`int`):
-            Number of steps of the completion.
-    """
-
-    ids: list[int]
-    positions: list[int]
-    starts: list[int]
+    ids: list[int]  # up to the last score that fits into the model's context
+    positions: list[int]  # indices in `ids` at which the scores are read; fewer than `n_steps` if not all steps fit
+    starts: list[int]  # indices in `ids` at which these steps begin
     n_steps: int
 
 
@@ -46,46 +32,28 @@ class PRMEncoder:
     The ids are joined piece by piece, and the positions are noted on the way. Nothing searches for the separator,
     because the policy may have written one itself. The text of the policy, of tools and of the data set is encoded as
     plain text: it cannot contain a special token or a token of the layout. A model that is trained on these ids is
-    scored on the same ids.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            The model's tokenizer.
-        spec ([`PRMSpec`]):
-            The layout.
-        max_length (`int`, *optional*):
-            Most tokens that the model reads. No limit by default. The spec's own `max_length` has priority.
-
-    Raises:
-        ValueError: If the tokenizer does not go with the spec, for example because it has no suitable chat template.
-
-    Example:
-
-    ```python
-    >>> encoder = PRMEncoder(tokenizer, PRMSpec.preset("trl"))
-    >>> encoded = encoder.encode([JudgeItem("What is 2 + 2?", ("Add them.", "2 + 2 = 5"))])[0]
-    >>> tokenizer.decode([encoded.ids[position] for position in encoded.positions])
-    '\\n\\n'
-    ```
+    scored on the same ids. Raises a `ValueError` if the tokenizer does not go with the spec.
     """
 
     def __init__(self, tokenizer: Any, spec: PRMSpec, max_length: int | None = None) -> None:
         self.tokenizer = tokenizer
         self.spec = spec
-        self.max_length = spec.max_length or max_length
+        self.max_length = spec.max_length or max_length  # of tokens that the model reads; `None`: no limit
         # SentencePiece tokenizers put a space before every text. So a text that stands inside another one is encoded
         # after an anchor. A newline is one, because in their vocabularies it never merges with the text after it
         self._anchor = self._plain("\n")
-        self._has_prefix_space = self._plain("\nx") != self._anchor + self._plain("x")
+        has_prefix_space = self._plain("\nx") != self._anchor + self._plain("x")
+        self._needs_anchor = has_prefix_space and not spec.keep_prefix_space
 
-        if spec.template == "plain":
-            opening, middle, self._after_step, self._after_verdict = "", "", spec.separator, ""
-        elif spec.template == "chat":
-            (opening, middle), self._after_step, self._after_verdict = self._chat_layout(), spec.separator, ""
-        else:
-            opening, self._after_step, self._after_verdict = self._turns_layout()
-            middle = ""
-        trusted = opening + middle + self._after_step + self._after_verdict
+        opening = middle = after_verdict = ""
+        after_step = spec.separator
+        if spec.template == "chat":
+            marks = ["PRMPROBLEM", "PRMSTEPS"]
+            rendered = self._render(list(zip(("user", "assistant"), marks, strict=True)))
+            opening, middle, _ = _split(rendered, marks)  # text after the last score does not change it
+        elif spec.template == "turns":
+            opening, after_step, after_verdict = self._turns_layout()
+        trusted = opening + middle + after_step + after_verdict
         added = tokenizer.added_tokens_decoder.items()
         self._control = {
             id: token.content
@@ -99,13 +67,13 @@ class PRMEncoder:
         bos = tokenizer.bos_token_id if spec.template == "plain" and spec.add_bos else None
         self._opening_ids = ([] if bos is None else [bos]) + self._trusted(opening, first=True)
         self._middle_ids = self._trusted(middle)
-        self._after_step_ids = self._trusted(self._after_step)
-        self._after_verdict_ids = self._trusted(self._after_verdict)
+        self._after_step_ids = self._trusted(after_step)
+        self._after_verdict_ids = self._trusted(after_verdict)
         if spec.read_at == "verdict":
             self._after_verdict_ids = [single_token(tokenizer, spec.positive, "positive"), *self._after_verdict_ids]
         if spec.read_at != "step" and not self._after_step_ids:
             raise ValueError(
-                f"the tokenizer makes no token of the separator {self._after_step!r}, so there is no token at which "
+                f"the tokenizer makes no token of the separator {after_step!r}, so there is no token at which "
                 "the score of a step can be read. Use the tokenizer that the model was trained with."
             )
 
@@ -177,19 +145,10 @@ class PRMEncoder:
         if not text:
             return []
         if not first and self._needs_anchor:
-            return self._without_anchor(
-                self.tokenizer("\n" + text, add_special_tokens=False)["input_ids"],
-                lambda: self.tokenizer(text, add_special_tokens=False)["input_ids"],
-            )
+            ids = list(self.tokenizer("\n" + text, add_special_tokens=False)["input_ids"])
+            if ids[: len(self._anchor)] == self._anchor:
+                return ids[len(self._anchor) :]
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    @property
-    def _needs_anchor(self) -> bool:
-        return self._has_prefix_space and not self.spec.keep_prefix_space
-
-    def _without_anchor(self, ids: Sequence[int], otherwise: Any) -> list[int]:
-        found = list(ids)
-        return found[len(self._anchor) :] if found[: len(self._anchor)] == self._anchor else list(otherwise())
 
     def _as_text(self, texts: Iterable[tuple[str, bool]]) -> dict[tuple[str, bool], list[int]]:
         """Ids of untrusted texts, by the text and whether it comes first. No control token is in them."""
@@ -206,18 +165,17 @@ class PRMEncoder:
             split_special_tokens=True,
         )["input_ids"]
         for key, text, anchor, ids in zip(keys, clean, anchored, encoded, strict=True):
-            own = self._without_anchor(ids, lambda text=text: self._plain(text)) if anchor else list(ids)
+            own = list(ids)
+            if anchor:
+                own = own[len(self._anchor) :] if own[: len(self._anchor)] == self._anchor else self._plain(text)
             # `split_special_tokens` splits the tokens that the tokenizer calls special. Other added tokens stay whole
             given[key] = own if self._control.keys().isdisjoint(own) else self._cut_control_tokens(text)
         return given
 
     def _cut_control_tokens(self, text: str) -> list[int]:
         """
-        Ids of a text in which every control token is cut in two, so that the model reads it letter by letter.
-
-        [`~trl_sgpo.judges.prompt.as_data`] puts a space into control tokens instead. It must, because a chat template
-        or a server tokenises its text again. Here the ids are final, so the text can stay as it is: scores are read
-        from the text that the model was trained on, without additional spaces.
+        Ids of a text in which every control token is cut in two, so that the model reads it letter by letter. The ids
+        are final, so the text needs no additional spaces, as [`~trl_sgpo.judges.prompt.as_data`] must put into it.
         """
         ids: list[int] = []
         rest = [text]
@@ -235,13 +193,6 @@ class PRMEncoder:
             # A stack: the first piece must be on top
             rest += reversed([piece[a:b] for a, b in zip([0, *cuts], ends, strict=True) if a < b])
         return ids
-
-    def _chat_layout(self) -> tuple[str, str]:
-        """The texts that the chat template puts before the problem, and between the problem and the steps."""
-        problem, steps = "PRMPROBLEM", "PRMSTEPS"
-        rendered = self._render([("user", problem), ("assistant", steps)])
-        opening, middle, _ = _split(rendered, [problem, steps])
-        return opening, middle  # text after the last score does not change it
 
     def _turns_layout(self) -> tuple[str, str, str]:
         """The texts that it puts before the first turn, between a step and its verdict, and after the verdict."""

@@ -1,12 +1,10 @@
 """
-A process reward model in this process: every step gets a score, and the first step whose score is below the threshold
-is the error.
+A process reward model in this process.
 
 There is one forward pass per completion, not one per step. The models are causal, so the score of a step does not
 depend on the text after it.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from trl_sgpo.judges.base import JudgeItem
 from trl_sgpo.judges.batches import pad, token_batches
 from trl_sgpo.judges.local_model import LocalModelJudge, context_length
 from trl_sgpo.judges.prm.encoder import EncodedSteps, PRMEncoder
-from trl_sgpo.judges.prm.scores import KNOWN_WRONG_RULES, StepScorer
+from trl_sgpo.judges.prm.scores import StepScorer, checked_rule
 from trl_sgpo.judges.prm.spec import PRMSpec
 
 
@@ -39,29 +37,19 @@ class PRMJudge(LocalModelJudge, StepScorer):
             A step is wrong if its score is below this. Defaults to the spec's. See [`~PRMJudge.calibrate`].
         known_wrong_rule (`str`, *optional*, defaults to `"threshold"`):
             The verdict on a completion that is known to be wrong if no score is below the threshold. `"threshold"`: no
-            error, which [`StepwiseJudge`] treats as an abstention. `"argmin"`: the step with the lowest score is the
-            error. Then the judge always answers, but its answers are less accurate.
+            error, which [`StepwiseJudge`] treats as an abstention. `"argmin"`: the step with the lowest score. Then
+            the judge always answers, but less accurately.
         max_tokens_per_batch (`int`, *optional*, defaults to `16384`):
             Most tokens of one forward pass, with padding. If a batch does not fit into the memory, it is halved.
-        device (`str` or `torch.device`, *optional*):
-            Where the model runs. Defaults to this process's GPU if there is one, else to the CPU. A loaded model stays
-            where it is.
-        dtype (`str` or `torch.dtype`, *optional*):
-            Type of the body's weights. Defaults to bfloat16 on a GPU and float32 elsewhere. A loaded model keeps its
-            own. The head is always in float32.
-        offload (`bool`, *optional*, defaults to `False`):
-            Whether the model waits in the CPU's memory and is moved to the device for every call. This leaves the
-            GPU's memory to the training.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether code from the model's repository may be run. No preset needs it.
-        revision (`str`, *optional*):
-            Branch, tag or commit of the model on the Hub.
+        device, dtype, offload (*optional*):
+            See [`GenerativeJudge`]. `dtype` is the type of the body's weights. The head is always in float32.
+        trust_remote_code, revision (`bool` and `str`, *optional*):
+            See [`GenerativeJudge`]. No preset needs code from the Hub.
 
     Raises:
         TypeError: If `model` is neither a string nor a pair.
         ValueError: If the model cannot be loaded or does not go with the spec, if its config gives no spec, or if
-        another
-            argument is out of its range.
+            another argument is out of its range.
 
     Example:
 
@@ -86,26 +74,15 @@ class PRMJudge(LocalModelJudge, StepScorer):
     ) -> None:
         if spec is not None and not isinstance(spec, PRMSpec):
             raise TypeError(f"spec={spec!r} is no `PRMSpec`. Give `PRMSpec(...)` or `PRMSpec.preset(name)`.")
-        if known_wrong_rule not in KNOWN_WRONG_RULES:
-            raise ValueError(
-                f"known_wrong_rule={known_wrong_rule!r} is unknown: it must be one of {list(KNOWN_WRONG_RULES)}."
-            )
         if not max_tokens_per_batch > 0:
             raise ValueError(f"max_tokens_per_batch={max_tokens_per_batch} must be a positive number of tokens.")
         self.spec: PRMSpec
         self._body: Any
         self._head: torch.nn.Module
         self._given_spec = spec
-        self.known_wrong_rule = known_wrong_rule
+        self.known_wrong_rule = checked_rule(known_wrong_rule)
         self.max_tokens_per_batch = max_tokens_per_batch
-        super().__init__(
-            model,
-            device=device,
-            dtype=dtype,
-            offload=offload,
-            trust_remote_code=trust_remote_code,
-            revision=revision,
-        )
+        super().__init__(model, None, device, dtype, offload, trust_remote_code, revision)
         if threshold is not None:
             self.threshold = threshold
         self._check_fit()
@@ -143,56 +120,45 @@ class PRMJudge(LocalModelJudge, StepScorer):
         if largest >= self._vocabulary_size:
             raise ValueError(
                 f"the tokenizer's id {largest} ({self.tokenizer.convert_ids_to_tokens(largest)!r}) is outside the "
-                f"vocabulary of {self.model_name!r}, which has {self._vocabulary_size} entries. Use the tokenizer "
-                "that the model was trained with."
+                f"vocabulary of {self.model_name!r}, which has {self._vocabulary_size} entries. Use the model's own."
             )
         weight = next(self._head.parameters())
         n_outputs = self._head(weight.new_zeros(1, self._body.config.get_text_config().hidden_size)).shape[-1]
         if self.spec.positive_index >= n_outputs or (self.spec.activation == "softmax" and n_outputs == 1):
             raise ValueError(
                 f"the head of {self.model_name!r} has {n_outputs} outputs, which does not go with "
-                f"head={self.spec.head!r}, positive_label={self.spec.positive_label} and "
-                f"activation={self.spec.activation!r}. With a single output use positive_label=0 and "
-                "activation='sigmoid'."
+                f"head={self.spec.head!r}, positive_label={self.spec.positive_label} and activation="
+                f"{self.spec.activation!r}. With a single output use positive_label=0 and activation='sigmoid'."
             )
 
     @property
     def cache_key(self) -> str:
-        """Identifies this judge in a cache: it holds all that the verdicts depend on."""
-        spec = json.dumps({**self.spec.to_config(), "max_length": self.encoder.max_length}, sort_keys=True)
         version = f"{self.revision}, {self._version}, {self._body.dtype}"
-        return f"PRMJudge({self.model_name}, {version}, known_wrong_rule={self.known_wrong_rule}) {spec}"
+        options = f"{version}, known_wrong_rule={self.known_wrong_rule}"
+        return f"PRMJudge({self.model_name}, {options}) {self._layout_text()}"
 
-    def score_steps(self, items: Sequence[JudgeItem]) -> list[list[float] | str]:
-        results: list[list[float] | str] = [""] * len(items)
-        encoded: dict[int, EncodedSteps] = {}
-        for i, one in enumerate(self.encoder.encode(items)):
-            if isinstance(one, Exception):
-                results[i] = f"the completion could not be encoded: {type(one).__name__}: {one}"
-            elif not one.positions:
-                results[i] = []
-            elif max(one.ids) >= self._vocabulary_size:  # on a GPU this would end the process
+    def _score_encoded(
+        self, items: Sequence[JudgeItem], encoded: dict[int, EncodedSteps]
+    ) -> dict[int, list[float] | str]:
+        results: dict[int, list[float] | str] = {}
+        for i, one in encoded.items():
+            if max(one.ids) >= self._vocabulary_size:  # on a GPU this would end the process
                 results[i] = f"token {max(one.ids)} is outside the model's vocabulary of {self._vocabulary_size}"
-            else:
-                encoded[i] = one
-        if not encoded:
+        lengths = {i: len(one.ids) for i, one in encoded.items() if i not in results}
+        if not lengths:
             return results
         try:
             with self._ready():
-                for batch in token_batches({i: len(one.ids) for i, one in encoded.items()}, self.max_tokens_per_batch):
-                    scored: list[list[float] | str] = self._runner.run(
-                        lambda keys: list(self._forward([encoded[i] for i in keys])),
+                for batch in token_batches(lengths, self.max_tokens_per_batch):
+                    scored = self._run(
+                        lambda keys: self._forward([encoded[i] for i in keys]),
                         batch,
-                        failed=lambda reason: reason,
-                        what=lambda i: f"a completion of {len(encoded[i].ids)} tokens",
-                        name=self.name,
+                        lambda i: f"a completion of {lengths[i]} tokens",
                     )
-                    for i, scores in zip(batch, scored, strict=True):
-                        results[i] = scores
+                    results.update(zip(batch, scored, strict=True))
         except Exception as error:  # the model could not be moved
-            self._runner.show_traceback(self.name)
-            for i in encoded:
-                results[i] = results[i] or f"{type(error).__name__}: {error}"
+            self._show_traceback()
+            return {i: f"{type(error).__name__}: {error}" for i in encoded} | results
         return results
 
     def _forward(self, batch: Sequence[EncodedSteps]) -> list[list[float]]:
@@ -206,12 +172,7 @@ class PRMJudge(LocalModelJudge, StepScorer):
             attention_mask=None if attention_mask.all() else attention_mask.to(self.device),
             use_cache=False,
         ).last_hidden_state
-        logits = self._head(hidden[rows.to(hidden.device), columns.to(hidden.device)].float())
-        return [one.tolist() for one in self._probabilities(logits).cpu().split(counts)]
-
-    def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """From logits of shape `(n_scores, n_labels)` to the probability that each step is right, `(n_scores,)`."""
-        index = min(self.spec.positive_index, logits.shape[-1] - 1)
-        if self.spec.activation == "sigmoid":
-            return logits[:, index].sigmoid()
-        return logits.softmax(dim=-1)[:, index]
+        logits = self._head(hidden[rows.to(hidden.device), columns.to(hidden.device)].float())  # (n_scores, n_labels)
+        shares = logits.sigmoid() if self.spec.activation == "sigmoid" else logits.softmax(dim=-1)
+        scores = shares[:, min(self.spec.positive_index, logits.shape[-1] - 1)]
+        return [one.tolist() for one in scores.cpu().split(counts)]

@@ -53,24 +53,7 @@ class Qwen2ForProcessRewardModel(Qwen2PreTrainedModel):
 def load_body_and_head(
     path: str, config: Any, spec: PRMSpec, tokenizer: Any, **kwargs: Any
 ) -> tuple[PreTrainedModel, nn.Module]:
-    """
-    Loads a model from the Hub or a folder. Call it inside `outside_deepspeed()`.
-
-    Args:
-        path (`str`):
-            Hub id or folder.
-        config (`PretrainedConfig`):
-            Its config.
-        spec ([`PRMSpec`]):
-            Which head it has.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer. It gives the ids of the verdict tokens.
-        kwargs:
-            Arguments of `from_pretrained`.
-
-    Raises:
-        ValueError: If the checkpoint has no such head.
-    """
+    """Loads a model from the Hub or a folder, inside `outside_deepspeed()`. `kwargs` go to `from_pretrained`."""
     if spec.head == "value_head":
         # TRL's `AutoModelForCausalLMWithValueHead` and similar classes save it, with a prefix of the names or without
         verbosity = transformers_logging.get_verbosity()
@@ -96,12 +79,7 @@ def load_body_and_head(
 
 
 def body_and_head(model: Any, spec: PRMSpec, tokenizer: Any) -> tuple[PreTrainedModel, nn.Module]:
-    """
-    The body of a loaded model and a copy of its head in float32.
-
-    Raises:
-        ValueError: If the model has no head of the kind that the spec names.
-    """
+    """The body of a loaded model and a copy of its head in float32. A `ValueError` if it has no such head."""
     if hasattr(model, "get_base_model"):  # PEFT puts its layers into the model, and a wrapper around it
         model = model.get_base_model()
     inner = getattr(model, "pretrained_model", model)  # TRL's models with a value head
@@ -114,9 +92,8 @@ def body_and_head(model: Any, spec: PRMSpec, tokenizer: Any) -> tuple[PreTrained
         head = _verdict_rows(inner, spec, tokenizer)
     if head is None:
         raise ValueError(
-            f"model is a {type(model).__name__}, which has no head for head={spec.head!r}. Such a head is a module "
-            "`score` or `classifier` (token_classification), `v_head` (value_head), or output embeddings "
-            "(causal_lm). Give the spec that the model was trained with."
+            f"model is a {type(model).__name__}, which has no head for head={spec.head!r}: a module `score` or "
+            "`classifier` (token_classification), `v_head` (value_head), output embeddings (causal_lm). Give its spec."
         )
     # A score is compared with a threshold, and bfloat16 has only eight bits for it. The head is small, so float32 is
     # cheap
@@ -150,12 +127,11 @@ def _load_value_head(path: str, revision: str | None) -> nn.Linear:
     tensors = _read_tensors(path, revision, "v_head.summary.")
     if "weight" not in tensors:
         raise ValueError(
-            f"model={path!r} has no weights `v_head.summary.weight`, which are the head for head='value_head'. Give "
-            "the spec that the model was trained with."
+            f"model={path!r} has no weights `v_head.summary.weight`, as head='value_head' needs. Give its own spec."
         )
-    weight, bias = tensors["weight"].float(), tensors.get("bias")
-    head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    head.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias.float()})
+    n_labels, n_inputs = tensors["weight"].shape
+    head = nn.Linear(n_inputs, n_labels, bias="bias" in tensors)
+    head.load_state_dict(tensors)
     return head.eval().requires_grad_(False)
 
 
@@ -165,18 +141,13 @@ def _read_tensors(path: str, revision: str | None, mark: str) -> dict[str, torch
     def find(name: str) -> str | None:
         return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
 
-    for single, index in (
-        ("model.safetensors", "model.safetensors.index.json"),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
+    for single in ("model.safetensors", "pytorch_model.bin"):
         names = [single]
-        index_file = find(index)
-        if index_file is not None:
-            weight_map = json.loads(Path(index_file).read_text())["weight_map"]
+        if (index := find(f"{single}.index.json")) is not None:
+            weight_map = json.loads(Path(index).read_text())["weight_map"]
             names = sorted({file for name, file in weight_map.items() if mark in name})
-        files = [file for file in map(find, names) if file is not None]
         found: dict[str, torch.Tensor] = {}
-        for file in files:
+        for file in filter(None, map(find, names)):
             if file.endswith(".safetensors"):
                 from safetensors import safe_open
 
@@ -196,6 +167,5 @@ def _check_nothing_is_missing(path: str, spec: PRMSpec, info: dict[str, Any]) ->
     if wrong:
         raise ValueError(
             f"model={path!r} lacks weights that head={spec.head!r} needs, or has them in another shape: "
-            f"{', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}. It is no process reward model of that kind. "
-            "Give the spec that it was trained with."
+            f"{', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}. Give the spec that it was trained with."
         )

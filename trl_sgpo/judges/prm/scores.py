@@ -3,12 +3,15 @@ From the scores of the steps to a verdict ([`verdict_from_scores`]), the best th
 ([`best_threshold`]), and the base class of the judges that score steps ([`StepScorer`]).
 """
 
+import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from trl_sgpo.judges.base import JudgeItem, StepJudge, Verdict
+from trl_sgpo.judges.prm.encoder import EncodedSteps, PRMEncoder
 from trl_sgpo.judges.prm.spec import PRMSpec
 
 
@@ -30,23 +33,10 @@ def verdict_from_scores(
     The first step whose score is below the threshold is the error. If no score is below it, there is no error. But if
     some steps have no score, the verdict is then an abstention, because the error may be one of them.
 
-    Args:
-        scores (`Sequence[float]`):
-            Probability that a step is right, for the first steps of the completion, as many as could be scored.
-        n_steps (`int`):
-            Number of its steps.
-        threshold (`float`):
-            A step is wrong if its score is below this.
-        known_wrong (`bool`, *optional*, defaults to `True`):
-            Whether the final answer is known to be wrong.
-        known_wrong_rule (`str`, *optional*, defaults to `"threshold"`):
-            `"argmin"`: if no score is below the threshold and the answer is known to be wrong, the step with the
-            lowest score (the first of several) is the error.
-
-    Returns:
-        `Verdict`: Its confidence is the probability that the model gives it. For an error that is one minus the score
-        of the step, for no error the lowest score of all. An abstention if a score is NaN, or if there are more scores
-        than steps.
+    `scores` are probabilities that a step is right, for the first of `n_steps` steps, as many as could be scored. If
+    the answer is known to be wrong and the rule is `"argmin"`, the verdict is never "no error": without a score below
+    the threshold, the step with the lowest score is the error. The confidence is the probability that the model gives
+    the verdict: one minus the score of the wrong step, or the lowest score of all.
 
     Example:
 
@@ -79,24 +69,12 @@ def verdict_from_scores(
 
 @dataclass(frozen=True)
 class Calibration:
-    """
-    A threshold and its accuracy on labelled rows.
-
-    Args:
-        threshold (`float`):
-            The threshold.
-        f1 (`float`):
-            Harmonic mean of the two accuracies. If all rows are of one kind, it is the accuracy on that kind.
-        accuracy_error (`float` or `None`):
-            Share of the rows with an error whose first error is found exactly.
-        accuracy_correct (`float` or `None`):
-            Share of the rows without an error in which no error is found.
-    """
+    """A threshold and its accuracy on labelled rows."""
 
     threshold: float
-    f1: float
-    accuracy_error: float | None
-    accuracy_correct: float | None
+    f1: float  # harmonic mean of the two accuracies, or the one that there is
+    accuracy_error: float | None  # share of the rows with an error whose first error is found exactly
+    accuracy_correct: float | None  # share of the rows without one in which none is found
 
 
 def best_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> Calibration:
@@ -104,22 +82,11 @@ def best_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> 
     The threshold with the best ProcessBench F1 (arXiv 2412.06559): the harmonic mean of the exact accuracy on rows
     with an error and the accuracy on rows without one.
 
-    The thresholds that judge a row correctly form one interval. For a row with an error it goes from the score of the
-    first wrong step to the lowest score before that step. For a row without an error it goes up to the lowest score of
-    all. A sweep over the ends of these intervals finds the best threshold exactly, in the time of one sort. If several
-    ranges are equally good, the result is the middle of the widest one.
-
-    Args:
-        scores (`Sequence[Sequence[float]]`):
-            Per row, the score of each step.
-        labels (`Sequence[int]`):
-            Per row, the 0-based first wrong step, or -1 for no error.
-
-    Returns:
-        `Calibration`: The threshold in [0, 1], and its accuracies.
-
-    Raises:
-        ValueError: If there are no rows, if rows and labels differ in number, or if a score is outside [0, 1].
+    A row is its steps' scores and a label: the 0-based first wrong step, or -1 for no error. The thresholds that judge
+    a row correctly form one interval. For a row with an error it goes from the score of the first wrong step to the
+    lowest score before that step. For a row without an error it goes up to the lowest score of all. A sweep over the
+    ends of these intervals finds the best threshold exactly, in the time of one sort. If several ranges are equally
+    good, the result is the middle of the widest one.
 
     Example:
 
@@ -130,41 +97,35 @@ def best_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> 
     """
     if not scores or len(scores) != len(labels):
         raise ValueError(
-            f"scores has {len(scores)} rows and labels has {len(labels)}: give one label per row, and at least one "
-            "row."
+            f"scores has {len(scores)} rows and labels has {len(labels)}: give one label per row, and a row at least."
         )
-    changes: dict[float, list[int]] = {}  # per score: change of the hits of both kinds if the threshold passes it
-    hits, totals = [0, 0], [0, 0]  # of rows with an error and without one; the sweep begins below every score
+    changes: tuple[Counter[float], ...] = Counter(), Counter()  # of the hits, if the threshold passes a score
+    hits, totals = [0, 0], [0, 0]  # of rows with an error, and without one
     for row, label in zip(scores, labels, strict=True):
         if not len(row) or not all(0 <= score <= 1 for score in row):
             raise ValueError(
-                f"scores has a row without scores, or with scores that are no probabilities: {list(row)!r}. Leave it "
-                "out."
+                f"scores has a row without scores, or some are no probabilities: {list(row)!r}. Leave it out."
             )
         kind = int(label < 0)
         totals[kind] += 1
-        for score in row:
-            changes.setdefault(float(score), [0, 0])
-        if label < 0:
-            hits[kind] += 1
-            changes[float(min(row))][kind] -= 1
-        elif label < len(row):
-            before = min(row[:label], default=math.inf)
-            if row[label] < before:
-                changes[float(row[label])][kind] += 1
-                if label:
-                    changes[float(before)][kind] -= 1
+        if label < len(row):
+            low = -math.inf if label < 0 else row[label]
+            high = min(row if label < 0 else row[:label], default=math.inf)
+            if low < high:
+                changes[kind][low] += 1
+                changes[kind][high] -= 1
 
     best = (-1.0, 0.0)
     result = Calibration(0.5, 0.0, None, None)
-    ends = sorted(changes)
-    for i, (low, high) in enumerate(zip([0.0, *ends], [*ends, 1.0], strict=True)):
-        if i:
-            hits = [hit + change for hit, change in zip(hits, changes[low], strict=True)]
-            if low >= high:  # no threshold is above a score of 1
-                continue
+    ends = sorted({float(score) for row in scores for score in row})
+    for low, high in zip([-math.inf, *ends], [*ends, 1.0], strict=True):
+        hits = [hit + change[low] for hit, change in zip(hits, changes, strict=True)]
+        if low >= high:  # no threshold is above a score of 1
+            continue
         accuracies = [hit / total if total else None for hit, total in zip(hits, totals, strict=True)]
-        f1 = _harmonic_mean([accuracy for accuracy in accuracies if accuracy is not None])
+        known = [accuracy for accuracy in accuracies if accuracy is not None]
+        f1 = len(known) / sum(1 / accuracy for accuracy in known) if all(known) else 0.0
+        low = max(low, 0.0)
         if (f1, high - low) > best:
             best = (f1, high - low)
             middle = (low + high) / 2
@@ -173,23 +134,46 @@ def best_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> 
     return result
 
 
-def _harmonic_mean(values: Sequence[float]) -> float:
-    return 0.0 if not all(values) else len(values) / sum(1 / value for value in values)
+def checked_rule(known_wrong_rule: str) -> str:
+    """The rule, if there is one of that name."""
+    if known_wrong_rule not in KNOWN_WRONG_RULES:
+        raise ValueError(f"known_wrong_rule={known_wrong_rule!r} is unknown: give one of {list(KNOWN_WRONG_RULES)}.")
+    return known_wrong_rule
 
 
 class StepScorer(StepJudge):
     """
-    Base class of the judges with a process reward model: from scores to verdicts, and the threshold.
+    Base class of the judges with a process reward model: from completions to scores and verdicts, and the threshold.
 
-    A subclass sets `spec` and `known_wrong_rule`, and writes [`~StepScorer.score_steps`].
+    A subclass sets `spec`, `encoder` and `known_wrong_rule`, and writes `_score_encoded`.
     """
 
     spec: PRMSpec
+    encoder: PRMEncoder
     known_wrong_rule: str = "threshold"
+
+    def _score_encoded(
+        self, items: Sequence[JudgeItem], encoded: dict[int, EncodedSteps]
+    ) -> dict[int, list[float] | str]:
+        """By index of the item, the scores of its first steps, or the reason why there are none."""
+        raise NotImplementedError
 
     def score_steps(self, items: Sequence[JudgeItem]) -> list[list[float] | str]:
         """Per item the scores of its first steps, as many as fit into the model, or the reason why there are none."""
-        raise NotImplementedError
+        results: list[list[float] | str] = [[] for _ in items]
+        encoded: dict[int, EncodedSteps] = {}
+        for i, one in enumerate(self.encoder.encode(items)):
+            if isinstance(one, Exception):
+                results[i] = f"the completion could not be encoded: {type(one).__name__}: {one}"
+            elif one.positions:
+                encoded[i] = one
+        for i, scores in self._score_encoded(items, encoded).items():
+            results[i] = scores
+        return results
+
+    def _layout_text(self) -> str:
+        """The layout and the threshold, for a cache."""
+        return json.dumps({**self.spec.to_config(), "max_length": self.encoder.max_length}, sort_keys=True)
 
     @property
     def threshold(self) -> float:
@@ -201,51 +185,32 @@ class StepScorer(StepJudge):
         self.spec = replace(self.spec, threshold=threshold)
 
     def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:
-        verdicts = []
-        for item, scores in zip(items, self.score_steps(items), strict=True):
-            if isinstance(scores, str):
-                verdicts.append(Verdict.abstain(scores))
-            else:
-                verdicts.append(
-                    verdict_from_scores(
-                        scores, len(item.steps), self.threshold, item.known_wrong, self.known_wrong_rule
-                    )
-                )
-        return verdicts
-
-    def scores(self, items: Sequence[JudgeItem]) -> list[list[float]]:
-        """
-        The score of every step, the probability that it is right.
-
-        Args:
-            items (`Sequence[JudgeItem]`):
-                The completions.
-
-        Returns:
-            `list[list[float]]`: Per item one score per step, in order. NaN for steps that could not be scored, for
-            instance because the completion is too long.
-        """
         return [
-            [math.nan] * len(item.steps) if isinstance(scores, str) else _padded(scores, len(item.steps))
+            Verdict.abstain(scores)
+            if isinstance(scores, str)
+            else verdict_from_scores(scores, len(item.steps), self.threshold, item.known_wrong, self.known_wrong_rule)
             for item, scores in zip(items, self.score_steps(items), strict=True)
         ]
 
+    def scores(self, items: Sequence[JudgeItem]) -> list[list[float]]:
+        """
+        Per item, the score of every step: the probability that it is right. NaN for steps that could not be scored,
+        for instance because the completion is too long.
+        """
+        known = [[] if isinstance(scores, str) else scores for scores in self.score_steps(items)]
+        return [own + [math.nan] * (len(item.steps) - len(own)) for item, own in zip(items, known, strict=True)]
+
     def calibrate(self, items: Sequence[JudgeItem], labels: Sequence[int]) -> Calibration:
         """
-        Sets the threshold with the best ProcessBench F1 on labelled completions. See [`best_threshold`].
+        Sets the threshold with the best ProcessBench F1 on labelled completions, and returns it with its accuracies.
+        See [`~trl_sgpo.judges.prm.best_threshold`]. `judge.spec.to_config()` holds it, for the model's config.
 
         Each completion is scored once. A completion is left out if not all of its steps can be scored. Calibrate on
         completions like those that will be judged, but not on those that test the judge.
 
         Args:
-            items (`Sequence[JudgeItem]`):
-                The completions.
-            labels (`Sequence[int]`):
-                Per completion, its 0-based first wrong step, or -1 for no error.
-
-        Returns:
-            `Calibration`: The threshold and its accuracies. `judge.spec.to_config()` holds the new threshold, for the
-            model's config.
+            items, labels (`Sequence[JudgeItem]` and `Sequence[int]`):
+                The completions, and per completion its 0-based first wrong step, or -1 for no error.
 
         Raises:
             ValueError: If labels and items differ in number, or if no completion could be scored in full.
@@ -258,18 +223,9 @@ class StepScorer(StepJudge):
             if scores and not any(map(math.isnan, scores))
         ]
         if not rows:
-            raise ValueError(
-                f"none of the {len(items)} items could be scored in full, so no threshold can be found. The reasons "
-                "are in `judge.judge(items)`."
-            )
-        if len(rows) < len(items):
-            logger.info(
-                "%d of %d items could not be scored in full and are left out.", len(items) - len(rows), len(items)
-            )
+            raise ValueError(f"none of the {len(items)} items could be scored in full: `judge.judge(items)` says why.")
+        if left_out := len(items) - len(rows):
+            logger.info("%d of %d items could not be scored in full and are left out.", left_out, len(items))
         calibration = best_threshold(*zip(*rows, strict=True))
         self.threshold = calibration.threshold
         return calibration
-
-
-def _padded(scores: list[float], length: int) -> list[float]:
-    return scores + [math.nan] * (length - len(scores))

@@ -28,19 +28,19 @@ class PRMSpec:
     Args:
         head (`str`, *optional*, defaults to `"token_classification"`):
             How a hidden state becomes a score. `"token_classification"`: a classifier with one output per label, also
-            the two-layer classifier of Qwen2.5-Math-PRM. `"causal_lm"`: the logits of the tokens `positive` and
-            `negative`. `"value_head"`: a head with a single output.
+            the two-layer one of Qwen2.5-Math-PRM. `"causal_lm"`: the logits of the tokens `positive` and `negative`.
+            `"value_head"`: a head with a single output.
         template (`str`, *optional*, defaults to `"plain"`):
-            `"plain"`: the problem, then the steps, as running text. `"chat"`: the tokenizer's chat template, the
+            `"plain"`: the problem, then the steps, as running text. `"chat"`: the tokenizer's chat template, with the
             problem as the user's message and all steps as the assistant's. `"turns"`: one user's message per step,
             each answered by a verdict token. The problem stands before the first step.
         separator (`str`, *optional*, defaults to `"\\n"`):
-            Text put after every step. The special tokens in it are special tokens. In a problem or a step they are
-            plain text. Empty for the template `"turns"`.
+            Text put after every step. Special tokens are special in it, and plain text in a problem or a step. Empty
+            for the template `"turns"`.
         read_at (`str`, *optional*, defaults to `"separator"`):
-            Where the score of a step is read. `"separator"`: at the last token of the separator. `"step"`: at the last
-            token of the step itself. `"verdict"`: at the position before the verdict token, which predicts it. Then
-            the token `positive` stands in the text after every step, also after a step with a low score.
+            Where the score of a step is read. `"separator"`, `"step"`: at the last token of the separator or the step.
+            `"verdict"`: at the position before the verdict token, which predicts it. Then the token `positive` stands
+            in the text after every step, also after a step with a low score.
         positive, negative (`str`, *optional*, default to `"+"` and `"-"`):
             The verdict tokens for a right and a wrong step, a single token each. For the head `"causal_lm"` only.
         positive_label (`int`, *optional*, defaults to `1`):
@@ -49,21 +49,17 @@ class PRMSpec:
             `"softmax"` over the labels or over the two verdict tokens, or `"sigmoid"` of the one output.
         system (`str`, *optional*):
             The system message. By default the chat template decides. Not for the template `"plain"`.
-        before_first_step, before_next_steps (`str`, *optional*, default to `""`):
-            Text put between the problem and the first step, and before every further step.
-        step_label (`str`, *optional*, defaults to `""`):
-            Text put before every step, for instance `"Step {number}: "`. `{number}` stands for the step's number,
-            counted from 1. A step that begins with such a label itself gets none.
+        before_first_step, before_next_steps, step_label (`str`, *optional*, default to `""`):
+            Text put between the problem and the first step, before every further step, and before every step, such as
+            `"Step {number}: "`. A step that begins with such a label itself gets none.
         add_bos (`bool`, *optional*, defaults to `True`):
             Whether the text begins with the tokenizer's BOS token, if it has one. For the template `"plain"` only.
         keep_prefix_space (`bool`, *optional*, defaults to `False`):
-            SentencePiece tokenizers put a space before every text that they get. By default only the beginning of the
-            text has this space, as if the text was tokenised as a whole. `True`: every problem, step and separator
-            keeps its own space, as in TRL's former `PRMTrainer`. For other tokenizers this makes no difference.
-        threshold (`float`, *optional*, defaults to `0.5`):
-            A step is wrong if its score is below this. In [0, 1].
-        max_length (`int`, *optional*):
-            Most tokens that the model reads. Defaults to what the model's config says.
+            SentencePiece tokenizers put a space before every text. By default only the beginning of the text has it.
+            `True`: every problem, step and separator has its own, as in TRL's former `PRMTrainer`.
+        threshold, max_length (`float` and `int`, *optional*):
+            A step is wrong if its score is below the threshold, in [0, 1], 0.5 by default. Most tokens that the model
+            reads, by default what its config says.
 
     Raises:
         ValueError: If a field has an unknown value, is out of its range, or does not go with another field.
@@ -96,32 +92,23 @@ class PRMSpec:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("head", get_args(Head)),
-            ("template", get_args(Template)),
-            ("read_at", get_args(ReadAt)),
-            ("activation", get_args(Activation)),
-        ):
+        literals = {"head": Head, "template": Template, "read_at": ReadAt, "activation": Activation}
+        for name, choices in ((name, get_args(literal)) for name, literal in literals.items()):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name}={value!r} is unknown: it must be one of {list(choices)}.")
-        if (
-            isinstance(self.threshold, bool)
-            or not isinstance(self.threshold, int | float)
-            or not 0 <= self.threshold <= 1
-        ):
+        is_number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
+        if not (is_number and 0 <= self.threshold <= 1):
             raise ValueError(
                 f"threshold={self.threshold!r} must be a number in [0, 1]. A score is a probability, and a step is "
                 "wrong if its score is below the threshold. Find a threshold with `PRMJudge.calibrate`, or use 0.5."
             )
         if self.max_length is not None and not self.max_length > 0:
-            raise ValueError(
-                f"max_length={self.max_length} must be a positive number of tokens, or None for the model's own limit."
-            )
+            raise ValueError(f"max_length={self.max_length} must be a positive number of tokens, or None.")
         if self.head == "value_head" and self.activation != "sigmoid":
             raise ValueError(
-                f"activation={self.activation!r} does not go with head='value_head'. This head has a single output, "
-                "and the softmax of one output is always 1. Use activation='sigmoid'."
+                f"activation={self.activation!r} does not go with head='value_head': it has one output, and the "
+                "softmax of one output is always 1. Use activation='sigmoid'."
             )
         if self.head == "causal_lm" and self.activation != "softmax":
             raise ValueError(
@@ -152,14 +139,13 @@ class PRMSpec:
             ) from error
         if self.template == "plain" and self.system is not None:
             raise ValueError(
-                f"system={self.system!r} does not go with template='plain', because a plain text has no messages. Use "
-                "template='chat', or leave system out."
+                f"system={self.system!r} does not go with template='plain', which has no messages: use template='chat'"
             )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "PRMSpec":
         """
-        The spec of a known family of models, with changes if there are any.
+        The spec of a known family of models.
 
         Args:
             name (`str`):
@@ -168,27 +154,16 @@ class PRMSpec:
                 (Skywork-o1-Open-PRM).
             changes:
                 Fields of the spec that differ, for instance `threshold=0.3`.
-
-        Raises:
-            ValueError: If the name is unknown, or the changed spec is not valid.
         """
         if name not in PRESETS:
-            raise ValueError(
-                f"name={name!r} is no preset. The presets are {list(PRESETS)}. Give one of them, or a `PRMSpec(...)`."
-            )
+            raise ValueError(f"name={name!r} is no preset. The presets are {list(PRESETS)}. Or give a `PRMSpec(...)`.")
         return replace(PRESETS[name], **changes)
 
     @classmethod
     def from_config(cls, config: Any) -> "PRMSpec":
         """
-        The spec of a model: the one in its config under `"prm_spec"`, else the preset of its architecture or its name.
-
-        Args:
-            config (`PretrainedConfig` or `Mapping`):
-                The model's config, or the contents of its `config.json`.
-
-        Raises:
-            ValueError: If the config gives no spec, or an invalid one.
+        The spec of a model, from its config (a `PretrainedConfig`, or the contents of `config.json`): the one under
+        `"prm_spec"`, else the preset of its architecture or name. A `ValueError` if it gives none, or an invalid one.
         """
         values = config if isinstance(config, Mapping) else config.__dict__
         given = values.get(CONFIG_KEY)
@@ -204,12 +179,12 @@ class PRMSpec:
         architectures = [str(name) for name in values.get("architectures") or []]
         path = str(values.get("_name_or_path") or "")
         # The architecture says more than a name. Of a path only the end is the model's name
-        for preset, marks in _MARKS.items():
-            if any(name.endswith(mark) for name in architectures for mark in marks.architectures):
+        for mark, preset in _ARCHITECTURES.items():
+            if any(name.endswith(mark) for name in architectures):
                 return cls.preset(preset)
         name = "/".join(path.lower().rstrip("/").split("/")[-2:])
-        for preset, marks in _MARKS.items():
-            if any(all(word in name for word in words) for words in marks.names):
+        for words, preset in _NAMES.items():
+            if all(word in name for word in words):
                 return cls.preset(preset)
         raise ValueError(
             f"spec=None, and the config of {path or 'this model'!r} (architectures {architectures}) does not say how "
@@ -227,14 +202,6 @@ class PRMSpec:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Marks:
-    """How a family is recognised: ends of architecture names, and sets of words that all occur in a model's name."""
-
-    architectures: tuple[str, ...] = ()
-    names: tuple[tuple[str, ...], ...] = ()
-
-
 PRESETS: dict[str, PRMSpec] = {
     "qwen2.5-math-prm": PRMSpec(
         template="chat",
@@ -243,20 +210,21 @@ PRESETS: dict[str, PRMSpec] = {
     ),
     "trl": PRMSpec(separator="\n", keep_prefix_space=True),
     "math-shepherd": PRMSpec(
-        head="causal_lm",
-        separator=" ки",
-        before_first_step=" ",
-        before_next_steps="\n",
-        step_label="Step {number}: ",
+        head="causal_lm", separator=" ки", before_first_step=" ", before_next_steps="\n", step_label="Step {number}: "
     ),
     "rlhflow": PRMSpec(head="causal_lm", template="turns", separator="", read_at="verdict", before_first_step=" "),
     "skywork": PRMSpec(head="value_head", separator="\n", activation="sigmoid", before_first_step="\n"),
 }
 
-_MARKS: dict[str, _Marks] = {
-    "qwen2.5-math-prm": _Marks(architectures=("ForProcessRewardModel",)),
-    "skywork": _Marks(architectures=("ForPrmModel",), names=(("skywork", "prm"),)),
-    "math-shepherd": _Marks(names=(("math-shepherd", "prm"),)),
-    "rlhflow": _Marks(names=(("rlhflow", "prm"), ("llama3.1-8b-prm",))),
-    "trl": _Marks(architectures=("ForTokenClassification",)),
+# How a family is recognised: by the end of an architecture's name, and by words that all occur in a model's name
+_ARCHITECTURES = {
+    "ForProcessRewardModel": "qwen2.5-math-prm",
+    "ForPrmModel": "skywork",
+    "ForTokenClassification": "trl",
+}
+_NAMES = {
+    ("skywork", "prm"): "skywork",
+    ("math-shepherd", "prm"): "math-shepherd",
+    ("rlhflow", "prm"): "rlhflow",
+    ("llama3.1-8b-prm",): "rlhflow",
 }
