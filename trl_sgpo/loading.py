@@ -24,7 +24,7 @@ JUDGE_NAMES = {
 }
 
 # Arguments of StepwiseJudge that are functions, so that a file names them by their dotted paths
-_FUNCTIONS_OF_STEPWISE_JUDGE = {"segmenter"}
+_FUNCTIONS_OF_STEPWISE_JUDGE = {"problem", "segmenter"}
 
 _DATA_FILE_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 

@@ -1,3 +1,6 @@
+import asyncio
+import signal
+import sqlite3
 import threading
 from asyncio import CancelledError
 from functools import partial
@@ -85,14 +88,81 @@ def test_what_was_left_behind_stops():
 
 
 def test_code_that_wants_the_main_thread(caplog):
-    import signal
-
     def judge(problem, steps):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
     assert status(CallableJudge(judge).judge([ITEM])) == [("abstain", None)]
     assert "batch_deadline=None" in caplog.text
     assert status(CallableJudge(judge, batch_deadline=None).judge([ITEM])) == [("no_error", None)]
+
+
+def raised_differently(original):
+    """As libraries do: in words of their own."""
+    try:
+        original()
+    except Exception as error:
+        raise LookupError("this is not supported here") from error
+
+
+def handles_signals_in_an_event_loop():
+    loop = asyncio.new_event_loop()
+    try:
+        loop.add_signal_handler(signal.SIGUSR1, print)
+        loop.remove_signal_handler(signal.SIGUSR1)
+    finally:
+        loop.close()
+
+
+CONNECTION = sqlite3.connect(":memory:")
+
+
+@pytest.mark.parametrize(
+    "original",
+    [
+        lambda: signal.signal(signal.SIGALRM, signal.SIG_DFL),
+        handles_signals_in_an_event_loop,
+        asyncio.get_event_loop_policy().get_event_loop,
+        lambda: CONNECTION.execute("select 1"),
+    ],
+    ids=["signal", "signal_handler_of_a_loop", "event_loop", "sqlite3"],
+)
+def test_what_is_bound_to_a_thread_is_known_by_what_refused_it(original, caplog):
+    def judge(problem, steps):
+        raised_differently(original)
+        return 0
+
+    asyncio.set_event_loop(loop := asyncio.new_event_loop())
+    try:
+        assert status(CallableJudge(judge).judge([ITEM])) == [("abstain", None)]
+        assert "batch_deadline=None" in caplog.text
+        assert status(CallableJudge(judge, batch_deadline=None).judge([ITEM])) == [("error", 0)]
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+@pytest.mark.parametrize("error", [ValueError("main thread"), KeyError("a"), sqlite3.ProgrammingError("closed")])
+def test_another_failure_gives_no_such_advice(error, caplog):
+    def judge(problem, steps):
+        raise error
+
+    assert status(CallableJudge(judge).judge([ITEM])) == [("abstain", None)]
+    assert "batch_deadline=None" not in caplog.text
+
+
+def test_a_judge_that_uses_math_verify(caplog):
+    """Its timeouts set signals. Without them it runs in the judge's thread, with them in the calling one."""
+    math_verify = pytest.importorskip("math_verify")
+
+    def judge(problem, steps, timeout=3):
+        gold, found = (math_verify.parse(text, parsing_timeout=timeout) for text in ("$4$", "$5$"))
+        return None if math_verify.verify(gold, found, timeout_seconds=timeout) else 1
+
+    assert status(CallableJudge(judge).judge([ITEM])) == [("abstain", None)]
+    assert "batch_deadline=None" in caplog.text
+    assert "parsing_timeout=None" in caplog.text
+    assert status(CallableJudge(judge, batch_deadline=None).judge([ITEM])) == [("error", 1)]
+    assert status(CallableJudge(partial(judge, timeout=None)).judge([ITEM])) == [("error", 1)]
 
 
 def test_without_a_deadline_it_runs_in_the_calling_thread():

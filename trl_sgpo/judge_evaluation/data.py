@@ -134,6 +134,8 @@ def _row(record: Any, place: str, file: str, split: str | None, columns: Sequenc
         raise ValueError(
             f"{place}: it is {type(record).__name__}, not an object with fields. Write one object per solution."
         )
+    from trl_sgpo.judges.base import is_empty
+
     steps = _steps(record, place)
     label = _label(record, place, len(steps))
     missing = [name for name in columns if name not in record]
@@ -141,7 +143,7 @@ def _row(record: Any, place: str, file: str, split: str | None, columns: Sequenc
         raise ValueError(f"{place}: columns={missing} are not there, only {sorted(record)}. Name columns of the data.")
     subset = next((str(record[name]) for name in SUBSET_FIELDS if record.get(name)), split or Path(file).stem)
     source = record.get("source")
-    reference = next((record[name] for name in REFERENCE_FIELDS if record.get(name) is not None), None)
+    reference = next((record[name] for name in REFERENCE_FIELDS if not is_empty(record.get(name))), None)
     return Row(
         id=next((str(record[name]) for name in ID_FIELDS if record.get(name) is not None), place),
         file=file,

@@ -36,6 +36,20 @@ class JudgeItem:
     context: Mapping[int, str] = field(default_factory=dict)
 
 
+def is_empty(value: Any) -> bool:
+    """Whether a value of a dataset says nothing. Zero and `False` do say something."""
+    if hasattr(value, "tolist"):  # NumPy's and torch's
+        value = value.tolist()
+    if value is None or isinstance(value, str):
+        return not (value or "").strip()
+    if isinstance(value, Mapping | list | tuple | set):
+        return all(map(is_empty, value.values() if isinstance(value, Mapping) else value))
+    try:
+        return bool(value != value)  # NaN
+    except (TypeError, ValueError):
+        return str(value) == "<NA>"  # pandas' missing value is neither equal nor unequal
+
+
 @dataclass(frozen=True)
 class Verdict:
     """

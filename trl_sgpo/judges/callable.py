@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import sqlite3
 import threading
 from asyncio import CancelledError
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,9 @@ from trl_sgpo.judges.log_once import LogOnce
 
 
 logger = logging.getLogger(__name__)
+
+# Modules that raise if they are used in another thread than theirs
+_OF_ONE_THREAD = ("signal", "asyncio.events", "asyncio.unix_events")
 
 
 class CallableJudge(StepJudge):
@@ -30,7 +34,8 @@ class CallableJudge(StepJudge):
             Seconds that one batch may take. A completion that is not judged by then is an abstention, so a function
             that hangs does not hang the training. Keep it below the process group's timeout. The function runs in a
             thread of its own. `None`: no limit, and the function runs in the calling thread. Code that sets signals
-            needs this, such as the timeouts of `math_verify`.
+            needs this, such as the timeouts of `math_verify` (or switch them off, `parse(..., parsing_timeout=None)`
+            and `verify(..., timeout_seconds=None)`, and keep the deadline).
 
     Raises:
         TypeError: If `function` is not callable, or is a coroutine function.
@@ -100,16 +105,33 @@ class CallableJudge(StepJudge):
             answer = self.function(item.problem, list(item.steps), **columns_for(item.row, self.column_names))
         except (Exception, SystemExit, CancelledError) as error:
             self._log_once.failed(f"The judge {self.name} raised an exception")
-            if "main thread" in str(error):
+            if _is_bound_to_a_thread(error):
                 self._log_once(
-                    "main thread",
-                    f"The judge {self.name} wants the main thread, as code that sets signals does. Give it "
-                    "`CallableJudge(function, batch_deadline=None)`, which runs it there, without a time limit.",
+                    "thread",
+                    f"The judge {self.name} cannot run in the thread {threading.current_thread().name!r}: signals need "
+                    "the main thread, and event loops and connections the thread that made them. Give it "
+                    "`CallableJudge(function, batch_deadline=None)`, which runs it in the calling thread, without a "
+                    "time limit. Or switch off what sets signals: `parse(..., parsing_timeout=None)` and "
+                    "`verify(..., timeout_seconds=None)` of math_verify.",
                 )
             return Verdict.abstain(f"{type(error).__name__}: {error}")
         if isinstance(answer, Verdict):
             return answer
         return Verdict.no_error(len(item.steps)) if answer is None else Verdict.error(answer, len(item.steps))
+
+
+def _is_bound_to_a_thread(error: BaseException | None) -> bool:
+    """Whether a failure, or one that it was made of, comes from something that works in some thread only."""
+    while error is not None:
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        raised_in = frame.tb_frame.f_globals.get("__name__") if frame else None
+        # Libraries put these failures into words of their own, but what refused the thread stands in the chain
+        if raised_in in _OF_ONE_THREAD or (isinstance(error, sqlite3.ProgrammingError) and "thread" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def columns_for(row: Mapping[str, Any], names: Sequence[str] | None) -> dict[str, Any]:

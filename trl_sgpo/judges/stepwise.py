@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from trl_sgpo.groups import TRANSFORMS, rts_to_reward
-from trl_sgpo.judges.base import JudgeItem, StepJudge, Verdict, ask
+from trl_sgpo.judges.base import JudgeItem, StepJudge, Verdict, ask, is_empty
 from trl_sgpo.judges.callable import CallableJudge
 from trl_sgpo.judges.log_once import LogOnce
 from trl_sgpo.steps import (
@@ -89,14 +89,20 @@ class StepwiseJudge:
             What "no error" means for a completion that is known to be wrong. `"abstain"`: the judge missed the error,
             so there is no verdict. Otherwise a judge with little recall would pay for writing many steps.
             `"last_step"`: the last step is the wrong one, for judges that see everything.
-        reference_column (`str`, *optional*, defaults to `"solution"`):
-            The dataset column that holds the reference solution or answer, if there is one.
+        reference_column (`str`, *optional*):
+            The dataset column that holds the reference solution or answer. Defaults to `"solution"`, if there is one. A
+            row whose value is empty (`None`, NaN, only white space, an empty list) has no reference. If a column that
+            is named here is in no row, one warning says so.
         include_thinking (`bool`, *optional*, defaults to `False`):
-            Whether steps are cut in `<think>` text too. By default only the text after the thinking is judged, if
-            there is any.
+            Whether steps are cut in thinking too. By default only the text after the thinking is judged, if there is
+            any. See [`~trl_sgpo.steps.judged_region`] for the marks that are known.
+        problem (`Callable`, *optional*):
+            What the judge is told is the problem: `prompt -> text`, called with the prompt as TRL hands it to reward
+            functions, a string or a list of messages. Defaults to [`problem_text`], which takes the last message of
+            the user: write your own for conversations of several turns, or for a passage in the system message.
 
     Raises:
-        TypeError: If `judge` or `segmenter` is of a wrong type.
+        TypeError: If `judge`, `segmenter`, `reference_column` or `problem` is of a wrong type.
         ValueError: If another argument is out of its range, or the segmenter returns overlapping or unordered spans.
 
     Example:
@@ -117,8 +123,9 @@ class StepwiseJudge:
         unit: str = "steps",
         segmenter: Segmenter | None = None,
         no_error: str = "abstain",
-        reference_column: str = "solution",
+        reference_column: str | None = None,
         include_thinking: bool = False,
+        problem: Callable[[Any], str] | None = None,
     ) -> None:
         if isinstance(judge, StepwiseJudge):
             raise TypeError("judge is a `StepwiseJudge` already: put it into `reward_funcs` as it is.")
@@ -151,6 +158,15 @@ class StepwiseJudge:
                     "spans, for instance `lambda text: [(0, 10), (10, len(text))]`."
                 )
             _probe(segmenter)
+        if reference_column is not None and not isinstance(reference_column, str):
+            raise TypeError(
+                f"reference_column={reference_column!r} is no name of a column. Give a string, or None for 'solution'."
+            )
+        if problem is not None and (not callable(problem) or inspect.iscoroutinefunction(problem)):
+            raise TypeError(
+                f"problem={problem!r} is no plain function from a prompt to the problem's text. Give one, for instance "
+                "`lambda prompt: prompt[0]['content']`."
+            )
         self.__name__ = REWARD_NAME  # what TRL calls the column of a callable
         self.beta = beta
         self.gamma = gamma
@@ -158,8 +174,10 @@ class StepwiseJudge:
         self.unit = unit
         self.segmenter = segment if segmenter is None else segmenter
         self.no_error = no_error
-        self.reference_column = reference_column
+        self.reference_column = "solution" if reference_column is None else reference_column
+        self._reference_is_named = reference_column is not None
         self.include_thinking = include_thinking
+        self.problem = problem_text if problem is None else problem
         self._log_once = LogOnce(logger)
 
     def __repr__(self) -> str:
@@ -210,23 +228,31 @@ class StepwiseJudge:
         [`~StepwiseJudge.__call__`], with the dataset rows. If the completions are known to be wrong, every RTS is
         below 1.
         """
+        if self._reference_is_named and rows and not any(self.reference_column in row for row in rows):
+            self._log_once(
+                "reference",
+                f"reference_column={self.reference_column!r} is in no row, so the judge is shown no reference. The "
+                f"columns are {sorted({name for row in rows for name in row})}.",
+            )
         scores: list[StepScore | None] = [None] * len(completions)
         cuts: dict[int, CutCompletion] = {}
         items: list[JudgeItem] = []
         for i, (prompt, completion, row) in enumerate(zip(prompts, completions, rows, strict=True)):
             try:
                 cut = cut_completion(completion, self.segmenter, include_thinking=self.include_thinking)
-                reference = row.get(self.reference_column)
+                problem, reference = self.problem(prompt), row.get(self.reference_column)
+                if not isinstance(problem, str):
+                    raise TypeError(f"`problem` returned {problem!r:.200}, but the judge needs the problem's text")
                 item = JudgeItem(
-                    problem=problem_text(prompt),
+                    problem=problem,
                     steps=cut.steps,
-                    reference=None if reference is None else str(reference),
+                    reference=None if is_empty(reference) else str(reference),
                     known_wrong=known_wrong,
                     row={k: v for k, v in row.items() if k not in ("prompt", "completion", "completion_ids")},
                     context=cut.context,
                 )
             except Exception as error:
-                self._log_once.failed("A completion could not be cut into steps")
+                self._log_once.failed("A completion could not be made ready for the judge")
                 scores[i] = _unscored(Verdict.abstain(f"{type(error).__name__}: {error}"), 0, called=False)
                 continue
             if cut.blank:
@@ -288,7 +314,10 @@ def as_judge(judge: Any, argument: str = "judge") -> StepJudge:
 
 
 def problem_text(prompt: Any) -> str:
-    """The problem that a prompt poses: a string as it is; of a list of messages, the last one of the user."""
+    """
+    The problem that a prompt poses: a string as it is; of a list of messages, the text of the last one of the user.
+    Earlier turns, which may be examples, and the system message are left out, and so are images.
+    """
     if isinstance(prompt, str):
         return prompt
     users = [message for message in prompt if message.get("role") == "user"]

@@ -48,7 +48,7 @@ class SGPOScriptArguments(GRPOScriptArguments):
         default=None,
         metadata={
             "help": 'Arguments of StepwiseJudge, a mapping in YAML, or JSON on the command line: {"gamma": 0.3, "include_thinking": true}. '
-            "A segmenter is given by its dotted path."
+            "`segmenter` and `problem` are given by their dotted paths."
         },
     )
     dataset_map: str | None = field(
