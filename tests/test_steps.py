@@ -347,6 +347,7 @@ HOSTILE = [
     "!", "。", "-", "---\n", "|", "|\n", "|-|\n", "|a|\n|-|\n\n", "```", "```\n", "~~~\n", "$$", "$$\n\n", "\\", "\\[",
     "\\]", "\\begin{", "\\begin{a}", "\\begin{a}\\begin{b}\\end{a}", "\\boxed{", "\\boxed{4}\n", "#", "## a\n", "*",
     "<", "<a ", "<a>", "<a>\n", "</a>\n", "<|a|>\n", "<step>", "<step>\n", "<answer>", "<answer></answer>", "[THINK]\n",
+    "<|channel|>", "<|channel|>commentary ", "assistantfinal", "<think", "</think_a>",
     "\\item ", "\\begin{itemize}", "\\begin{itemize}\\item a\\end{itemize}", "1. a\nWait. ", "Step 1: a\nStep 2: b\n",
     "**a**\n", "_", "Step 1: a\n", "Step 1: ", "a:\n", "The answer is 4.\n", "<think>", "</think>", "(a. B ",
 ]
@@ -535,6 +536,32 @@ def test_odd_messages_never_raise(completion):
         ("It is 4.<think>", "It is 4."),
         ("It is 4.<think></think>", "It is 4."),
         ("<think>\n\n</think>\n", "\n"),
+        # The marks of other families
+        ("<Think>Hm.</Think>It is 4.", "It is 4."),
+        ("<thought>Hm.</thought>It is 4.", "It is 4."),
+        ("<seed:think>Hm.</seed:think>It is 4.", "It is 4."),
+        ("[THINK]Hm.[/THINK]It is 4.", "It is 4."),
+        ("Hm.[/THINK]It is 4.", "It is 4."),
+        ("[THINK]Hm.", "Hm."),
+        ("◁think▷Hm.◁/think▷It is 4.", "It is 4."),
+        ("<|START_THINKING|>Hm.<|END_THINKING|>It is 4.", "It is 4."),
+        ("<|begin_of_thought|>Hm.<|end_of_thought|>It is 4.", "It is 4."),
+        ("<|inner_prefix|>Hm.<|inner_suffix|>It is 4.", "It is 4."),
+        ("<|channel>thought\nHm.<channel|>It is 4.", "It is 4."),
+        ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>It is 4.", "It is 4."),
+        ("<|channel|>analysis<|message|>Hm.", "Hm."),
+        # Channels that have lost their special tokens, and sentences
+        ("analysisWe add.\n\nHm.assistantfinalIt is 4.", "It is 4."),
+        ("analysisHm.assistantanalysisSo.assistantcommentaryf(1)assistantfinalIt is 4.", "It is 4."),
+        ("analysisHm.assistantfinal", "Hm."),
+        ("Here is my thought process: Hm. Here is my response: It is 4.", " It is 4."),
+        # What is no mark
+        ("analysis of it: 4. The assistant is final.", "analysis of it: 4. The assistant is final."),
+        ("So analysisHm.assistantfinalIt is 4.", "So analysisHm.assistantfinalIt is 4."),
+        ("It is 4. Here is my response: 4.", "It is 4. Here is my response: 4."),
+        ("<reasoning>Hm.</reasoning>It is 4.", "<reasoning>Hm.</reasoning>It is 4."),
+        ("<no_think>Hm.</no_think>It is 4.", "<no_think>Hm.</no_think>It is 4."),
+        ("I think <b>4</b> is a thoughtful </rethink> of it.", "I think <b>4</b> is a thoughtful </rethink> of it."),
         ("<think> ", " "),
     ],
 )
@@ -557,7 +584,7 @@ def test_region_holds_no_thinking_before_an_answer(text):
     answer = text.rpartition("</think>")[2]
     if "</think>" in text and answer.strip():
         assert text[start:end] == answer
-    if "think>" not in text:
+    if "think>" not in text and "</thought>" not in text:
         assert (start, end) == (0, len(text))
 
 
@@ -573,6 +600,53 @@ def test_cut_of_a_string():
     assert cut.context == {}
     cut = cut_completion("<think>Hm.\n\nSo.</think>Add.\n\nDouble.", include_thinking=True)
     assert cut.steps == ("<think>Hm.\n\n", "So.</think>Add.\n\n", "Double.")
+
+
+@pytest.mark.parametrize("form", [str, lambda text: [assistant(content=text)]], ids=["string", "message"])
+@pytest.mark.parametrize(
+    ("decoded", "steps"),
+    [
+        ("<think>Hm.\n\nSo.</think>Add.\n\nDouble.", ("Add.\n\n", "Double.")),
+        ("Hm.\n\nSo.</think>\n\nAdd.\n\nDouble.", ("\n\nAdd.\n\n", "Double.")),  # the other mark is in the prompt
+        ("<think>Hm.\n\nSo.", ("Hm.\n\n", "So.")),
+        ("Add.\n\nDouble.", ("Add.\n\n", "Double.")),
+        ("<|channel|>final<|message|>Add. Double.", ("Add. ", "Double.")),
+        ("<|channel>thought\nHm.\n<channel|>Add. Double.", ("Add. ", "Double.")),
+    ],
+)
+def test_marks_that_the_text_has_lost_are_found_in_what_the_ids_decode_to(decoded, steps, form):
+    text = re.sub(r"</?think>|<[|]?(?:channel|message)[|]?>", "", decoded)
+    assert cut_completion(form(text), decoded=decoded).steps == steps
+    assert cut_completion(form(text), decoded=decoded, include_thinking=True).text == decoded
+
+
+@pytest.mark.parametrize(
+    "decoded", [None, "", "<think>Hm.</think>Another text.", "Another text.", "<think>Add.Double.</think>."]
+)
+def test_what_the_ids_decode_to_is_no_other_text(decoded):
+    assert cut_completion("Add.\n\nDouble.", decoded=decoded).steps == ("Add.\n\n", "Double.")
+
+
+def test_calls_stand_where_the_policy_wrote_them():
+    shown = 'f({"x": 1})'
+    turn = assistant(content="So f it is.", tool_calls=[call("f", {"x": 1})])
+    written = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    (after,) = completion_turns([turn], f"So f it is.\n{written}")
+    (before,) = completion_turns([turn], f"{written}\nSo f it is.")
+    assert (after.text, before.text) == (f"So f it is.\n{shown}", f"{shown}\nSo f it is.")
+    for turn in (before, after):
+        assert [turn.text[slice(*span)] for span in turn.written] == ["So f it is."]
+        assert [turn.text[slice(*call.span)] for call in turn.calls] == [shown]
+    completion = [before_turn := assistant(content="Hm.", tool_calls=[call("f", {"x": 2})])]
+    completion += [{"role": "tool", "content": "4"}, assistant(content="So.", tool_calls=[call("f", {"x": 3})])]
+    decoded = "call:f{x:2}Hm.<tool>4</tool>So.call:f{x:3}"
+    assert [turn.text for turn in completion_turns(completion, decoded)] == [
+        'f({"x": 2})\nHm.',
+        "4",
+        'So.\nf({"x": 3})',
+    ]
+    assert completion_turns(completion)[0].text == 'Hm.\nf({"x": 2})'
+    assert completion_turns([before_turn], "Something else.")[0].text == 'Hm.\nf({"x": 2})'
 
 
 def test_cut_of_several_turns():
@@ -765,7 +839,7 @@ def test_examples_in_docstrings(documented):
 
 def test_imports_only_the_standard_library():
     files = sorted(Path(steps.__file__).parent.glob("*.py"))
-    assert len(files) == 4
+    assert len(files) == 6
     for file in files:
         tree = ast.parse(file.read_text(encoding="utf-8"))
         imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

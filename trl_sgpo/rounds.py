@@ -186,15 +186,20 @@ def ask_judge(
     prompts: Sequence[Any],
     completions: Sequence[Any],
     rows: Sequence[Mapping[str, Any]],
+    decode: Callable[[int], str | None] = lambda i: None,
 ) -> list[StepScore | None]:
     """
     The scores of the `wanted` ones among wrong completions, `None` for the others. Texts and rows go in and scores come
-    out, so that it does not matter which rank or thread asks.
+    out, so that it does not matter which rank or thread asks. `decode` gives what the ids of a completion decode to.
     """
     scores: list[StepScore | None] = [None] * len(completions)
     if wanted:
         found = judge.score(
-            [prompts[i] for i in wanted], [completions[i] for i in wanted], [rows[i] for i in wanted], known_wrong=True
+            [prompts[i] for i in wanted],
+            [completions[i] for i in wanted],
+            [rows[i] for i in wanted],
+            known_wrong=True,
+            decoded=[decode(i) for i in wanted],
         )
         for i, score in zip(wanted, found, strict=True):
             scores[i] = score
@@ -209,15 +214,20 @@ def judge_round(
     completions: Sequence[Any],
     rows: Sequence[Mapping[str, Any]],
     gather: Callable[[Tensor], Tensor],
+    decode: Callable[[Sequence[int]], str] | None = None,
 ) -> Judged:
     """
     Each rank asks about its own completions in `to_judge_PG`, and all ranks learn the scores. `prompts`, `completions`
     and `rows` are those of this rank, `gather` gives from its `(B, N)` numbers those of all ranks, `(P * G, N)`. Every
-    rank joins it, with or without anything to ask.
+    rank joins it, with or without anything to ask. `decode` gives the text of a completion's ids.
     """
     start = time.perf_counter()
     wanted = round.local(to_judge_PG).nonzero().flatten().tolist()
-    scores = ask_judge(judge, wanted, prompts, completions, rows)
+
+    def decoded(i: int) -> str | None:
+        return decode(round.completion_ids[i]) if decode is not None and round.completion_ids else None
+
+    scores = ask_judge(judge, wanted, prompts, completions, rows, decoded)
     seconds = time.perf_counter() - start if wanted else 0.0
     lengths = [float(len(ids)) for ids in round.completion_ids] or [math.nan] * len(scores)
     rows_BN = [[*_numbers(score, judge), n, seconds] for score, n in zip(scores, lengths, strict=True)]

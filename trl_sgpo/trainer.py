@@ -177,6 +177,8 @@ class SGPOTrainer(GRPOTrainer):
         self.round_observers: list[Callable[[Round, dict[str, Any]], None]] = []
         self._round: Round | None = None
         self._policy = Policy(self, self.stepwise_judge)
+        if self.treatment.asks_judge and self.accelerator.is_main_process:
+            self._policy.check_thinking()
         self._round_log = RoundLog(
             self._metrics,
             self._logs,
@@ -230,7 +232,9 @@ class SGPOTrainer(GRPOTrainer):
         if self._judge_is_due(round):
             judge, to_judge_PG = cast(StepwiseJudge, self.stepwise_judge), self.treatment.to_judge(round)
             if to_judge_PG.any():
-                round.judged = judge_round(round, to_judge_PG, judge, prompts, completions, inputs, gather)
+                round.judged = judge_round(
+                    round, to_judge_PG, judge, prompts, completions, inputs, gather, self._policy.decode
+                )
                 round.groups = self.treatment.sort(round)
         self._round_log.write(round)
         if self.log_completions:

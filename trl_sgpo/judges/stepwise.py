@@ -222,11 +222,12 @@ class StepwiseJudge:
         completions: Sequence[Any],
         rows: Sequence[Mapping[str, Any]],
         known_wrong: bool = True,
+        decoded: Sequence[str | None] | None = None,
     ) -> list[StepScore]:
         """
         One score per completion, in order. Never raises for what a judge or a segmenter does. The arguments are as in
         [`~StepwiseJudge.__call__`], with the dataset rows. If the completions are known to be wrong, every RTS is
-        below 1.
+        below 1. `decoded` is what the completions' own ids decode to, see [`~trl_sgpo.steps.completion_turns`].
         """
         if self._reference_is_named and rows and not any(self.reference_column in row for row in rows):
             self._log_once(
@@ -237,9 +238,10 @@ class StepwiseJudge:
         scores: list[StepScore | None] = [None] * len(completions)
         cuts: dict[int, CutCompletion] = {}
         items: list[JudgeItem] = []
-        for i, (prompt, completion, row) in enumerate(zip(prompts, completions, rows, strict=True)):
+        texts = [None] * len(completions) if decoded is None else decoded
+        for i, (prompt, completion, row, text) in enumerate(zip(prompts, completions, rows, texts, strict=True)):
             try:
-                cut = cut_completion(completion, self.segmenter, include_thinking=self.include_thinking)
+                cut = cut_completion(completion, self.segmenter, include_thinking=self.include_thinking, decoded=text)
                 problem, reference = self.problem(prompt), row.get(self.reference_column)
                 if not isinstance(problem, str):
                     raise TypeError(f"`problem` returned {problem!r:.200}, but the judge needs the problem's text")

@@ -11,6 +11,7 @@ from trl.trainer.utils import get_callable_name
 
 from trl_sgpo.analysis.sharpening.probe import Sample, Stopwatch
 from trl_sgpo.judges import StepwiseJudge
+from trl_sgpo.policy import Policy
 
 
 class ScoringError(RuntimeError):
@@ -98,7 +99,14 @@ class Scorer:
         rows = [self.rows[sample.prompt_id] for sample in solved]
         for sample in samples:
             sample.process_correct = False
-        scores = judge.score([row["prompt"] for row in rows], [s.completion for s in solved], rows, known_wrong=False)
+        decode = Policy(self.trainer, judge).decode
+        scores = judge.score(
+            [row["prompt"] for row in rows],
+            [sample.completion for sample in solved],
+            rows,
+            known_wrong=False,
+            decoded=[decode(sample.token_ids) for sample in solved],
+        )
         for sample, score in zip(solved, scores, strict=True):
             sample.judged = score.status != "abstain"
             sample.process_correct = score.status == "no_error"
