@@ -373,6 +373,24 @@ def test_time_is_linear(unit):
     pytest.fail(f"{unit!r}: {short:.3f} s for 125 kB and {long:.3f} s for 1 MB")
 
 
+@pytest.mark.parametrize(
+    "unit",
+    ["f", "f(", "f ", "f({}) ", '{"name": "f", "arguments": {', "call:f", "<tool_call>", ")", "{", "<|", "g(1) "],
+)
+def test_time_is_linear_with_many_calls(unit):
+    """The calls of a message are as many as the text has room for."""
+
+    def measure(n_chars: int) -> float:
+        calls = [call("f" if i % 2 else f"g{i}", {"x": i, "y": unit}) for i in range(n_chars // 50)]
+        decoded = unit * (n_chars // len(unit))
+        return seconds(
+            cut_completion, [assistant(content="So it is.", tool_calls=calls)], decoded=decoded + "So it is."
+        )
+
+    short, long = measure(10_000), measure(80_000)
+    assert long < 20 * max(short, 0.01)
+
+
 @pytest.mark.parametrize("unit", ["a", "a ", "a\n", "Ab. ", "$$\n\n", " "])
 def test_time_is_linear_with_small_steps(unit):
     text = unit * (100_000 // len(unit))
@@ -504,11 +522,12 @@ message_fields = st.sampled_from(["role", "content", "reasoning_content", "think
 
 
 @PROPERTY
-@given(st.lists(st.dictionaries(message_fields, json_values), max_size=3))
-def test_odd_messages_never_raise(completion):
+@given(st.lists(st.dictionaries(message_fields, json_values), max_size=3), any_text)
+def test_odd_messages_never_raise(completion, decoded):
     turns = completion_turns(completion)
     assert len(turns) == len(completion)
     assert completion_to_text(completion) == cut_completion(completion).text
+    assert len(cut_completion(completion, decoded=decoded).turns) == len(cut_completion(completion).turns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ So a call is known by the name of its function, and what belongs to it by its ar
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -18,7 +19,11 @@ CALL_TOKEN = re.compile(
     r"<[|｜]?/?tool[_▁]calls?(?:[_▁][\w▁]{1,30})?[|｜]?>|\[/?TOOL_CALLS\]|<[|｜]python_tag[|｜]>|<\|call\|>"
 )
 # What stands directly before the name of a function in the forms of common models
-_BEFORE_NAME = r'(?:"(?:name|function|tool)"\s{0,3}:\s{0,3}"|<function[=_]|<invoke name="|functions\.|call:|<[|｜]?tool_call[|｜]?>\s{0,3})'
+_BEFORE_NAME = re.compile(
+    r'(?:"(?:name|function|tool)"\s{0,3}:\s{0,3}"|<function=|<invoke name="|functions\.|call:|<[|｜]?tool_call[|｜]?>\s{0,3})\Z'
+)
+_LONGEST_BEFORE_NAME = 24
+_WORD = re.compile(r"[\w-]+")
 # The mark that opens a call, and what closes the call before it
 _OPENS = re.compile(
     r"<[|｜]?tool[_▁]calls?(?:[_▁](?:begin|start))?[|｜]?>|\[TOOL_CALLS\]|<[|｜]python_tag[|｜]>|<function[=_]|<invoke\b"
@@ -78,50 +83,65 @@ def place_calls(text: str, calls: Sequence[ToolCall], start: int, content: Span 
     the turn's content stands, and nothing before `start` counts. They follow the content. If they do not, they are
     looked for before it. `None` for a call that is not there.
     """
+    names = _Names(text, {call.name for call in calls})
     if content is None:
-        return _find_calls(text, calls, start, len(text))
-    after = _find_calls(text, calls, content[1], len(text))
-    if all(named for named, _ in _names(text, calls, content[1], len(text))):
+        return _find_calls(names, calls, start, len(text))
+    after = _find_calls(names, calls, content[1], len(text))
+    if all(named is not None for named, _ in names.of(calls, content[1], len(text))):
         return after
-    before = _find_calls(text, calls, start, content[0], take_rest=False)
+    before = _find_calls(names, calls, start, content[0], take_rest=False)
     n_before = next((i for i, span in enumerate(before) if span is None), len(before))
     if not n_before:
         return after
-    return before[:n_before] + _find_calls(text, calls[n_before:], content[1], len(text), take_rest=False)
+    return before[:n_before] + _find_calls(names, calls[n_before:], content[1], len(text), take_rest=False)
 
 
 def _find_calls(
-    text: str, calls: Sequence[ToolCall], start: int, end: int, take_rest: bool = True
+    names: "_Names", calls: Sequence[ToolCall], start: int, end: int, take_rest: bool = True
 ) -> list[Span | None]:
     """The calls between two positions, in order. With `take_rest` the first one takes what it may, if it has no name."""
     begins: list[int | None] = []
     last = start
-    for number, (named, done) in enumerate(_names(text, calls, start, end)):
+    for number, (named, done) in enumerate(names.of(calls, start, end)):
         if named is None:
             begins.append(start if number == 0 and take_rest else None)
         else:
-            begins.append(_own_mark(text, last, named, is_first=number == 0))
+            begins.append(_own_mark(names.text, last, named, is_first=number == 0))
             last = done
     known = [begin for begin in begins if begin is not None]
     ends = dict(pairwise([*known, end]))
-    places = (None if begin is None else visible(text, begin, ends[begin]) for begin in begins)
+    places = (None if begin is None else visible(names.text, begin, ends[begin]) for begin in begins)
     return [place if place and place[0] < place[1] else None for place in places]
 
 
-def _names(text: str, calls: Sequence[ToolCall], start: int, end: int) -> Iterator[tuple[int | None, int]]:
-    """For each call where the name of its function stands, and where its arguments end at the earliest."""
-    gone: set[str] = set()  # patterns that are not in the rest of the text, so that it is not read once per call
-    for call in calls:
-        name, found = re.escape(call.name), None
-        for pattern in (rf"{_BEFORE_NAME}({name})(?![\w-])", rf"(?<![\w-])({name})(?![\w-])"):
-            if call.name and pattern not in gone and found is None:
-                found = re.compile(pattern).search(text, start, end)
-                gone |= set() if found else {pattern}
-        if found is None:
-            yield None, start
-        else:
-            start = _arguments_end(text, call, found.end(1), end)
-            yield found.start(1), start
+class _Names:
+    """Where the names of functions stand in a text, found in one pass, however many calls there are."""
+
+    def __init__(self, text: str, names: set[str]) -> None:
+        self.text = text
+        by_word: dict[str, list[str]] = {}
+        for name in names:
+            if word := _WORD.match(name):
+                by_word.setdefault(word[0], []).append(name)
+        self._anywhere: dict[str, list[int]] = {name: [] for name in names}
+        self._after_a_mark: dict[str, list[int]] = {name: [] for name in names}
+        for word in _WORD.finditer(text) if by_word else ():
+            for name in by_word.get(word[0], ()):
+                if text.startswith(name, word.start()):
+                    self._anywhere[name].append(word.start())
+                    if _BEFORE_NAME.search(text, max(word.start() - _LONGEST_BEFORE_NAME, 0), word.start()):
+                        self._after_a_mark[name].append(word.start())
+
+    def of(self, calls: Sequence[ToolCall], start: int, end: int) -> Iterator[tuple[int | None, int]]:
+        """For each call where its name stands, and where its arguments end at the earliest."""
+        for call in calls:
+            named = None
+            for places in (self._after_a_mark[call.name], self._anywhere[call.name]):
+                number = bisect_left(places, start)
+                if named is None and number < len(places) and places[number] + len(call.name) <= end:
+                    named = places[number]
+            start = start if named is None else _arguments_end(self.text, call, named + len(call.name), end)
+            yield named, start
 
 
 def _arguments_end(text: str, call: ToolCall, start: int, end: int) -> int:
