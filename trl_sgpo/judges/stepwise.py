@@ -131,7 +131,9 @@ class StepwiseJudge:
             raise TypeError("judge is a `StepwiseJudge` already: put it into `reward_funcs` as it is.")
         self.judge = as_judge(judge)
         if not (beta >= 0 and math.isfinite(beta)):
-            raise ValueError(f"beta={beta} must be a finite number of at least 0, else rewards fall with the RTS.")
+            raise ValueError(
+                f"beta={beta} must be a finite number of at least 0, else rewards fall with the RTS. The default is 10."
+            )
         if not math.isfinite(gamma):
             raise ValueError(f"gamma={gamma} must be a finite number: it is the RTS that earns half. Use 0.5.")
         for argument, value, choices in (
@@ -310,7 +312,8 @@ def as_judge(judge: Any, argument: str = "judge") -> StepJudge:
     if not callable(judge):
         raise TypeError(
             f"{argument}={judge!r} is neither a `StepJudge` nor a function `f(problem, steps, **row)` that gives the "
-            "0-based index of the first wrong step, or None for no error. Give one of them."
+            "0-based index of the first wrong step, or None for no error. Give such a function or a judge from "
+            "`trl_sgpo.judges`."
         )
     return CallableJudge(judge)
 

@@ -189,9 +189,9 @@ def fill_mixed_groups(
 
 def blend_advantages(advantage_PG: Tensor, without_judge_PG: Tensor, factor_P: Tensor) -> Tensor:
     """
-    Scales the judge's part of the advantages, which is what they are more than they would be without the judge: `A =
-    A_without + factor * (A_with - A_without)`. A factor of 1 leaves the values as they are, bit for bit; a factor of 0
-    gives GRPO's.
+    Scales the judge's part of the advantages, which is what they are more than they would be without the judge:
+    `A = A_without + factor * (A_with - A_without)`. A factor of 1 leaves the values as they are, bit for bit; a factor
+    of 0 gives GRPO's.
     """
     factor_PG = factor_P.unsqueeze(1).expand_as(advantage_PG)
     blended_PG = without_judge_PG + factor_PG * (advantage_PG - without_judge_PG)
