@@ -15,7 +15,7 @@ from trl.chat_template_utils import add_response_schema, parse_response
 
 from trl_sgpo.credit import StepTokens, locate_steps
 from trl_sgpo.policy import Policy
-from trl_sgpo.steps import cut_completion
+from trl_sgpo.steps import completion_turns, cut_completion
 from trl_sgpo.tasks.rewrite_chain import build_tokenizer
 
 
@@ -246,6 +246,37 @@ class TestMessages:
         verified, error = self.located([f"Look.\n{self.CALL}\n{other}<eos>"], messages, 2)
         assert verified[0].startswith(f"Look.\n{self.CALL}")
         assert error == other
+
+    @pytest.mark.parametrize("as_text", [False, True], ids=["object", "json_text"])
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            [{"a": 3}, {"a": 3}, {"a": 3}],  # one and the same call
+            [{"f": 1}, {"g": {"f": [2, "f"]}}, {}],  # names as keys and values
+            [{"a": 'say "name": "f" and }}'}, {"a": "<tool_call> f(1) </tool_call>"}, {"a": "é\n\\"}],
+        ],
+    )
+    def test_the_kth_call_is_the_kth_occurrence(self, arguments, as_text):
+        given = [json.dumps(one) if as_text else one for one in arguments]
+        calls = [{"function": {"name": name, "arguments": one}} for name, one in zip("fgf", given, strict=True)]
+        written = [
+            f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(one)}}}\n</tool_call>'
+            for name, one in zip("fgf", arguments, strict=True)
+        ]
+        messages = [{"role": "assistant", "content": "So f and g.", "tool_calls": calls}]
+        turns = ["So f and g.\n" + "\n".join(written) + "<eos>"]
+        cut = cut_completion(messages, lambda text: [(0, 11), *self.spans_of_calls(messages)])
+        tokenizer = TOKENIZERS["byte_level"]
+        ids = tokenizer(turns[0], add_special_tokens=False)["input_ids"]
+        for i, call in enumerate(written):
+            place = locate_steps(decoder(tokenizer), ids, cut, i + 1)
+            assert tokenizer.decode(ids[slice(*place.error)]) == call
+            ((start, end),) = place.verified
+            assert (start, end) == (0, place.error[0])
+
+    @staticmethod
+    def spans_of_calls(messages):
+        return [call.span for call in completion_turns(messages)[0].calls]
 
     def test_a_turn_whose_text_follows_its_call(self):
         """As some models write it. A message does not tell, so its text may come in another order than the ids."""
