@@ -665,6 +665,10 @@ def test_calls_stand_where_the_policy_wrote_them():
         'So.\nf({"x": 3})',
     ]
     assert completion_turns(completion)[0].text == 'Hm.\nf({"x": 2})'
+    # A tool result that is repeated is not the turn
+    completion = [assistant(tool_calls=[call("g", {})]), {"role": "tool", "content": "So."}]
+    completion += [assistant(content="So.", tool_calls=[call("f", {"x": 3})])]
+    assert completion_turns(completion, "call:g{}<tool>So.</tool>call:f{x:3}So.")[-1].text == 'f({"x": 3})\nSo.'
     assert completion_turns([before_turn], "Something else.")[0].text == 'Hm.\nf({"x": 2})'
 
 

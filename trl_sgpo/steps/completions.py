@@ -79,6 +79,8 @@ def completion_turns(completion: str | list[dict], decoded: str | None = None) -
     for message, content, following in zip(completion, contents, [*contents[1:], None], strict=False):
         if message.get("role") not in ("assistant", None):
             turns.append(Turn(content, by_policy=False))
+            at = decoded.find(content.strip(), position) if decoded is not None else -1
+            position = at + len(content.strip()) if at >= 0 else position
             continue
         turn = _policy_turn(message, content)
         if decoded is not None:
