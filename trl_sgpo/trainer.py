@@ -226,9 +226,11 @@ class SGPOTrainer(GRPOTrainer):
             self.judge_index,
             slice(first, first + len(prompts)),
             completion_ids_list,
+            self._masked(completion_ids_list),
         )
         if self._judge_is_due(round):
-            judge, to_judge_PG = cast(StepwiseJudge, self.stepwise_judge), self.treatment.to_judge(round)
+            judge = cast(StepwiseJudge, self.stepwise_judge)
+            round.to_judge_PG = to_judge_PG = self.treatment.to_judge(round)
             if to_judge_PG.any():
                 round.judged = judge_round(round, to_judge_PG, judge, prompts, completions, inputs, gather)
                 round.groups = self.treatment.sort(round)
@@ -238,11 +240,17 @@ class SGPOTrainer(GRPOTrainer):
             if self.outcome_indices:
                 folder = Path(cast(str, self.args.output_dir))
                 self._round_log.describe_table(folder, round.success_threshold, self.treatment.name)
-        if self.mask_truncated_completions:
-            self._round_log.warn_of_truncated(round, {*self.eos_token_ids, self._tokenizer.pad_token_id})
         return rewards
 
+    def _masked(self, completion_ids: list) -> list[bool]:
+        """Which completions TRL will take for truncated and mask; empty if it masks none."""
+        if not self.mask_truncated_completions:
+            return []
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        return [not len(ids) or int(ids[-1]) not in ends for ids in completion_ids]
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        check_names(inputs[0], self.reward_funcs, "The dataset")  # one that could not tell before
         # As TRL takes it, before it generates: some ways of generating leave the model in training mode
         round = self._round = Round(cast(PreTrainedModel, self.model).training)
         try:
