@@ -13,19 +13,23 @@ if TYPE_CHECKING:
     from trl import TrlParser
 
 
+LAUNCHED = "TRL_SGPO_LAUNCHED"  # set by `trl-sgpo train` for the processes that it starts
+
+
 def parse(parser: "TrlParser", module: str, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """
     The dataclasses that a command line describes, by default that of this process. The `trl` command takes options of
     `accelerate launch` too, such as `num_processes` and `accelerate_config`. A script cannot start processes, so they
-    are a `ValueError` that says how `module` is launched.
+    are a `ValueError` that says how `module` is launched. `trl-sgpo train` has read those in the file already.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     *configs, of_file, of_line = parser.parse_args_and_config(
         words, return_remaining_strings=True, separate_remaining_strings=True
     )
     if of_file or of_line:
-        options = _launch_options()
-        from_file, from_line = (_of_accelerate(part, options) for part in (of_file, of_line))
+        from_file, from_line = of_accelerate(of_file), of_accelerate(of_line)
+        if os.environ.get(LAUNCHED) and not of_line:
+            return tuple(configs)
         if from_file or from_line:
             raise ValueError(_how_to_launch(from_file, from_line, words, module))
         parser.parse_args_and_config(words, fail_with_unknown_args=True)  # raises
@@ -68,9 +72,9 @@ def _launch_options() -> dict[str, bool]:
     return {**found, "--accelerate_config": True}
 
 
-def _of_accelerate(words: list[str], options: dict[str, bool]) -> list[list[str]]:
+def of_accelerate(words: list[str]) -> list[list[str]]:
     """Those of the words that are options of `accelerate launch`, each with its value, if it takes one."""
-    found = []
+    options, found = _launch_options(), []
     for i, word in enumerate(words):
         name, equals, _ = word.partition("=")
         if not word.startswith("--") or name not in options:

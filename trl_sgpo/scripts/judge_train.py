@@ -20,6 +20,7 @@ so are the problems of `--exclude`, on which the judge will be evaluated. All ar
 `ModelConfig` are taken as well.
 """
 
+from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig, TrlParser
 
 
-def make_parser() -> "TrlParser":
+def make_parser(prog: str = "python -m trl_sgpo.scripts.judge_train") -> "TrlParser":
     """The parser of the command line and of YAML files."""
     from trl import ModelConfig, SFTConfig, TrlParser
 
     configs: list[Any] = [JudgeTrainArguments, SFTConfig, ModelConfig]
-    return TrlParser(configs, prog="python -m trl_sgpo.scripts.judge_train")
+    return TrlParser(configs, prog=prog)
 
 
 def run(arguments: JudgeTrainArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> dict[str, Any]:
@@ -95,8 +96,8 @@ def show(result: dict[str, Any]) -> None:
     print(f"  {'seconds':20} {result['seconds']:.0f}")
 
 
-def main() -> None:
-    run(*parse(make_parser(), "trl_sgpo.scripts.judge_train"))
+def main(argv: Sequence[str] | None = None, prog: str = "python -m trl_sgpo.scripts.judge_train") -> None:
+    run(*parse(make_parser(prog), "trl_sgpo.scripts.judge_train", argv))
 
 
 if __name__ == "__main__":

@@ -182,13 +182,13 @@ def main() -> None:
         trainer.end()  # finishes the trackers and destroys the process group
 
 
-def make_parser() -> "TrlParser":
+def make_parser(prog: str = "python -m trl_sgpo.scripts.sgpo") -> "TrlParser":
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
     from trl_sgpo import SGPOConfig
 
     configs: list[Any] = [SGPOScriptArguments, SGPOConfig, ModelConfig, DatasetMixtureConfig]
-    return TrlParser(configs, prog="python -m trl_sgpo.scripts.sgpo")
+    return TrlParser(configs, prog=prog)
 
 
 if __name__ == "__main__":
