@@ -39,6 +39,9 @@ REWARD_NAME = "stepwise_judge"
 UNITS = ("steps", "characters")
 NO_ERROR_RULES = ("abstain", "last_step")
 
+# Columns that no judge is given: it has the problem and the steps
+NOT_IN_ROW = ("prompt", "completion", "completion_ids")
+
 _LONGEST_REASON = 2000  # characters
 
 # What a user's segmenter is tried on before any training begins
@@ -252,7 +255,7 @@ class StepwiseJudge:
                     steps=cut.steps,
                     reference=None if is_empty(reference) else str(reference),
                     known_wrong=known_wrong,
-                    row={k: v for k, v in row.items() if k not in ("prompt", "completion", "completion_ids")},
+                    row={k: v for k, v in row.items() if k not in NOT_IN_ROW},
                     context=cut.context,
                 )
             except Exception as error:
@@ -356,17 +359,28 @@ def _empty_column(prompts: Sequence[Any], **kwargs: Any) -> list[None]:
 _empty_column.__name__ = REWARD_NAME
 
 
+def _is_bare_judge(func: Any) -> bool:
+    """Whether it is a judge that no `StepwiseJudge` wraps: an instance, a class, or a function of a problem and steps."""
+    if isinstance(func, StepJudge) or (inspect.isclass(func) and issubclass(func, StepJudge | StepwiseJudge)):
+        return True
+    try:
+        names = list(inspect.signature(func).parameters)
+    except (TypeError, ValueError):  # the name of a reward model; some built-ins
+        return False
+    return names[:2] == ["problem", "steps"] and "completions" not in names
+
+
 def take_judge(funcs: list[Any]) -> tuple[StepwiseJudge | None, int | None]:
     """
     Takes the judge out of a list of reward functions, for a trainer that asks it itself. A function that rewards
     nothing takes its place. Returns the judge and its index, or two `None`.
     """
     indices = [i for i, func in enumerate(funcs) if isinstance(func, StepwiseJudge)]
-    bare = [func for func in funcs if isinstance(func, StepJudge) or func is StepwiseJudge]
-    if bare:
-        raise TypeError(
-            f"reward_funcs holds {bare[0]!r}, which is no reward function. Wrap the judge: `StepwiseJudge(judge)`."
-        )
+    for func in funcs:
+        if _is_bare_judge(func):
+            raise TypeError(
+                f"reward_funcs holds {func!r}, which is no reward function. Wrap the judge: `StepwiseJudge(judge)`."
+            )
     if len(indices) > 1:
         raise ValueError(
             f"reward_funcs holds {len(indices)} StepwiseJudges, at the positions {indices}, and a group can be judged "

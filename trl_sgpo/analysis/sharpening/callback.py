@@ -143,7 +143,7 @@ class SharpeningCallback(TrainerCallback):
         for outcome in self.outcomes:
             arguments.check_columns(self.rows, outcome)
         self.domains = [str(row["domain"]) for row in self.rows] if "domain" in self.rows[0] else None
-        self.judge = arguments.judge_of(trainer, judge)
+        self.judge = arguments.judge_of(trainer, judge, self.rows)
         self.sample_base, self.base_logps = sample_base, base_logps
         self.base_model = arguments.check_base_model(base_model, trainer)
         self.at_begin, self.at_end = at_begin, at_end
