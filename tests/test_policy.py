@@ -4,7 +4,7 @@ import logging
 from types import SimpleNamespace
 
 import pytest
-from conftest import logged
+from conftest import first_long_word, logged
 from datasets import Dataset
 from toys import CHATML, CountingJudge, all_failed, byte_tokenizer, tiny_llama
 
@@ -112,7 +112,9 @@ class TestUnknownMarks:
 
     def test_one_warning_when_the_trainer_is_made(self, make_trainer, caplog):
         with caplog.at_level(logging.WARNING):
-            self.trainer(make_trainer, [StepwiseJudge(len)], ("<|reasoning|>", "<|/reasoning|>", "<|pause|>"))
+            self.trainer(
+                make_trainer, [StepwiseJudge(first_long_word)], ("<|reasoning|>", "<|/reasoning|>", "<|pause|>")
+            )
         (message,) = self.warnings(caplog)
         assert "['<|/reasoning|>', '<|reasoning|>']" in message
         assert "response_template" in message
@@ -121,10 +123,14 @@ class TestUnknownMarks:
     @pytest.mark.parametrize(
         ("judge", "special", "attributes"),
         [
-            ([StepwiseJudge(len)], (), {}),
-            ([StepwiseJudge(len)], ("<think>", "</think>", "<|channel|>", "/nothink", "<|reserved_1|>"), {}),
-            ([StepwiseJudge(len, include_thinking=True)], ("<|reasoning|>",), {}),
-            ([StepwiseJudge(len)], ("<|reasoning|>",), {"response_template": {"fields": {}}}),
+            ([StepwiseJudge(first_long_word)], (), {}),
+            (
+                [StepwiseJudge(first_long_word)],
+                ("<think>", "</think>", "<|channel|>", "/nothink", "<|reserved_1|>"),
+                {},
+            ),
+            ([StepwiseJudge(first_long_word, include_thinking=True)], ("<|reasoning|>",), {}),
+            ([StepwiseJudge(first_long_word)], ("<|reasoning|>",), {"response_template": {"fields": {}}}),
             ([], ("<|reasoning|>",), {}),
         ],
         ids=["none", "known", "judged_anyway", "parsed_by_trl", "no_judge"],

@@ -240,9 +240,9 @@ def judge_round(
 ) -> Judged:
     """
     Each rank asks about its own completions in `to_judge_PG`, but those that have no loss, and all ranks learn the scores.
-    `prompts`, `completions`
-    and `rows` are those of this rank, `gather` gives from its `(B, N)` numbers those of all ranks, `(P * G, N)`. Every
-    rank joins it, with or without anything to ask. `decode` gives the text of a completion's ids.
+    `prompts`, `completions` and `rows` are those of this rank, `gather` gives from its `(B, N)` numbers those of all
+    ranks, `(P * G, N)`. Every rank joins it, with or without anything to ask. `decode` gives the text of a completion's
+    ids.
     """
     start = time.perf_counter()
     masked = round.masked_B or [False] * len(completions)

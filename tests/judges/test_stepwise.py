@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -226,6 +227,7 @@ class TestErrors:
             ({"transform": "step"}, ValueError, r"transform='step' is unknown"),
             ({"no_error": "zero"}, ValueError, r"no_error='zero' is unknown"),
             ({"problem": "last"}, TypeError, "problem='last' is no plain function from a prompt"),
+            ({"problem": partial(a_coroutine)}, TypeError, "problem=functools.partial.* is no plain function"),
             ({"problem": a_coroutine}, TypeError, "problem=<function a_coroutine .* is no plain function"),
             ({"reference_column": 5}, TypeError, "reference_column=5 is no name of a column"),
             ({"segmenter": 5}, TypeError, "segmenter=5 is not callable"),

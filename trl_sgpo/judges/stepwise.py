@@ -167,11 +167,14 @@ class StepwiseJudge:
             raise TypeError(
                 f"reference_column={reference_column!r} is no name of a column. Give a string, or None for 'solution'."
             )
-        if problem is not None and (not callable(problem) or inspect.iscoroutinefunction(problem)):
-            raise TypeError(
-                f"problem={problem!r} is no plain function from a prompt to the problem's text. Give one, for instance "
-                "`lambda prompt: prompt[0]['content']`."
-            )
+        if problem is not None:
+            from trl.trainer.utils import is_async_callable
+
+            if not callable(problem) or is_async_callable(problem):
+                raise TypeError(
+                    f"problem={problem!r} is no plain function from a prompt to the problem's text. Give one, for "
+                    "instance `lambda prompt: prompt[0]['content']`."
+                )
         self.__name__ = REWARD_NAME  # what TRL calls the column of a callable
         self.beta = beta
         self.gamma = gamma
