@@ -6,9 +6,11 @@ itself is not needed: `make docs` builds the site with it. `python tests/test_do
 import io
 import os
 import re
+import shlex
 import sys
 from contextlib import redirect_stdout, suppress
 from dataclasses import fields
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,33 @@ def test_the_help_texts_are_the_parsers_own(monkeypatch):
     page = COMMAND_LINE.read_text()
     assert {name for _, name, _, _ in HELP.findall(page)} == {"", *cli.COMMANDS}
     assert page == with_help(page), "run `python tests/test_docs.py`"
+
+
+def commands() -> list[tuple[str, str, list[str]]]:
+    """Every call of `trl-sgpo` in a block of shell commands: the page, the command, its options."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^```bash\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+            words = ["", *shlex.split(block.replace("\\\n", " ").replace("\n", " ; "))]
+            for start in [
+                i for i, word in enumerate(words) if word == "trl-sgpo" and words[i - 1] not in ("install", "cd")
+            ]:
+                call = list(takewhile(lambda word: word != ";", words[start + 1 :]))
+                found.append((page.name, call[0], [word for word in call if word.startswith("--")]))
+    return found
+
+
+def test_the_commands_of_the_pages_exist():
+    from trl_sgpo.scripts import judge, judge_eval, judge_train, report, sgpo
+
+    makers = {"judge": judge, "judge-eval": judge_eval, "judge-train": judge_train, "report": report, "train": sgpo}
+    known = {name: {*maker.make_parser()._option_string_actions, "--config"} for name, maker in makers.items()}
+    known["env"] = set()
+    wrong = [
+        (page, name, option) for page, name, options in commands() for option in options if option not in known[name]
+    ]
+    assert wrong == []
+    assert {"train", "judge", "judge-eval", "judge-train", "report", "env"} == {name for _, name, _ in commands()}
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import griffe
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 
-_PARAMETER = re.compile(r"^(    [\w*]+(?:, [\w*]+)*) \((.+)\):$", re.MULTILINE)
-_DEFAULT = re.compile(r"default(?:s)? to (.+)$")
+_PARAMETER = re.compile(r"^(    [\w*]+(?:, [\w*]+)*) \(.+?\):(?= |$)", re.MULTILINE)
+_EXCEPTION = re.compile(r"^    `\w+`(?:, `\w+`)*:", re.MULTILINE)
 _MENTION = re.compile(r"\[`(~?)([\w.]+)`\](?!\()")
 
 
@@ -41,12 +41,13 @@ def _linked(mention: re.Match[str]) -> str:
 
 
 def _parameter(line: re.Match[str]) -> str:
-    # What several parameters share, and what has no signature to read it from, keeps its words
-    return f"{line[1]}:"
+    names = [*line[1].split(", "), *re.findall(r"\), (\w+) \(", line[0])]
+    return "    " + ",\u00a0".join(name.strip() for name in names) + ":"  # a plain space would end the name
 
 
 def readable(text: str) -> str:
-    return _MENTION.sub(_linked, _PARAMETER.sub(_parameter, text))
+    text = _EXCEPTION.sub(lambda line: line[0].replace("`", ""), _PARAMETER.sub(_parameter, text))
+    return _MENTION.sub(_linked, text)
 
 
 class Readable(griffe.Extension):
