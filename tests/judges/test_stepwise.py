@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import first_long_word
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -156,7 +157,7 @@ class TestErrors:
         [
             ({"judge": 3}, TypeError, "judge=3 is neither a `StepJudge` nor a function"),
             ({"judge": CallableJudge}, TypeError, "judge=CallableJudge is a class, not a judge"),
-            ({"judge": StepwiseJudge(len)}, TypeError, "judge is a `StepwiseJudge` already"),
+            ({"judge": StepwiseJudge(first_long_word)}, TypeError, "judge is a `StepwiseJudge` already"),
             ({"beta": -1.0}, ValueError, "beta=-1.0 must be a finite number of at least 0"),
             ({"beta": math.nan}, ValueError, "beta=nan must be a finite number"),
             ({"gamma": math.inf}, ValueError, "gamma=inf must be a finite number"),
@@ -172,9 +173,9 @@ class TestErrors:
     )
     def test_bad_arguments(self, kwargs, error, message):
         with pytest.raises(error, match=message):
-            StepwiseJudge(**{"judge": len, **kwargs})
+            StepwiseJudge(**{"judge": first_long_word, **kwargs})
 
     @pytest.mark.parametrize("gamma", [-0.5, 10.0])
     def test_gamma_outside_the_range_of_rts(self, gamma):
         with pytest.warns(UserWarning, match=f"gamma={gamma} lies outside"):
-            StepwiseJudge(len, gamma=gamma)
+            StepwiseJudge(first_long_word, gamma=gamma)

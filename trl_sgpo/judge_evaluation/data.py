@@ -196,9 +196,8 @@ def _label(record: Mapping[str, Any], place: str, n_steps: int) -> int:
         if len(label) != n_steps:
             raise _UnusableRow("labels and steps differ in number")
         if not all(right is None or right in (0, 1) for right in label):
-            hint = " In PRM800K's form 0 is neutral and -1 wrong: write true for 1 and 0, false for -1." * (
-                -1 in label
-            )
+            hint = " In PRM800K's form 0 is neutral and -1 wrong: write true for 1 and 0, false for -1."
+            hint = hint if -1 in label else ""
             raise ValueError(
                 f"{place}: labels={_short(label)} must be true (or 1), false (or 0) or null for each step.{hint}"
             )

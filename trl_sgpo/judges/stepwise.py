@@ -39,6 +39,9 @@ REWARD_NAME = "stepwise_judge"
 UNITS = ("steps", "characters")
 NO_ERROR_RULES = ("abstain", "last_step")
 
+# Columns that no judge is given: it has the problem and the steps
+NOT_IN_ROW = ("prompt", "completion", "completion_ids")
+
 _LONGEST_REASON = 2000  # characters
 
 # What a user's segmenter is tried on before any training begins
@@ -124,7 +127,9 @@ class StepwiseJudge:
             raise TypeError("judge is a `StepwiseJudge` already: put it into `reward_funcs` as it is.")
         self.judge = as_judge(judge)
         if not (beta >= 0 and math.isfinite(beta)):
-            raise ValueError(f"beta={beta} must be a finite number of at least 0, else rewards fall with the RTS.")
+            raise ValueError(
+                f"beta={beta} must be a finite number of at least 0, else rewards fall with the RTS. The default is 10."
+            )
         if not math.isfinite(gamma):
             raise ValueError(f"gamma={gamma} must be a finite number: it is the RTS that earns half. Use 0.5.")
         for argument, value, choices in (
@@ -222,7 +227,7 @@ class StepwiseJudge:
                     steps=cut.steps,
                     reference=None if reference is None else str(reference),
                     known_wrong=known_wrong,
-                    row={k: v for k, v in row.items() if k not in ("prompt", "completion", "completion_ids")},
+                    row={k: v for k, v in row.items() if k not in NOT_IN_ROW},
                     context=cut.context,
                 )
             except Exception as error:
@@ -282,7 +287,8 @@ def as_judge(judge: Any, argument: str = "judge") -> StepJudge:
     if not callable(judge):
         raise TypeError(
             f"{argument}={judge!r} is neither a `StepJudge` nor a function `f(problem, steps, **row)` that gives the "
-            "0-based index of the first wrong step, or None for no error. Give one of them."
+            "0-based index of the first wrong step, or None for no error. Give such a function or a judge from "
+            "`trl_sgpo.judges`."
         )
     return CallableJudge(judge)
 
@@ -322,17 +328,28 @@ def _empty_column(prompts: Sequence[Any], **kwargs: Any) -> list[None]:
 _empty_column.__name__ = REWARD_NAME
 
 
+def _is_bare_judge(func: Any) -> bool:
+    """Whether it is a judge that no `StepwiseJudge` wraps: an instance, a class, or a function of a problem and steps."""
+    if isinstance(func, StepJudge) or (inspect.isclass(func) and issubclass(func, StepJudge | StepwiseJudge)):
+        return True
+    try:
+        names = list(inspect.signature(func).parameters)
+    except (TypeError, ValueError):  # the name of a reward model; some built-ins
+        return False
+    return names[:2] == ["problem", "steps"] and "completions" not in names
+
+
 def take_judge(funcs: list[Any]) -> tuple[StepwiseJudge | None, int | None]:
     """
     Takes the judge out of a list of reward functions, for a trainer that asks it itself. A function that rewards
     nothing takes its place. Returns the judge and its index, or two `None`.
     """
     indices = [i for i, func in enumerate(funcs) if isinstance(func, StepwiseJudge)]
-    bare = [func for func in funcs if isinstance(func, StepJudge) or func is StepwiseJudge]
-    if bare:
-        raise TypeError(
-            f"reward_funcs holds {bare[0]!r}, which is no reward function. Wrap the judge: `StepwiseJudge(judge)`."
-        )
+    for func in funcs:
+        if _is_bare_judge(func):
+            raise TypeError(
+                f"reward_funcs holds {func!r}, which is no reward function. Wrap the judge: `StepwiseJudge(judge)`."
+            )
     if len(indices) > 1:
         raise ValueError(
             f"reward_funcs holds {len(indices)} StepwiseJudges, at the positions {indices}, and a group can be judged "

@@ -22,8 +22,9 @@ so are the problems of `--exclude`, on which the judge will be evaluated. All ar
 
 from collections.abc import Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from trl_sgpo.command_line import find_checkpoint, parse
 from trl_sgpo.judge_training.arguments import JudgeTrainArguments
 from trl_sgpo.judge_training.card import NUMBERS, save_card_and_push
 from trl_sgpo.judge_training.data import read_data
@@ -49,6 +50,12 @@ def run(arguments: JudgeTrainArguments, training_args: "SFTConfig", model_args: 
     if not model_args.model_name_or_path:
         raise ValueError(
             "model_name_or_path is missing. Name the model that becomes the judge: a name on the Hub, or a folder."
+        )
+    training_args.resume_from_checkpoint = cast(Any, find_checkpoint(training_args))
+    if training_args.resume_from_checkpoint and arguments.kind == "generative":
+        raise ValueError(
+            f"resume_from_checkpoint={training_args.resume_from_checkpoint!r} does not go with kind='generative', because "
+            "each round trains on critiques that are sampled anew. Leave it out."
         )
     start = perf_counter()
     push, training_args.push_to_hub = training_args.push_to_hub, False  # once, at the end, with its numbers
@@ -90,8 +97,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m trl_sgpo.scripts.judge_train") -> None:
-    arguments, training_args, model_args = make_parser(prog).parse_args_and_config(argv, fail_with_unknown_args=True)
-    run(arguments, training_args, model_args)
+    run(*parse(make_parser(prog), "trl_sgpo.scripts.judge_train", argv))
 
 
 if __name__ == "__main__":

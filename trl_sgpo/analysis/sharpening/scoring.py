@@ -13,6 +13,10 @@ from trl_sgpo.analysis.sharpening.probe import Sample, Stopwatch
 from trl_sgpo.judges import StepwiseJudge
 
 
+# What GRPOTrainer too leaves out of the columns, or replaces
+NO_COLUMNS = ("prompt", "completion", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
 class ScoringError(RuntimeError):
     """A reward function or a judge has raised on some rank; all ranks know."""
 
@@ -57,7 +61,7 @@ class Scorer:
         for start in range(0, len(samples), self.batch_size):
             piece = samples[start : start + self.batch_size]
             rows = [self.rows[sample.prompt_id] for sample in piece]
-            columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+            columns = {name: [row[name] for row in rows] for name in rows[0] if name not in NO_COLUMNS}
             for sample in piece:
                 sample.scored = sample.correct = False
             for outcome in self.outcomes:
