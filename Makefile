@@ -1,12 +1,13 @@
 # make quickstart   set up, then train a tiny model with GRPO and with SGPO (a few minutes on a laptop CPU)
 # make test         set up, then lint, type check and the fast tests, one training of every treatment among them (minutes)
 # make test-all     set up, then the slow tests: trainings, processes, whole commands, recorded results
+# make docs         set up, then the documentation site, in site/
 # make setup        the environment in .venv, from pyproject.toml and constraints.txt
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-all lint clean
+.PHONY: setup quickstart test test-all docs lint clean
 
 setup: .venv/.installed
 
@@ -33,5 +34,10 @@ test: lint
 test-all: setup
 	$(PYTEST) -m slow
 
+# The extra is for this target alone; ruff, which formats the signatures, is there already
+docs: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.essential
 
 
 SYMBOLS = [
+    "accelerate.commands.launch.launch_command_parser",
     "accelerate.utils.gather",
     "huggingface_hub.ModelCard.load",
     "trl.DatasetMixtureConfig",
@@ -37,12 +38,16 @@ SYMBOLS = [
     "trl.trainer.grpo_trainer.RewardFunc",
     "trl.trainer.grpo_trainer.RolloutFunc",
     "trl.models.utils.disable_gradient_checkpointing",
+    "trl.cli.accelerate_config.resolve_accelerate_config_argument",
     "trl.trainer.utils.get_callable_name",
     "trl.trainer.utils.get_config_model_id",
+    "trl.trainer.utils.is_async_callable",
     "trl.GRPOTrainer._name",
     "trl.GRPOTrainer._paper",
     "trl.GRPOTrainer._tag_names",
     "transformers.PreTrainedConfig",
+    "transformers.hf_argparser.string_to_bool",
+    "transformers.trainer_utils.get_last_checkpoint",
 ]
 
 SIGNATURES = {
@@ -235,6 +240,15 @@ def test_config_field(name):
 def test_attributes(make_trainer):
     missing = [name for name in ATTRIBUTES if not hasattr(make_trainer(right_or_wrong), name)]
     assert not missing, f"GRPOTrainer has no attributes {missing}"
+
+
+@pytest.mark.parametrize("column", ["prompts", "completions"])
+def test_a_reward_function_cannot_be_given_a_column_of_that_name(make_trainer, column):
+    """If this passes without an error, `trl_sgpo.arguments.TAKEN_NAMES` need not be refused any longer."""
+    trainer = make_trainer(right_or_wrong)
+    trainer.train_dataset = trainer.train_dataset.add_column(column, ["x"] * 4)
+    with pytest.raises(TypeError, match=f"multiple values for keyword argument '{column}'"):
+        trainer.train()
 
 
 def test_rewards_are_a_gathered_matrix_with_nan_for_none(make_trainer):

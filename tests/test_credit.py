@@ -1,16 +1,21 @@
 """From a verdict's step to the tokens: against a naive mapping character by character, with three kinds of tokenizers."""
 
 import json
+from importlib import resources
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from toys import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
+from trl.chat_template_utils import add_response_schema, parse_response
 
 from trl_sgpo.credit import StepTokens, locate_steps
-from trl_sgpo.steps import cut_completion
+from trl_sgpo.policy import Policy
+from trl_sgpo.steps import completion_turns, cut_completion
 from trl_sgpo.tasks.rewrite_chain import build_tokenizer
 
 
@@ -240,7 +245,61 @@ class TestMessages:
         messages = [{"role": "assistant", "content": "Look.", "tool_calls": calls}]
         verified, error = self.located([f"Look.\n{self.CALL}\n{other}<eos>"], messages, 2)
         assert verified[0].startswith(f"Look.\n{self.CALL}")
-        assert error == 'g", "arguments": {}}\n</tool_call>'
+        assert error == other
+
+    @pytest.mark.parametrize("as_text", [False, True], ids=["object", "json_text"])
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            [{"a": 3}, {"a": 3}, {"a": 3}],  # one and the same call
+            [{"f": 1}, {"g": {"f": [2, "f"]}}, {}],  # names as keys and values
+            [{"a": 'say "name": "f" and }}'}, {"a": "<tool_call> f(1) </tool_call>"}, {"a": "é\n\\"}],
+        ],
+    )
+    def test_the_kth_call_is_the_kth_occurrence(self, arguments, as_text):
+        given = [json.dumps(one) if as_text else one for one in arguments]
+        calls = [{"function": {"name": name, "arguments": one}} for name, one in zip("fgf", given, strict=True)]
+        written = [
+            f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(one)}}}\n</tool_call>'
+            for name, one in zip("fgf", arguments, strict=True)
+        ]
+        messages = [{"role": "assistant", "content": "So f and g.", "tool_calls": calls}]
+        turns = ["So f and g.\n" + "\n".join(written) + "<eos>"]
+        cut = cut_completion(messages, lambda text: [(0, 11), *self.spans_of_calls(messages)])
+        tokenizer = TOKENIZERS["byte_level"]
+        ids = tokenizer(turns[0], add_special_tokens=False)["input_ids"]
+        for i, call in enumerate(written):
+            place = locate_steps(decoder(tokenizer), ids, cut, i + 1)
+            assert tokenizer.decode(ids[slice(*place.error)]) == call
+            ((start, end),) = place.verified
+            assert (start, end) == (0, place.error[0])
+
+    @staticmethod
+    def spans_of_calls(messages):
+        return [call.span for call in completion_turns(messages)[0].calls]
+
+    def test_a_turn_whose_text_follows_its_call(self):
+        """As some models write it. A message does not tell, so its text may come in another order than the ids."""
+        messages = [{"role": "assistant", "content": "So f it is.", "tool_calls": self.CALLS}]
+        turns = [f"{self.CALL}\nSo f it is.<eos>"]
+        assert self.located(turns, messages, 0) == ([], "So f it is.")
+        assert self.located(turns, messages, 1)[1] == self.CALL
+        assert self.located(turns, messages, 0, decoded=turns[0]) == ([], self.CALL)
+        assert self.located(turns, messages, 1, decoded=turns[0]) == ([f"{self.CALL}\n"], "So f it is.")
+        # Text before the call that the parser has dropped is no part of it, and is not judged
+        turns = [f"I call f.\n{self.CALL}\nSo f it is.<eos>"]
+        assert self.located(turns, messages, 0, decoded=turns[0]) == ([], self.CALL)
+
+    def test_a_call_whose_name_is_not_there(self):
+        """The first one takes what follows the text, as it has no other place; of another one nothing is known."""
+        calls = [{"function": {"name": name, "arguments": {}}} for name in ("other", "another")]
+        messages = [{"role": "assistant", "content": "a.", "tool_calls": calls}]
+        tokenizer = TOKENIZERS["byte_level"]
+        ids = tokenizer(f"a.\n{self.CALL}<eos>", add_special_tokens=False)["input_ids"]
+        cut = cut_completion(messages)
+        place = locate_steps(decoder(tokenizer), ids, cut, 1)
+        assert tokenizer.decode(ids[slice(*place.error)]) == self.CALL
+        assert locate_steps(decoder(tokenizer), ids, cut, 2) is None
 
     def test_a_parser_that_has_taken_something_out_of_the_middle(self):
         messages = [{"role": "assistant", "content": "Add.\n\nStop. 5."}]
@@ -252,6 +311,126 @@ class TestMessages:
         turns = ["I call f.\n\n", ("Tool says 43.\n\n",), "So 44."]
         text = "I call f.\n\nTool says 43.\n\nSo 44."
         assert self.located(turns, text, 2) == (["I call f.\n\nTool says 43.\n\n"], "So 44.")
+
+
+CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+XML = ("<tool_call>", "</tool_call>", "<think>", "</think>")
+GEMMA = ("<eos>", "<pad>", "<|turn>", "<turn|>", "<|tool_call>", "<tool_call|>", "<|channel>", "<channel|>", '<|"|>')
+HARMONY = ("<|endoftext|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>")
+# By TRL's chat templates: special tokens, other added ones, what the template puts before a turn and the model behind it,
+# thinking, and the forms of a call with arguments q and n, of several ones
+FAMILIES = {
+    "qwen3": (
+        CHATML,
+        XML,
+        ("<|im_start|>assistant\n", "<|im_end|>"),
+        "<think>\n{}\n</think>\n\n",
+        '<tool_call>\n{{"name": "f", "arguments": {{"q": "{0}", "n": {1}}}}}\n</tool_call>',
+        "{}\n{}",
+    ),
+    "qwen3_5_think": (
+        CHATML,
+        XML,
+        ("<|im_start|>assistant\n", "<|im_end|>"),
+        "<think>\n{}\n</think>\n\n",
+        "<tool_call>\n<function=f>\n<parameter=q>\n{0}\n</parameter>\n<parameter=n>\n{1}\n</parameter>\n</function>"
+        "\n</tool_call>",
+        "{}\n{}",
+    ),
+    "glm4moe": (
+        ("<|endoftext|>", "<|assistant|>", "<|user|>"),
+        XML,
+        ("<|assistant|>", "<|user|>"),
+        "<think>{}</think>\n",
+        "<tool_call>f\n<arg_key>q</arg_key>\n<arg_value>{0}</arg_value>\n<arg_key>n</arg_key>\n<arg_value>{1}</arg_value>"
+        "\n</tool_call>",
+        "{}\n{}",
+    ),
+    "lfm2_2_5": (
+        (*CHATML, "<|tool_call_start|>", "<|tool_call_end|>"),
+        ("<think>", "</think>"),
+        ("<|im_start|>assistant\n", "<|im_end|>"),
+        "<think>{}</think>",
+        "f(q='{0}', n={1})",
+        "<|tool_call_start|>[{}, {}]<|tool_call_end|>",
+    ),
+    "gemma4": (
+        GEMMA,
+        (),
+        ("<|turn>model\n", "<turn|>"),
+        "<|channel>thought\n{}<channel|>",
+        '<|tool_call>call:f{{n:{1},q:<|"|>{0}<|"|>}}<tool_call|>',
+        "{}{}",
+    ),
+    "gptoss": (
+        HARMONY,
+        (),
+        ("<|start|>assistant", ""),
+        "<|channel|>analysis<|message|>{}<|end|><|start|>assistant",
+        ' to=functions.f<|channel|>commentary json<|message|>{{"q": "{0}", "n": {1}}}<|call|>',
+        "{}{}",
+    ),
+}
+
+
+class TestFamilies:
+    """Calls as TRL parses them from what models of several families write."""
+
+    @pytest.fixture(params=FAMILIES)
+    def family(self, request):
+        special, added, around, *forms = FAMILIES[request.param]
+        template = resources.files("trl").joinpath(f"chat_templates/{request.param}.jinja").read_text()
+        names = {"eos_token": around[1] or special[0], "pad_token": special[0]}
+        tokenizer = add_response_schema(byte_tokenizer(template, special, added, **names))
+        return request.param, tokenizer, around, *forms
+
+    def located(self, tokenizer, around, text):
+        """For each step: the verified text and the wrong step's, if it is the first wrong one."""
+        ids = tokenizer(text + around[1])["input_ids"]
+        message = parse_response(tokenizer, ids, prefix=tokenizer(around[0])["input_ids"])
+        decode = Policy(SimpleNamespace(_tokenizer=tokenizer), None).decode
+        cut = cut_completion([message], decoded=decode(ids))
+        places = [locate_steps(decode, ids, cut, i) for i in range(len(cut.steps))]
+        assert None not in places
+        return [
+            (
+                "".join(tokenizer.decode(ids[slice(*span)]) for span in place.verified),
+                tokenizer.decode(ids[slice(*place.error)]),
+            )
+            for place in places
+        ]
+
+    @pytest.mark.parametrize("text", ["", "I look at f.\n"])
+    @pytest.mark.parametrize("thought", [None, "I call f with 3. Look: I look at f."])
+    def test_the_second_call_of_one_function(self, family, text, thought):
+        name, tokenizer, around, thinking, call, several = family
+        if name == "gptoss":
+            text = ""  # its calls have none
+        before = thinking.format(thought) if thought else ""
+        # What the arguments hold is not where a call begins
+        first, second = call.format("use f, then f 3", 3), call.format("f", 3)
+        written = several.format(first, second)
+        located = self.located(tokenizer, around, before + text + written)
+        assert len(located) == bool(text) + 2
+        (right, wrong), (both_right, second_wrong) = located[-2:]
+        if text:
+            assert located[0] == ("", text.strip())
+        assert right == text
+        start = written.index(second, len(first))
+        assert wrong == written[:start].strip()
+        assert both_right.strip() == (text + written[:start]).strip()
+        assert second_wrong == written[start:].strip()
+
+    def test_a_call_before_the_text(self, family):
+        name, tokenizer, around, _, call, several = family
+        if name == "gptoss":
+            pytest.skip("a turn of gpt-oss ends with its call")
+        written = several.format(call.format("f", 3), call.format("then f", 4))
+        (_, first), (right, second), (both_right, text) = self.located(tokenizer, around, f"{written}\nSo f gives 4.")
+        assert (first + second).replace(" ", "") == written.replace("\n<tool", "<tool").replace(" ", "")
+        assert right.strip() == first
+        assert both_right == f"{written}\n"
+        assert text == "So f gives 4."
 
 
 def test_long_completions_are_fast():

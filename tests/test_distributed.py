@@ -102,6 +102,23 @@ def test_a_judge_that_fails_on_one_rank(two_ranks):
     assert stderr.count("this rank has lost its judge") >= 1
 
 
+def test_completions_that_are_masked_on_one_rank(two_ranks):
+    (rank0, rank1), _, _ = two_ranks("masked")
+    assert rank0["sizes"] == [6, 6]
+    assert rank1["sizes"] == []
+    assert rank0["checksum"] == rank1["checksum"]
+    assert rank0["gathers_per_round"] == rank1["gathers_per_round"] == 1  # the masks come with the scores
+    logs = [[entry for entry in rank["log"] if "sgpo/judge_calls" in entry] for rank in (rank0, rank1)]
+    for a, b in zip(*logs, strict=True):
+        assert {k: v for k, v in a.items() if "sgpo/" in k} == {k: v for k, v in b.items() if "sgpo/" in k}
+        assert a["sgpo/judge_calls"] == 6
+        assert a["sgpo/groups/not_asked"] == pytest.approx(1 / 3)
+    advantages = torch.tensor(rank0["rounds"][0]["advantages"] + rank1["rounds"][0]["advantages"]).view(3, 4)
+    assert not advantages[2].any()
+    assert not advantages[1, 2:].any()
+    assert advantages[1, 0] == -advantages[1, 1] != 0  # half of the group had to be enough
+
+
 @pytest.mark.parametrize("mode", ["lens", "zvp"])
 def test_treatments_without_a_judge_on_two_ranks_equal_those_on_one(two_ranks, mode):
     (whole,), _, _ = two_ranks(mode, n_processes=1)

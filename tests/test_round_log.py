@@ -162,6 +162,35 @@ def test_two_trainers_that_log_at_once_put_trls_function_back(make_trainer):
     assert grpo_trainer.print_prompt_completions_sample is printer
 
 
+class TestLoudLine:
+    @pytest.mark.parametrize(
+        ("answer", "reason"),
+        [
+            (lambda problem, steps: 0.0, "first_error=0.0 is of type float, and the index of a step is an integer"),
+            (lambda problem, steps: "0", "first_error='0' is of type str, and the index"),
+            (lambda problem, steps: [0], "first_error=[0] is of type list, and the index"),
+            (lambda problem, steps: {}["answer"], "KeyError: 'answer'"),
+            (lambda problem, steps: Verdict.abstain("too hard\n" + "x" * 999), "too hard\\n" + "x" * 291),
+        ],
+    )
+    def test_it_gives_the_usual_reason(self, make_trainer, caplog, answer, reason):
+        make_trainer([all_failed, stepwise(answer)], **{**CONFIG, "log_completions": False}).train()
+        (said,) = [line for line in caplog.messages if "THE JUDGE GAVE NO USABLE VERDICT" in line]
+        assert f"8 of 8 abstentions on this rank: {reason}" in said.replace('"', "").replace("rank: '", "rank: ")
+        assert "x" * 300 not in said
+
+    def test_the_most_frequent_one(self, make_trainer, caplog):
+        reasons = iter(["rare", *["frequent"] * 5, *["other"] * 2])
+        judge = stepwise(lambda problem, steps: Verdict.abstain(next(reasons)))
+        make_trainer([all_failed, judge], **CONFIG).train()
+        assert "5 of 8 abstentions on this rank: 'frequent'." in caplog.text
+
+    def test_without_an_abstention_there_is_none(self, make_trainer, caplog):
+        make_trainer([all_failed, stepwise(lambda problem, steps: None)], **CONFIG).train()
+        assert "THE JUDGE GAVE NO USABLE VERDICT" in caplog.text
+        assert "abstentions on this rank" not in caplog.text
+
+
 def test_completions_of_one_step_are_said_once(make_trainer, caplog):
     judge = StepwiseJudge(lambda problem, steps: 0, segmenter=lambda text: [(0, len(text))] if text.strip() else [])
     trainer = make_trainer([all_failed, judge], max_steps=2)

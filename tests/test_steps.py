@@ -46,6 +46,7 @@ FRAGMENTS = [
     "What? ", "Step 1: ", "Step 2: ", "**Step 3** ", "### Step 4: go\n", "1. ", "2. ", "3) ", "## Solution\n",
     "#### 42", "---", "```", "```\n", "~~~\n", "$$", "$", "\\[", "\\]", "\\\\[2pt]", "\\begin{align}", "\\end{align}",
     "\\begin{cases}", "\\end{cases}", "\\boxed{4}", "| a | b |\n", "|---|---|\n", "|", "The answer is 4.",
+    "<reasoning>\n", "</step>\n", "<answer>", "</s>", "\\begin{itemize}", "\\end{itemize}", "\\item ", "Wait. ",
     "we have:\n", "- item\n", "...", "<think>", "</think>", "。", "é", "\u2028", "\x1c", "\ud800", "🙂", "\0",
 ]
 # fmt: on
@@ -147,6 +148,85 @@ EXAMPLES = {
     "answer_is_not_an_end": ["The answer is 4.\n\n", "But wait: it is 5."],
     "answer_with_its_reason": ["Add.\n\n", "The answer follows from adding."],
     "long_answer": ["Add.\n\n", "The answer is 4 because " + "we add and " * 20 + "stop."],
+    # Tags on lines of their own are no steps
+    "tags_around_reasoning_and_answer": [
+        "<reasoning>\nWe add 3 and 4.\n",
+        "That is 8.\n</reasoning>\n<answer>\n8\n</answer>\n",
+    ],
+    "tags_among_blank_lines": [
+        "<reasoning>\n\nAdd.\n\n",
+        "Double.\n\n</reasoning>\n\n<answer>\n\n8\n\n</answer>",
+    ],
+    "tags_inline": ["<reasoning>Add. ", "Double.</reasoning><answer>8</answer>"],
+    "an_opening_tag_begins_a_step": ["Add.\n", "<check>\nDouble.\n</check>\n", "Stop."],
+    "tags_of_other_forms": [
+        "<start_working_out>\nAdd.\n",
+        '<part n="2">\nDouble.\n<br/>\n</part>\n',
+        "Stop.\n<end_working_out>\n<SOLUTION>\n8\n</SOLUTION>",
+    ],
+    "a_closing_and_an_opening_tag_on_one_line": ["Add.\n", "Double.\n</reasoning><answer>\n8\n</answer>"],
+    "end_of_text_tags": ["Add.\n", "Double.\n</s>\n<|im_end|>\n<|endoftext|>"],
+    "tags_in_brackets": ["[INST]\nAdd.\n", "Double.\n[/INST]"],
+    "step_tags": ["<step>\nAdd.\nGet 4.\n</step>\n", "<step>\nDouble.\nGet 8.\n</step>\n<answer>8</answer>"],
+    "numbered_step_tags": [
+        '<step n="1">\nAdd.\n\nGet 4.\n</step>\n',
+        "<step 2>Double.</step>",
+        "<step_3>Stop.</step_3>",
+    ],
+    "environments_of_prose_are_tags": ["\\begin{proof}\n\nAdd.\n\n", "Double.\n\n\\end{proof}"],
+    "an_answer_of_several_lines_in_tags": ["Add.\n", "Double.\n<answer>\nx = 3\ny = 4\n</answer>"],
+    "all_in_answer_tags": ["<answer>\nAdd.\n", "Double.\n</answer>"],
+    "comparisons_and_vectors_are_no_tags": ["a < b\n", "<a, b>\n", "<5>\n", "b > a"],
+    # Lists in LaTeX
+    "latex_items": [
+        "\\begin{enumerate}\n\\item Add.\n",
+        "\\item Double.\n",
+        "\\item Stop.\n\\end{enumerate}",
+    ],
+    "latex_items_in_a_text": [
+        "We add first.\n\\begin{itemize}\n  ",
+        "\\item Add.\n\n  ",
+        "\\item[b] Double.\n\\end{itemize}\n",
+        "So we stop here.",
+    ],
+    "latex_items_on_one_line": ["\\begin{description} \\item[a] Add. ", "\\item[b] Double. \\end{description} "],
+    "latex_list_inside_an_item": [
+        "\\begin{enumerate}\n\\item Add.\n\\begin{itemize}\n\\item a\n\\item b\n\\end{itemize}\n",
+        "\\item Double.\n\\[\nx\n\\]\n\\end{enumerate}",
+    ],
+    "latex_list_that_is_cut_off": ["\\begin{enumerate}\n\\item Add.\n", "\\item Double.\n", "\\item So"],
+    "few_latex_items_among_paragraphs": [
+        "We solve.\n\n",
+        "\\begin{enumerate}\n\\item x = 1\n\n\\item y = 2\n\\end{enumerate}\n\n",
+        "So.\n\n",
+        "Then.\n\n",
+        "End.",
+    ],
+    "latex_items_in_code": [
+        "Code.\n\n",
+        "```\n\\begin{itemize}\n\\item a\n\\item b\n\\item c\n\\end{itemize}\n```\n\n",
+        "Done.",
+    ],
+    # A solution that goes back
+    "steps_that_start_over": [
+        "Step 1: a\n",
+        "Step 2: b\n",
+        "Step 3: c\nThis is wrong. Let me start over.\n",
+        "Step 1: a\n",
+        "Step 2: b\n",
+        "Step 3: d\n",
+        "Step 4: e",
+    ],
+    "items_that_start_over": ["1. a\n", "2. b\n\nWait, that is wrong.\n\n", "1. a\n", "2. c\n", "3. d"],
+    "a_step_that_is_corrected": ["Step 1: a\n", "Step 2: b\n", "Step 2: c\n", "Step 3: d"],
+    "steps_for_each_choice": [
+        "**Step 1:** a\n",
+        "**Step 2:** b\n\n",
+        "**Step 1:** c\n",
+        "**Step 2:** d\n",
+    ],
+    "an_inner_list_does_not_start_over": ["1. Add.\n", "2. Double:\n1. a\n2. b\n", "3. Stop."],
+    "inner_steps_look_different": ["### Step 1: Add\n", "### Step 2: Double\nStep 1: a\n", "### Step 3: Stop"],
     "answer_level_goes_on_to_the_next": ["Add. ", "Double.\n\n#### 4"],
 }
 
@@ -225,6 +305,7 @@ def test_steps_without_blocks_respect_the_cap_on_size(text, limit):
 def test_every_step_has_content(text):
     found = pieces(text)
     assert len(found) <= 1 or all(re.search(r"[^\W_]", piece) for piece in found)
+    assert len(found) <= 1 or not any(re.fullmatch(r"\s*</?\w+>\s*", piece) for piece in found)
 
 
 @PROPERTY
@@ -265,6 +346,9 @@ HOSTILE = [
     "\n", " ", " \t\n", "a", "a\n", "a\n\n", "  a\n  ", "1.", "1. ", "1.\n", ". A", "Ab. ", '."" ', "e.g. A ", "... A",
     "!", "。", "-", "---\n", "|", "|\n", "|-|\n", "|a|\n|-|\n\n", "```", "```\n", "~~~\n", "$$", "$$\n\n", "\\", "\\[",
     "\\]", "\\begin{", "\\begin{a}", "\\begin{a}\\begin{b}\\end{a}", "\\boxed{", "\\boxed{4}\n", "#", "## a\n", "*",
+    "<", "<a ", "<a>", "<a>\n", "</a>\n", "<|a|>\n", "<step>", "<step>\n", "<answer>", "<answer></answer>", "[THINK]\n",
+    "<|channel|>", "<|channel|>commentary ", "assistantfinal", "<think", "</think_a>",
+    "\\item ", "\\begin{itemize}", "\\begin{itemize}\\item a\\end{itemize}", "1. a\nWait. ", "Step 1: a\nStep 2: b\n",
     "**a**\n", "_", "Step 1: a\n", "Step 1: ", "a:\n", "The answer is 4.\n", "<think>", "</think>", "(a. B ",
 ]
 # fmt: on
@@ -287,6 +371,24 @@ def test_time_is_linear(unit):
         if long < 1 and long <= 2.5 * 8 * max(short, 0.01):
             return
     pytest.fail(f"{unit!r}: {short:.3f} s for 125 kB and {long:.3f} s for 1 MB")
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["f", "f(", "f ", "f({}) ", '{"name": "f", "arguments": {', "call:f", "<tool_call>", ")", "{", "<|", "g(1) "],
+)
+def test_time_is_linear_with_many_calls(unit):
+    """The calls of a message are as many as the text has room for."""
+
+    def measure(n_chars: int) -> float:
+        calls = [call("f" if i % 2 else f"g{i}", {"x": i, "y": unit}) for i in range(n_chars // 50)]
+        decoded = unit * (n_chars // len(unit))
+        return seconds(
+            cut_completion, [assistant(content="So it is.", tool_calls=calls)], decoded=decoded + "So it is."
+        )
+
+    short, long = measure(10_000), measure(80_000)
+    assert long < 20 * max(short, 0.01)
 
 
 @pytest.mark.parametrize("unit", ["a", "a ", "a\n", "Ab. ", "$$\n\n", " "])
@@ -420,11 +522,12 @@ message_fields = st.sampled_from(["role", "content", "reasoning_content", "think
 
 
 @PROPERTY
-@given(st.lists(st.dictionaries(message_fields, json_values), max_size=3))
-def test_odd_messages_never_raise(completion):
+@given(st.lists(st.dictionaries(message_fields, json_values), max_size=3), any_text)
+def test_odd_messages_never_raise(completion, decoded):
     turns = completion_turns(completion)
     assert len(turns) == len(completion)
     assert completion_to_text(completion) == cut_completion(completion).text
+    assert len(cut_completion(completion, decoded=decoded).turns) == len(cut_completion(completion).turns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -452,6 +555,32 @@ def test_odd_messages_never_raise(completion):
         ("It is 4.<think>", "It is 4."),
         ("It is 4.<think></think>", "It is 4."),
         ("<think>\n\n</think>\n", "\n"),
+        # The marks of other families
+        ("<Think>Hm.</Think>It is 4.", "It is 4."),
+        ("<thought>Hm.</thought>It is 4.", "It is 4."),
+        ("<seed:think>Hm.</seed:think>It is 4.", "It is 4."),
+        ("[THINK]Hm.[/THINK]It is 4.", "It is 4."),
+        ("Hm.[/THINK]It is 4.", "It is 4."),
+        ("[THINK]Hm.", "Hm."),
+        ("◁think▷Hm.◁/think▷It is 4.", "It is 4."),
+        ("<|START_THINKING|>Hm.<|END_THINKING|>It is 4.", "It is 4."),
+        ("<|begin_of_thought|>Hm.<|end_of_thought|>It is 4.", "It is 4."),
+        ("<|inner_prefix|>Hm.<|inner_suffix|>It is 4.", "It is 4."),
+        ("<|channel>thought\nHm.<channel|>It is 4.", "It is 4."),
+        ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>It is 4.", "It is 4."),
+        ("<|channel|>analysis<|message|>Hm.", "Hm."),
+        # Channels that have lost their special tokens, and sentences
+        ("analysisWe add.\n\nHm.assistantfinalIt is 4.", "It is 4."),
+        ("analysisHm.assistantanalysisSo.assistantcommentaryf(1)assistantfinalIt is 4.", "It is 4."),
+        ("analysisHm.assistantfinal", "Hm."),
+        ("Here is my thought process: Hm. Here is my response: It is 4.", " It is 4."),
+        # What is no mark
+        ("analysis of it: 4. The assistant is final.", "analysis of it: 4. The assistant is final."),
+        ("So analysisHm.assistantfinalIt is 4.", "So analysisHm.assistantfinalIt is 4."),
+        ("It is 4. Here is my response: 4.", "It is 4. Here is my response: 4."),
+        ("<reasoning>Hm.</reasoning>It is 4.", "<reasoning>Hm.</reasoning>It is 4."),
+        ("<no_think>Hm.</no_think>It is 4.", "<no_think>Hm.</no_think>It is 4."),
+        ("I think <b>4</b> is a thoughtful </rethink> of it.", "I think <b>4</b> is a thoughtful </rethink> of it."),
         ("<think> ", " "),
     ],
 )
@@ -474,7 +603,7 @@ def test_region_holds_no_thinking_before_an_answer(text):
     answer = text.rpartition("</think>")[2]
     if "</think>" in text and answer.strip():
         assert text[start:end] == answer
-    if "think>" not in text:
+    if "think>" not in text and "</thought>" not in text:
         assert (start, end) == (0, len(text))
 
 
@@ -490,6 +619,57 @@ def test_cut_of_a_string():
     assert cut.context == {}
     cut = cut_completion("<think>Hm.\n\nSo.</think>Add.\n\nDouble.", include_thinking=True)
     assert cut.steps == ("<think>Hm.\n\n", "So.</think>Add.\n\n", "Double.")
+
+
+@pytest.mark.parametrize("form", [str, lambda text: [assistant(content=text)]], ids=["string", "message"])
+@pytest.mark.parametrize(
+    ("decoded", "steps"),
+    [
+        ("<think>Hm.\n\nSo.</think>Add.\n\nDouble.", ("Add.\n\n", "Double.")),
+        ("Hm.\n\nSo.</think>\n\nAdd.\n\nDouble.", ("\n\nAdd.\n\n", "Double.")),  # the other mark is in the prompt
+        ("<think>Hm.\n\nSo.", ("Hm.\n\n", "So.")),
+        ("Add.\n\nDouble.", ("Add.\n\n", "Double.")),
+        ("<|channel|>final<|message|>Add. Double.", ("Add. ", "Double.")),
+        ("<|channel>thought\nHm.\n<channel|>Add. Double.", ("Add. ", "Double.")),
+    ],
+)
+def test_marks_that_the_text_has_lost_are_found_in_what_the_ids_decode_to(decoded, steps, form):
+    text = re.sub(r"</?think>|<[|]?(?:channel|message)[|]?>", "", decoded)
+    assert cut_completion(form(text), decoded=decoded).steps == steps
+    assert cut_completion(form(text), decoded=decoded, include_thinking=True).text == decoded
+
+
+@pytest.mark.parametrize(
+    "decoded", [None, "", "<think>Hm.</think>Another text.", "Another text.", "<think>Add.Double.</think>."]
+)
+def test_what_the_ids_decode_to_is_no_other_text(decoded):
+    assert cut_completion("Add.\n\nDouble.", decoded=decoded).steps == ("Add.\n\n", "Double.")
+
+
+def test_calls_stand_where_the_policy_wrote_them():
+    shown = 'f({"x": 1})'
+    turn = assistant(content="So f it is.", tool_calls=[call("f", {"x": 1})])
+    written = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    (after,) = completion_turns([turn], f"So f it is.\n{written}")
+    (before,) = completion_turns([turn], f"{written}\nSo f it is.")
+    assert (after.text, before.text) == (f"So f it is.\n{shown}", f"{shown}\nSo f it is.")
+    for turn in (before, after):
+        assert [turn.text[slice(*span)] for span in turn.written] == ["So f it is."]
+        assert [turn.text[slice(*call.span)] for call in turn.calls] == [shown]
+    completion = [before_turn := assistant(content="Hm.", tool_calls=[call("f", {"x": 2})])]
+    completion += [{"role": "tool", "content": "4"}, assistant(content="So.", tool_calls=[call("f", {"x": 3})])]
+    decoded = "call:f{x:2}Hm.<tool>4</tool>So.call:f{x:3}"
+    assert [turn.text for turn in completion_turns(completion, decoded)] == [
+        'f({"x": 2})\nHm.',
+        "4",
+        'So.\nf({"x": 3})',
+    ]
+    assert completion_turns(completion)[0].text == 'Hm.\nf({"x": 2})'
+    # A tool result that is repeated is not the turn
+    completion = [assistant(tool_calls=[call("g", {})]), {"role": "tool", "content": "So."}]
+    completion += [assistant(content="So.", tool_calls=[call("f", {"x": 3})])]
+    assert completion_turns(completion, "call:g{}<tool>So.</tool>call:f{x:3}So.")[-1].text == 'f({"x": 3})\nSo.'
+    assert completion_turns([before_turn], "Something else.")[0].text == 'Hm.\nf({"x": 2})'
 
 
 def test_cut_of_several_turns():
@@ -682,7 +862,7 @@ def test_examples_in_docstrings(documented):
 
 def test_imports_only_the_standard_library():
     files = sorted(Path(steps.__file__).parent.glob("*.py"))
-    assert len(files) == 4
+    assert len(files) == 6
     for file in files:
         tree = ast.parse(file.read_text(encoding="utf-8"))
         imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

@@ -34,6 +34,8 @@ WITHOUT_JUDGE = {
 }
 # As one_sided, with credit per token
 PER_TOKEN = {"prefix": {"failed_groups": "prefix"}}
+# Every completion of rank 1 is truncated, so half of the second group and the whole third one are
+MASKED = {"masked": {"mask_truncated_completions": True}}
 
 
 class RecordingJudge(StepJudge):
@@ -77,7 +79,7 @@ trainer = SGPOTrainer(
         logging_steps=1,
         log_completions=True,
         failed_group_weight=0.5,
-        **(WITHOUT_JUDGE | PER_TOKEN).get(mode, {}),
+        **(WITHOUT_JUDGE | PER_TOKEN | MASKED).get(mode, {}),
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
@@ -120,14 +122,15 @@ def same_completions(prompt_ids, *args, **kwargs):
     """Random ones, of different lengths, by their place among those of all ranks."""
     rows = range(rank * len(prompt_ids), (rank + 1) * len(prompt_ids))
     seeds = [torch.Generator().manual_seed(row) for row in rows]
+    end = [tokenizer.eos_token_id] if mode in MASKED and rank == 0 else []
     return [
-        torch.randint(2, len(tokenizer), (4 + row % 5,), generator=seed).tolist()
+        torch.randint(2, len(tokenizer), (4 + row % 5,), generator=seed).tolist() + end
         for row, seed in zip(rows, seeds, strict=True)
     ], None
 
 
 trainer._calculate_rewards, trainer._generate_and_score_completions = record_rewards, record_advantages
-if mode in WITHOUT_JUDGE:
+if mode in WITHOUT_JUDGE | MASKED:
     trainer._generate_single_turn = same_completions
 trainer.train()
 checksum = sum(p.double().abs().sum().item() for p in trainer.model.parameters())

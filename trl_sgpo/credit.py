@@ -3,17 +3,16 @@ Where a verdict's steps stand among the tokens of a completion: from spans of ch
 credit the tokens get is decided in `treatments/prefix.py`. Nothing here knows about TRL.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from typing import NamedTuple
 
 from trl_sgpo.steps import CutCompletion, Span, Turn
+from trl_sgpo.steps.thinking import start_of_answer, thinking_marks
+from trl_sgpo.steps.tool_calls import place_calls, visible
 
 
 Decode = Callable[[Sequence[int]], str]
-
-_THINKING_ENDS = re.compile(r"\s*</think(?:ing)?>")
 
 
 class StepTokens(NamedTuple):
@@ -35,9 +34,10 @@ def locate_steps(
 
     Steps are cut in the text of a completion's messages, which is not quite what the policy wrote: a chat parser moves
     thinking and tool calls, and strips marks and white space. So what each turn holds word for word is looked for in
-    the text that the turn's own ids decode to. The steps lie in it where they lie in the turn. A tool call takes what
-    stands after that text.
+    the text that the turn's own ids decode to. The steps lie in it where they lie in the turn. A tool call is known by
+    its name and arguments.
 
+    - A tool call begins at its own mark. Several calls of one function are told apart by their order.
     - Thinking that is not judged is part of no step, whatever it quotes. White space around a step is not part of it.
     - A token that holds the end of one step and the beginning of the next is the next one's.
     - A character that is spread over several tokens, as in byte-level vocabularies, takes all of them along.
@@ -81,31 +81,33 @@ class _Block(NamedTuple):
 def _align(turn: Turn, decoded: str) -> list[_Block]:
     """Where the parts of a turn stand in the text that its ids decode to, in order. A part that is not there is left out."""
     blocks: list[_Block] = []
-    position = 0
-    if len(turn.written) == 1 and "</think" not in turn.text:
-        # Thinking that the parser has dropped may hold the same words
-        position = max((mark.end() for mark in _THINKING_ENDS.finditer(decoded)), default=0)
+    # Thinking that the parser has dropped may hold the same words
+    start = position = start_of_answer(turn.text, decoded)
+    marks = [mark for mark in thinking_marks(decoded) if mark.closes]
+    content: Span | None = None
     for span in turn.written:
-        blocks += _find(turn.text, span, decoded, position) or _find_lines(turn.text, span, decoded, position)
-        if blocks:
-            position = blocks[-1].decoded[1]
-            thinking_ends = _THINKING_ENDS.match(decoded, position)
-            position = thinking_ends.end() if thinking_ends else position
-    # The calls take the rest: the first one from there on, each other one from the name of its function on
-    starts = [position][: len(turn.calls)]
-    for _, name in turn.calls[1:]:
-        named = re.compile(rf"\b{re.escape(name)}\b").search(decoded, starts[-1] + 1)
-        starts.append(named.start() if named else starts[-1])
-    for (span, _), rest in zip(turn.calls, pairwise([*starts, len(decoded)]), strict=True):
-        start, end = _visible(decoded, *rest)
-        if start < end:
-            blocks.append(_Block(span, (start, end), literal=False))
-    return blocks
+        found = _find(turn.text, span, decoded, position) or list(_find_lines(turn.text, span, decoded, position))
+        blocks += found
+        if found:
+            position = found[-1].decoded[1]
+            after = (
+                mark.end for mark in marks if mark.start >= position and not decoded[position : mark.start].strip()
+            )
+            position = next(after, position)
+        if span != turn.written[-1]:
+            start = position
+        elif found:
+            content = found[0].decoded[0], position
+    places = place_calls(decoded, turn.calls, start, content)
+    blocks += [
+        _Block(call.span, place, literal=False) for call, place in zip(turn.calls, places, strict=True) if place
+    ]
+    return sorted(blocks)
 
 
 def _find(text: str, span: Span, decoded: str, position: int) -> list[_Block]:
     """The block of a span that stands in `decoded` word for word, but for the white space around it; none if it does not."""
-    start, end = _visible(text, *span)
+    start, end = visible(text, *span)
     at = decoded.find(text[start:end], position) if start < end else -1
     return [_Block((start, end), (at, at + end - start), literal=True)] if at >= 0 else []
 
@@ -122,13 +124,17 @@ def _find_lines(text: str, span: Span, decoded: str, position: int) -> Iterator[
 
 def _place(text: str, start: int, end: int, blocks: Sequence[_Block]) -> Span | None:
     """The span of the decoded text that a span of the turn's text stands for; `None` if nothing of it is there."""
-    start, end = _visible(text, start, end)
+    start, end = visible(text, start, end)
     mine = [block for block in blocks if block.turn[0] < end and start < block.turn[1]]
     if not mine:
         return None
     first, last = mine[0], mine[-1]
     begin = first.decoded[0] + (max(start - first.turn[0], 0) if first.literal else 0)
-    return begin, last.decoded[1] - (max(last.turn[1] - end, 0) if last.literal else 0)
+    stop = last.decoded[1] - (max(last.turn[1] - end, 0) if last.literal else 0)
+    if begin < stop:
+        return begin, stop
+    # The policy wrote the parts of this step in another order
+    return min(block.decoded[0] for block in mine), max(block.decoded[1] for block in mine)
 
 
 def _join_verified(
@@ -144,7 +150,8 @@ def _join_verified(
             break
         after = cut.spans[i][1]
         stop: int | None = end
-        if i + 1 in places and not cut.text[after : cut.spans[i + 1][0]].strip():
+        follows = i + 1 in places and places[i + 1][0] >= end
+        if follows and not cut.text[after : cut.spans[i + 1][0]].strip():
             stop = places[i + 1][0]
         elif not cut.text[after:turn_end].strip():
             stop = None
@@ -153,12 +160,6 @@ def _join_verified(
         else:
             joined.append((start, stop))
     return joined
-
-
-def _visible(text: str, start: int, end: int) -> Span:
-    """A span without the white space at its ends."""
-    piece = text[start:end]
-    return start + len(piece) - len(piece.lstrip()), start + len(piece.rstrip())
 
 
 def _runs(by_policy: Sequence[bool] | None, length: int) -> list[tuple[int, int]]:

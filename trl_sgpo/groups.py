@@ -113,7 +113,7 @@ def enough_verdicts(outcome_PG: Tensor, rts_PG: Tensor) -> Tensor:
     judge abstains on most of a group, for example because its votes disagree, the few verdicts left are unreliable.
     """
     n_judged_P = (~torch.isnan(rts_PG)).sum(dim=1)
-    return 2 * n_judged_P >= (~torch.isnan(outcome_PG)).sum(dim=1)
+    return (n_judged_P > 0) & (2 * n_judged_P >= (~torch.isnan(outcome_PG)).sum(dim=1))
 
 
 def value_range(values_PG: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class LengthAlarm:
         if len(self._last) < WINDOW:
             return None
         (length_before, accuracy_before), (length_now, accuracy_now) = _means(self._first), _means(self._last)
-        if length_now < GROWTH * length_before or accuracy_now > accuracy_before:
+        if not length_now >= GROWTH * length_before or accuracy_now > accuracy_before:
             return None
         return (
             f"The completions of failed groups have grown from {length_before:.0f} to {length_now:.0f} tokens (means of {WINDOW} "

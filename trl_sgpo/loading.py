@@ -24,7 +24,7 @@ JUDGE_NAMES = {
 }
 
 # Arguments of StepwiseJudge that are functions, so that a file names them by their dotted paths
-_FUNCTIONS_OF_STEPWISE_JUDGE = {"segmenter"}
+_FUNCTIONS_OF_STEPWISE_JUDGE = {"problem", "segmenter"}
 
 _DATA_FILE_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -58,7 +58,7 @@ def load_judge(judge: str, judge_args: dict[str, Any] | str | None = None) -> "S
     (class or instance), or a ready [`StepwiseJudge`]. `judge_args`, a mapping or JSON, go to the constructor of a
     class. A `ValueError` says what cannot be imported or does not fit.
     """
-    arguments = _as_mapping(judge_args, "judge_args", '{"model": "Qwen/Qwen2.5-7B-Instruct"}')
+    arguments = as_mapping(judge_args, "judge_args", '{"model": "Qwen/Qwen2.5-7B-Instruct"}')
     found = load_object(JUDGE_NAMES.get(judge, judge), "judge")
     if not isinstance(found, type):
         if arguments:
@@ -83,7 +83,7 @@ def load_stepwise_judge(
     """
     from trl_sgpo.judges import StepwiseJudge
 
-    arguments = _as_mapping(stepwise_judge_args, "stepwise_judge_args", '{"gamma": 0.3, "unit": "characters"}')
+    arguments = as_mapping(stepwise_judge_args, "stepwise_judge_args", '{"gamma": 0.3, "unit": "characters"}')
     found = load_judge(judge, judge_args)
     if isinstance(found, StepwiseJudge):
         if arguments:
@@ -102,7 +102,7 @@ def load_stepwise_judge(
     return StepwiseJudge(found, **arguments)
 
 
-def _as_mapping(given: dict[str, Any] | str | None, argument: str, example: str) -> dict[str, Any]:
+def as_mapping(given: dict[str, Any] | str | None, argument: str, example: str) -> dict[str, Any]:
     """A mapping of arguments, from YAML or JSON."""
     if not given:
         return {}

@@ -7,7 +7,8 @@ import json
 import logging
 import math
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,8 @@ _ONE_AT_A_TIME = threading.RLock()
 
 # Columns that the judge adds to the parquet files of the completions
 JUDGE_COLUMNS = ("judge_first_error", "judge_n_steps", "judge_rts", "judge_status", "judge_reason")
+
+_LONGEST_REASON = 300  # characters of a reason in the log
 
 
 class RoundLog:
@@ -72,6 +75,8 @@ class RoundLog:
         self._log_groups(round)
         if self.judge is None:
             return
+        if round.training:
+            self._log_not_asked(round)
         if round.judged is not None and round.groups is not None:
             self._log_failed_groups(round, round.groups)
             self._log_lengths(round, round.judged)
@@ -172,6 +177,35 @@ class RoundLog:
         ):
             self._log(round, f"sgpo/groups/{name}", group_P.float().mean().item())
 
+    def _log_not_asked(self, round: Round) -> None:
+        """Failed groups about which nobody was asked, a part of those that are unjudged; says once why."""
+        failed_P, to_judge_PG = round.kinds.failed_P, round.to_judge_PG
+        masked_PG = torch.zeros_like(round.wrong_PG) if round.judged is None else round.judged.masked_PG
+        not_asked_P = failed_P if to_judge_PG is None else failed_P & ~(to_judge_PG & ~masked_PG).any(dim=1)
+        self._log(round, "sgpo/groups/not_asked", not_asked_P.float().mean().item())
+        if to_judge_PG is None or not self.main_process:
+            return
+        uneven_P, n_masked = not_asked_P & round.uneven_P, int((to_judge_PG & masked_PG).sum())
+        if uneven_P.any():
+            self._log_once(
+                "uneven",
+                "%.0f %% of the groups of this round failed and were not judged, because one of their completions has another "
+                "reward and no outcome (%s gave None): its reward cannot be compared with the judge's. They train as in GRPO. "
+                "Give every completion of a task an outcome, or none of its rewards, or use failed_groups='prefix'. The metric "
+                "sgpo/groups/not_asked counts them. This is said once.",
+                100 * uneven_P.float().mean().item(),
+                " and ".join(map(repr, self.outcome_names)),
+            )
+        if n_masked:
+            self._log_once(
+                "truncated",
+                "mask_truncated_completions=True: %d of %d wrong completions of this round were truncated. Their tokens are masked, "
+                "so a verdict could teach nothing, and they are not judged. Raise max_completion_length, or set "
+                "mask_truncated_completions=False to let their correct prefix be rewarded. This is said once.",
+                n_masked,
+                int(to_judge_PG.sum()),
+            )
+
     def _log_lengths(self, round: Round, judged: Judged) -> None:
         """How long the completions of failed groups are; says once if they grow and accuracy does not."""
         if not round.kinds.failed_P.any():
@@ -219,31 +253,15 @@ class RoundLog:
                 logger.warning(
                     "THE JUDGE GAVE NO USABLE VERDICT in this round: of %d completions known to be wrong it abstained on "
                     "%.0f %% and found no error in %.0f %%. The failed groups train as in GRPO, that is, not at all. "
-                    "Rounds like this so far: %d. Is the judge (%s) reachable and able? The column `judge_reason` of "
-                    "the completions table (`log_completions=True`) says why.",
+                    "Rounds like this so far: %d. Is the judge (%s) reachable and able? %sThe column `judge_reason` of "
+                    "the completions table (`log_completions=True`) has all reasons.",
                     n_calls,
                     100 * rates["abstain"],
                     100 * rates["no_error"],
                     self._silent_rounds,
                     judge.judge.name,
+                    _usual_reason(judged.scores),
                 )
-
-    def warn_of_truncated(self, round: Round, ends: set[int]) -> None:
-        """Says once that judged completions were truncated and are masked. `ends` are the ids that end a completion."""
-        if round.judged is None or "truncated" in self._log_once:
-            return
-        judged_ids = [ids for score, ids in zip(round.judged.scores, round.completion_ids, strict=True) if score]
-        n_truncated = sum(1 for ids in judged_ids if not len(ids) or int(ids[-1]) not in ends)
-        if n_truncated:
-            self._log_once(
-                "truncated",
-                "mask_truncated_completions=True: %d of the %d completions judged on this rank were truncated. They are "
-                "judged and count in their group's mean, but their tokens are masked, so their verdicts teach nothing. "
-                "Raise max_completion_length, or set mask_truncated_completions=False to let their correct prefix be "
-                "rewarded. This is said once.",
-                n_truncated,
-                len(judged_ids),
-            )
 
     def warn_of_rollouts(self) -> None:
         """Says once that a rollout function returns text of others, which cannot be told from the policy's."""
@@ -305,6 +323,15 @@ def _print_verdicts(
     shown = {name.replace("_", " "): values for name, values in rewards.items() if name != REWARD_NAME}
     extra = {**others, "verdict" if "verdict" not in others else "judge's verdict": verdicts}
     printer(prompts, completions, shown, advantages, *args, extra=extra if verdicts else others)
+
+
+def _usual_reason(scores: Sequence[StepScore | None]) -> str:
+    """A sentence with the reason that most abstentions of this rank give; empty if there is none."""
+    reasons = Counter(score.reason for score in scores if score and score.status == "abstain" and score.reason)
+    if not reasons:
+        return ""
+    ((reason, n),) = reasons.most_common(1)
+    return f"{n} of {reasons.total()} abstentions on this rank: {reason[:_LONGEST_REASON]!r}. "
 
 
 def _table_row(score: StepScore | None, judge: StepwiseJudge) -> tuple[float, float, float, str, str]:

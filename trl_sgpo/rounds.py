@@ -19,7 +19,7 @@ from trl_sgpo.judges.stepwise import StepScore, StepwiseJudge
 
 STATUSES = ("error", "no_error", "abstain")
 
-_N_NUMBERS = 8  # of a completion, as they are gathered
+_N_NUMBERS = 9  # of a completion, as they are gathered
 
 
 class Judged(NamedTuple):
@@ -35,6 +35,8 @@ class Judged(NamedTuple):
             Number of steps; index in `STATUSES`; 1 if the judge was asked, 0 if the score needed no call.
         length_PG (`torch.Tensor`):
             Tokens of every completion, judged or not; NaN where the round does not know them.
+        masked_PG (`torch.Tensor`):
+            Which completions were truncated and have no loss, boolean. Nobody was asked about them.
         reward_PG (`torch.Tensor`):
             The rewards of `rts_PG` by Eq. 2.
         seconds (`float`):
@@ -49,6 +51,7 @@ class Judged(NamedTuple):
     status_PG: Tensor
     called_PG: Tensor
     length_PG: Tensor
+    masked_PG: Tensor
     reward_PG: Tensor
     seconds: float
 
@@ -78,6 +81,11 @@ class Round:
             Where this rank's B completions stand among the P * G of all ranks.
         completion_ids (`Sequence[Sequence[int]]` of length B):
             Token ids of this rank's completions, without padding.
+        masked_B (`Sequence[bool]` of length B):
+            Which of this rank's completions were truncated and have no loss, with `mask_truncated_completions`; empty
+            without it.
+        to_judge_PG (`torch.Tensor` of shape `(P, G)` or `None`):
+            Which completions the treatment wants judged, boolean; `None` if it is not the judge's turn.
         judged ([`Judged`] or `None`), groups ([`~trl_sgpo.groups.SortedGroups`] or `None`):
             What the judge said, and what that makes of the failed groups, by the treatment's `sort`; `None` if nobody
             was asked.
@@ -102,6 +110,8 @@ class Round:
     kinds: GroupKinds = field(init=False)
     rows: slice = field(init=False)
     completion_ids: Sequence[Sequence[int]] = field(init=False, default=())
+    masked_B: Sequence[bool] = field(init=False, default=())
+    to_judge_PG: Tensor | None = field(init=False, default=None)
     judged: Judged | None = field(init=False, default=None)
     groups: SortedGroups | None = field(init=False, default=None)
     output: dict[str, Any] | None = field(init=False, default=None)
@@ -118,13 +128,14 @@ class Round:
         judge_index: int | None = None,
         rows: slice | None = None,
         completion_ids: Sequence[Sequence[int]] = (),
+        masked: Sequence[bool] = (),
     ) -> "Round":
         """Takes in what is known once the rewards are there, and sorts the groups. Without `rows` there is one rank."""
         self.rewards_PGF, self.weights_F, self.judge_index = rewards_PGF, weights_F, judge_index
         self.outcome_PG, self.success_threshold = outcome_PG, success_threshold
         self.kinds = group_kinds(outcome_PG, success_threshold)
         self.rows = slice(0, outcome_PG.numel()) if rows is None else rows
-        self.completion_ids = completion_ids
+        self.completion_ids, self.masked_B = completion_ids, masked
         return self
 
     @cached_property
@@ -136,6 +147,17 @@ class Round:
     def others_PG(self) -> Tensor:
         """The weighted sum of all rewards but the judge's, NaN where a completion has none: GRPO's reward."""
         return weighted_sum(self.rewards_PGF, self.weights_F)
+
+    @cached_property
+    def uneven_P(self) -> Tensor:
+        """Groups in which a completion without an outcome has another reward, boolean, shape `(P,)`."""
+        return (torch.isnan(self.outcome_PG) & ~torch.isnan(self.others_PG)).any(dim=1)
+
+    @property
+    def askable_PG(self) -> Tensor:
+        """The outcomes of a judged round, NaN where nobody could be asked: the completion has no loss."""
+        assert self.judged is not None, "a round that nobody judged cannot tell"
+        return self.outcome_PG.masked_fill(self.judged.masked_PG, torch.nan)
 
     @property
     def advantages_B(self) -> Tensor:
@@ -186,15 +208,20 @@ def ask_judge(
     prompts: Sequence[Any],
     completions: Sequence[Any],
     rows: Sequence[Mapping[str, Any]],
+    decode: Callable[[int], str | None] = lambda i: None,
 ) -> list[StepScore | None]:
     """
     The scores of the `wanted` ones among wrong completions, `None` for the others. Texts and rows go in and scores come
-    out, so that it does not matter which rank or thread asks.
+    out, so that it does not matter which rank or thread asks. `decode` gives what the ids of a completion decode to.
     """
     scores: list[StepScore | None] = [None] * len(completions)
     if wanted:
         found = judge.score(
-            [prompts[i] for i in wanted], [completions[i] for i in wanted], [rows[i] for i in wanted], known_wrong=True
+            [prompts[i] for i in wanted],
+            [completions[i] for i in wanted],
+            [rows[i] for i in wanted],
+            known_wrong=True,
+            decoded=[decode(i) for i in wanted],
         )
         for i, score in zip(wanted, found, strict=True):
             scores[i] = score
@@ -209,21 +236,30 @@ def judge_round(
     completions: Sequence[Any],
     rows: Sequence[Mapping[str, Any]],
     gather: Callable[[Tensor], Tensor],
+    decode: Callable[[Sequence[int]], str] | None = None,
 ) -> Judged:
     """
-    Each rank asks about its own completions in `to_judge_PG`, and all ranks learn the scores. `prompts`, `completions`
-    and `rows` are those of this rank, `gather` gives from its `(B, N)` numbers those of all ranks, `(P * G, N)`. Every
-    rank joins it, with or without anything to ask.
+    Each rank asks about its own completions in `to_judge_PG`, but those that have no loss, and all ranks learn the scores.
+    `prompts`, `completions` and `rows` are those of this rank, `gather` gives from its `(B, N)` numbers those of all
+    ranks, `(P * G, N)`. Every rank joins it, with or without anything to ask. `decode` gives the text of a completion's
+    ids.
     """
     start = time.perf_counter()
-    wanted = round.local(to_judge_PG).nonzero().flatten().tolist()
-    scores = ask_judge(judge, wanted, prompts, completions, rows)
+    masked = round.masked_B or [False] * len(completions)
+    wanted = [i for i in round.local(to_judge_PG).nonzero().flatten().tolist() if not masked[i]]
+
+    def decoded(i: int) -> str | None:
+        return decode(round.completion_ids[i]) if decode is not None and round.completion_ids else None
+
+    scores = ask_judge(judge, wanted, prompts, completions, rows, decoded)
     seconds = time.perf_counter() - start if wanted else 0.0
     lengths = [float(len(ids)) for ids in round.completion_ids] or [math.nan] * len(scores)
-    rows_BN = [[*_numbers(score, judge), n, seconds] for score, n in zip(scores, lengths, strict=True)]
+    rows_BN = [[*_numbers(score, judge), *row, seconds] for score, *row in zip(scores, lengths, masked, strict=True)]
     numbers_BN = torch.tensor(rows_BN, device=round.outcome_PG.device)
     numbers_NPG = gather(numbers_BN).T.reshape(_N_NUMBERS, *round.outcome_PG.shape)
-    rts_PG, by_steps_PG, by_characters_PG, n_steps_PG, status_PG, called_PG, length_PG, seconds_PG = numbers_NPG
+    rts_PG, by_steps_PG, by_characters_PG, n_steps_PG, status_PG, called_PG, length_PG, masked_PG, seconds_PG = (
+        numbers_NPG
+    )
     return Judged(
         scores,
         rts_PG,
@@ -233,6 +269,7 @@ def judge_round(
         status_PG,
         called_PG,
         length_PG,
+        masked_PG.bool(),
         reward_PG=judge.rewards(rts_PG),
         seconds=seconds_PG.max().item(),
     )
@@ -241,7 +278,7 @@ def judge_round(
 def _numbers(score: StepScore | None, judge: StepwiseJudge) -> list[float]:
     """A score as a row of numbers that can be gathered, in the order of [`Judged`]; NaN for what is not there."""
     if score is None:
-        return [math.nan] * (_N_NUMBERS - 2)
+        return [math.nan] * (_N_NUMBERS - 3)
     rts = (judge.rts(score), score.rts_steps, score.rts_characters)
     return [
         *(math.nan if value is None else float(value) for value in rts),

@@ -22,6 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from trl_sgpo import __version__
+from trl_sgpo.arguments import check_counts, check_datasets, check_judge_columns, check_names, known_columns
 from trl_sgpo.config import SGPOConfig, with_own_fields
 from trl_sgpo.judges import StepwiseJudge
 from trl_sgpo.judges.stepwise import take_judge
@@ -83,10 +84,12 @@ class SGPOTrainer(GRPOTrainer):
             An own method for failed groups, in place of those that `args.failed_groups` names.
 
     Raises:
-        TypeError: If `treatment` is no instance of a [`~trl_sgpo.treatments.Treatment`].
+        TypeError: If `treatment` is no instance of a [`~trl_sgpo.treatments.Treatment`], or `reward_funcs` holds a judge
+            that no [`StepwiseJudge`] wraps.
         ValueError: If the installed TRL is not supported; if `reward_funcs` holds two judges, or none for a treatment that
             asks one; if the treatment cannot know which reward is the outcome, or `args.outcome_reward` is unknown; if the
-            judge's reward weight is negative; if both `treatment` and `args.failed_groups` name a treatment; if the settings
+            judge's reward weight is negative, or there is not one for each of `reward_funcs`; if a dataset has a column
+            `prompts` or `completions`, or lacks one that the judge needs; if both `treatment` and `args.failed_groups` name a treatment; if the settings
             do not fit the treatment; if `args.exclude_dead_groups` is combined with a loss whose denominator is unknown.
     """
 
@@ -142,6 +145,11 @@ class SGPOTrainer(GRPOTrainer):
         if self._settings.exclude_dead_groups:
             check_loss_type(self._settings.loss_type)
         self._check_judge(setting)
+        check_counts(funcs, self.judge_index, self._settings.reward_weights, reward_processing_classes)
+        removed = self._settings.remove_unused_columns
+        check_datasets(funcs, removed, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        if self.treatment.asks_judge and rollout_func is None and not removed:  # a rollout function may add columns
+            check_judge_columns(self.stepwise_judge, known_columns(train_dataset), "train_dataset")
         acts = self.treatment.needs_outcome and not (self.treatment.asks_judge and self.stepwise_judge is None)
         find = partial(
             find_outcomes,
@@ -177,6 +185,8 @@ class SGPOTrainer(GRPOTrainer):
         self.round_observers: list[Callable[[Round, dict[str, Any]], None]] = []
         self._round: Round | None = None
         self._policy = Policy(self, self.stepwise_judge)
+        if self.treatment.asks_judge and self.accelerator.is_main_process:
+            self._policy.check_thinking()
         self._round_log = RoundLog(
             self._metrics,
             self._logs,
@@ -212,6 +222,7 @@ class SGPOTrainer(GRPOTrainer):
     def _calculate_rewards(
         self, inputs: list[dict], prompts: list, completions: list, completion_ids_list: list
     ) -> Tensor:
+        check_names(inputs[0], self.reward_funcs, "What rollout_func returns")
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         round = self._round or Round(cast(PreTrainedModel, self.model).training)
         size = cast(int, self.num_generations if round.training else self.num_generations_eval)
@@ -226,11 +237,15 @@ class SGPOTrainer(GRPOTrainer):
             self.judge_index,
             slice(first, first + len(prompts)),
             completion_ids_list,
+            self._masked(completion_ids_list),
         )
         if self._judge_is_due(round):
-            judge, to_judge_PG = cast(StepwiseJudge, self.stepwise_judge), self.treatment.to_judge(round)
+            judge = cast(StepwiseJudge, self.stepwise_judge)
+            round.to_judge_PG = to_judge_PG = self.treatment.to_judge(round)
             if to_judge_PG.any():
-                round.judged = judge_round(round, to_judge_PG, judge, prompts, completions, inputs, gather)
+                round.judged = judge_round(
+                    round, to_judge_PG, judge, prompts, completions, inputs, gather, self._policy.decode
+                )
                 round.groups = self.treatment.sort(round)
         self._round_log.write(round)
         if self.log_completions:
@@ -238,11 +253,17 @@ class SGPOTrainer(GRPOTrainer):
             if self.outcome_indices:
                 folder = Path(cast(str, self.args.output_dir))
                 self._round_log.describe_table(folder, round.success_threshold, self.treatment.name)
-        if self.mask_truncated_completions:
-            self._round_log.warn_of_truncated(round, {*self.eos_token_ids, self._tokenizer.pad_token_id})
         return rewards
 
+    def _masked(self, completion_ids: list) -> list[bool]:
+        """Which completions TRL will take for truncated and mask; empty if it masks none."""
+        if not self.mask_truncated_completions:
+            return []
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        return [not len(ids) or int(ids[-1]) not in ends for ids in completion_ids]
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        check_names(inputs[0], self.reward_funcs, "The dataset")  # one that could not tell before
         # As TRL takes it, before it generates: some ways of generating leave the model in training mode
         round = self._round = Round(cast(PreTrainedModel, self.model).training)
         try:

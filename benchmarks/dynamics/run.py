@@ -1,5 +1,5 @@
 """
-When does SGPO learn faster than GRPO, and when does prefix credit? The tables and the plots of docs/theory.md, from exact
+When does SGPO learn faster than GRPO, and when does prefix credit? The tables and the plots of docs/evidence/theory.md, from exact
 population gradients. One core, no GPU.
 
     python -m benchmarks.dynamics.run
@@ -43,7 +43,7 @@ from benchmarks.dynamics.world import (
 
 
 HERE = Path(__file__).parent
-PLOTS = HERE.parent.parent / "docs" / "theory"
+PLOTS = HERE.parent.parent / "docs" / "evidence" / "theory"
 N_STEPS, GROUP_SIZE = 5, 8
 SHARES = (0.05, 0.20, 0.75, 0.95, 0.99)
 SWEEP = (0.02, 0.05, 0.10, 0.20, 0.35, 0.50, 0.65, 0.75, 0.85, 0.90, 0.95, 0.98, 0.99, 0.995)

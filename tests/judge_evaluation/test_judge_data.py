@@ -68,6 +68,16 @@ class TestReading:
     def test_labels(self, tmp_path, fields, label):
         assert self.label(tmp_path, **fields) == label
 
+    def test_an_empty_reference_is_none(self, tmp_path):
+        row = {"problem": "p", "steps": ["a"], "label": 0}
+        rows, _ = self.read(
+            tmp_path,
+            {**row, "reference": ""},
+            {**row, "reference": float("nan"), "answer": "4"},
+            {**row, "reference": [], "answer": 0},
+        )
+        assert [one.reference for one in rows] == [None, "4", "0"]
+
     def test_stepwise_supervision_rows(self, tmp_path):
         prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "p"}]
         rows, _ = self.read(tmp_path, {"prompt": prompt, "completions": ["a", "b"], "labels": [True, False]})

@@ -267,7 +267,11 @@ class TestKey:
         def local(problem, steps):
             return 0
 
-        for function in (lambda problem, steps: 0, partial(module_level), local, Counting().judge):
+        class Own:
+            def method(self, problem, steps):
+                return 0
+
+        for function in (lambda problem, steps: 0, partial(module_level), local, Own().method):
             with pytest.warns(
                 UserWarning, match="A cache knows a function by its name, and .* give `CachedJudge` a `key`"
             ):

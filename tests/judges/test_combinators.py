@@ -1,4 +1,5 @@
 import pytest
+from conftest import first_long_word
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,7 +68,7 @@ BROKEN = {
     "no list": (lambda items: None, "TypeError: 'NoneType' object is not iterable"),
     "no verdicts": (lambda items: [0] * len(items), "the judge returned int, not a Verdict"),
     "no step": (lambda items: [Verdict.error(9)] * len(items), "first_error=9 is not the index of one of 4 steps"),
-    "half a verdict": (lambda items: [Verdict("error")] * len(items), "first_error=None is not the index"),
+    "half a verdict": (lambda items: [Verdict("error")] * len(items), "first_error=None is of type NoneType"),
     "mixed up": (lambda items: [Verdict.error(0, 7)] * len(items), "the judge saw 7 steps where there are 4"),
 }
 
@@ -281,7 +282,7 @@ class TestAll:
         with pytest.raises(TypeError, match=r"judges\[0\]=7 is neither a `StepJudge` nor a function"):
             combinator([7])
         with pytest.raises(TypeError, match=r"judges\[0\] is a `StepwiseJudge`, a reward function"):
-            combinator([StepwiseJudge(len)])
+            combinator([StepwiseJudge(first_long_word)])
 
 
 def test_the_floor_is_part_of_the_cache_key():

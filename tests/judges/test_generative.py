@@ -10,6 +10,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -359,6 +360,16 @@ class TestBatches:
         monkeypatch.setattr(judge._model, "to", lambda device: (moves.append(str(device)), inner(device))[1])
         same(judge.judge(ITEMS), judge_of(taught, answer=answer).judge(ITEMS))
         assert moves == ["cpu", "cpu"]  # to its device, which is the CPU here, and back
+
+    def test_verdicts_stand_if_the_model_cannot_be_moved_back(self, taught, answer, monkeypatch):
+        judge = judge_of(taught, answer=answer, offload=True)
+        monkeypatch.setattr(judge._model, "to", Mock(side_effect=[judge._model, RuntimeError("no room")]))
+        same(judge.judge(ITEMS), judge_of(taught, answer=answer).judge(ITEMS))
+
+    def test_a_model_that_cannot_be_moved_abstains(self, taught, answer, monkeypatch):
+        judge = judge_of(taught, answer=answer, offload=True)
+        monkeypatch.setattr(judge._model, "to", Mock(side_effect=RuntimeError("no room")))
+        assert {verdict.reason for verdict in judge.judge([ITEM])} == {"RuntimeError: no room"}
 
 
 class TestVotes:

@@ -1,8 +1,11 @@
 import json
 import math
+import re
+from functools import partial
 
 import numpy as np
 import pytest
+from conftest import first_long_word
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +25,10 @@ def judge_of(*verdicts):
             return list(verdicts)
 
     return Fixed()
+
+
+async def a_coroutine(prompt):
+    return prompt
 
 
 def score(judge, completion=FOUR_STEPS, prompt=PROMPT, row=None, known_wrong=True, **kwargs):
@@ -69,6 +76,62 @@ class TestScore:
         assert item.row == {"answer": 4, "level": 1}
         assert "".join(item.steps) == FOUR_STEPS
         assert item.known_wrong
+
+    @pytest.mark.parametrize("value", ["", " \n", math.nan, np.float32("nan"), None, [], [""], [None], np.array([])])
+    def test_an_empty_value_is_no_reference(self, value):
+        judge = judge_of(Verdict.abstain(""))
+        score(judge, row={"solution": value})
+        assert judge.items[0].reference is None
+
+    @pytest.mark.parametrize("value", [0, 0.0, False, "0", "42", "nan", np.int64(0), [0]])
+    def test_zero_is_a_reference(self, value):
+        judge = judge_of(Verdict.abstain(""))
+        score(judge, row={"solution": value})
+        assert judge.items[0].reference == str(value)
+
+    def test_a_named_reference_column_that_is_in_no_row_is_warned_of_once(self, caplog):
+        judge = StepwiseJudge(judge_of(Verdict.abstain("")), reference_column="anwser")
+        for _ in range(2):
+            judge.score([PROMPT], [FOUR_STEPS], [{"answer": 4}])
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert "reference_column='anwser' is in no row" in record.message
+        assert "['answer']" in record.message
+
+    def test_a_reference_column_that_is_in_some_row_is_no_reason_to_warn(self, caplog):
+        judge = StepwiseJudge(judge_of(Verdict.abstain(""), Verdict.abstain("")), reference_column="answer")
+        judge.score([PROMPT] * 2, [FOUR_STEPS] * 2, [{}, {"answer": None}])
+        score(judge_of(Verdict.abstain("")))  # nothing is named: a run without references
+        assert caplog.text == ""
+
+    def test_what_the_problem_is_can_be_said(self):
+        prompt = [
+            {"role": "system", "content": "A passage."},
+            {"role": "user", "content": "What is 12 * 12?"},
+            {"role": "assistant", "content": "124"},
+            {"role": "user", "content": "Check that again."},
+        ]
+        judge = judge_of(Verdict.abstain(""))
+        score(judge, prompt=prompt)
+        assert judge.items[0].problem == "Check that again."
+        score(judge, prompt=prompt, problem=lambda prompt: "\n".join(message["content"] for message in prompt))
+        assert judge.items[0].problem == "A passage.\nWhat is 12 * 12?\n124\nCheck that again."
+        score(judge, prompt="A string", problem=str.upper)
+        assert judge.items[0].problem == "A STRING"
+
+    @pytest.mark.parametrize(
+        ("problem", "reason"),
+        [
+            (lambda prompt: prompt["text"], "TypeError: string indices"),
+            (lambda prompt: [prompt], r"TypeError: `problem` returned \['What is 2 \+ 2\?'\], but the judge needs"),
+            (lambda prompt: None, "TypeError: `problem` returned None"),
+        ],
+    )
+    def test_a_problem_that_fails_is_an_abstention(self, problem, reason, caplog):
+        scored = score(judge_of(), problem=problem)
+        assert (scored.status, scored.called) == ("abstain", False)
+        assert re.match(reason, scored.reason)
+        assert "Traceback" in caplog.text
 
     def test_thinking(self):
         text = "<think>Let me see.\n\nHm, 2 and 2.</think>Add them.\n\nThat gives 5."
@@ -156,13 +219,17 @@ class TestErrors:
         [
             ({"judge": 3}, TypeError, "judge=3 is neither a `StepJudge` nor a function"),
             ({"judge": CallableJudge}, TypeError, "judge=CallableJudge is a class, not a judge"),
-            ({"judge": StepwiseJudge(len)}, TypeError, "judge is a `StepwiseJudge` already"),
+            ({"judge": StepwiseJudge(first_long_word)}, TypeError, "judge is a `StepwiseJudge` already"),
             ({"beta": -1.0}, ValueError, "beta=-1.0 must be a finite number of at least 0"),
             ({"beta": math.nan}, ValueError, "beta=nan must be a finite number"),
             ({"gamma": math.inf}, ValueError, "gamma=inf must be a finite number"),
             ({"unit": "tokens"}, ValueError, r"unit='tokens' is unknown: it must be one of \['steps', 'characters'\]"),
             ({"transform": "step"}, ValueError, r"transform='step' is unknown"),
             ({"no_error": "zero"}, ValueError, r"no_error='zero' is unknown"),
+            ({"problem": "last"}, TypeError, "problem='last' is no plain function from a prompt"),
+            ({"problem": partial(a_coroutine)}, TypeError, "problem=functools.partial.* is no plain function"),
+            ({"problem": a_coroutine}, TypeError, "problem=<function a_coroutine .* is no plain function"),
+            ({"reference_column": 5}, TypeError, "reference_column=5 is no name of a column"),
             ({"segmenter": 5}, TypeError, "segmenter=5 is not callable"),
             ({"segmenter": lambda text: [(0, 10), (5, 20)]}, ValueError, r"`segmenter` returned \(5, 20\).*overlap"),
             ({"segmenter": lambda text: [(10, 20), (0, 10)]}, ValueError, r"`segmenter` returned \(0, 10\).*go back"),
@@ -172,9 +239,9 @@ class TestErrors:
     )
     def test_bad_arguments(self, kwargs, error, message):
         with pytest.raises(error, match=message):
-            StepwiseJudge(**{"judge": len, **kwargs})
+            StepwiseJudge(**{"judge": first_long_word, **kwargs})
 
     @pytest.mark.parametrize("gamma", [-0.5, 10.0])
     def test_gamma_outside_the_range_of_rts(self, gamma):
         with pytest.warns(UserWarning, match=f"gamma={gamma} lies outside"):
-            StepwiseJudge(len, gamma=gamma)
+            StepwiseJudge(first_long_word, gamma=gamma)

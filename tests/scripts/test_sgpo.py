@@ -38,6 +38,10 @@ class Own(StepJudge):
         return [Verdict.error(self.index % len(item.steps)) for item in items]
 
 
+def first_message(prompt):
+    return prompt[0]["content"]
+
+
 def halves(text):
     return [(0, len(text) // 2), (len(text) // 2, len(text))]
 
@@ -109,7 +113,7 @@ def test_gsm8k_questions_from_a_path(workplace, gsm8k_path):
     card = (workplace / "out" / "README.md").read_text()
     assert "my_judges.by_length" in card
     assert "gsm8k.jsonl" not in card  # a local path is no dataset of the Hub
-    resumed = run(*common, "--max_steps", 4, "--resume_from_checkpoint", "out/checkpoint-3", cwd=workplace)
+    resumed = run(*common, "--max_steps", 4, "--resume_from_checkpoint", "true", cwd=workplace)
     assert resumed.returncode == 0, resumed.stderr[-4000:]
     assert json.loads((workplace / "out" / "trainer_state.json").read_text())["global_step"] == 4
 
@@ -190,14 +194,15 @@ class TestLoading:
             "no_error": "last_step",
             "reference_column": "answer",
             "include_thinking": True,
+            "problem": "my_judges.first_message",
         }
         assert set(arguments) == set(inspect.signature(StepwiseJudge).parameters) - {"judge"}
         for given in (arguments, json.dumps(arguments)):
             judge = load_stepwise_judge("my_judges.Own", {"index": 1}, given)
             assert judge.segmenter("abcd") == [(0, 2), (2, 4)]
-            assert {name: getattr(judge, name) for name in arguments if name != "segmenter"} == {
-                name: value for name, value in arguments.items() if name != "segmenter"
-            }
+            assert judge.problem([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]) == "a"
+            values = {name: value for name, value in arguments.items() if name not in ("segmenter", "problem")}
+            assert {name: getattr(judge, name) for name in values} == values
         assert load_stepwise_judge("my_judges.ready").judge.index == 0
 
     @pytest.mark.parametrize(
@@ -214,6 +219,11 @@ class TestLoading:
                 "my_judges.by_length",
                 {"segmenter": "my_judges.no"},
                 "stepwise_judge_args: segmenter='my_judges.no' could not",
+            ),
+            (
+                "my_judges.by_length",
+                {"problem": "my_judges.no"},
+                "stepwise_judge_args: problem='my_judges.no' could not",
             ),
             ("my_judges.ready", {"gamma": 0.3}, "is a ready StepwiseJudge, which has its arguments already"),
         ],

@@ -341,7 +341,7 @@ class TestOwnTreatment:
         assert log["sgpo/groups/tied"] == log["sgpo/groups/unjudged"] == 0
 
     def test_the_docs_show_the_same_code(self):
-        page = (ROOT / "docs" / "write_a_treatment.md").read_text()
+        page = (ROOT / "docs" / "howto" / "write_a_treatment.md").read_text()
         assert inspect.getsource(HalfBlame).strip() in page
 
     def test_its_name_is_on_the_card_and_beside_the_table(self, make_trainer, tmp_path):

@@ -134,6 +134,8 @@ def _row(record: Any, place: str, file: str, split: str | None, columns: Sequenc
         raise ValueError(
             f"{place}: it is {type(record).__name__}, not an object with fields. Write one object per solution."
         )
+    from trl_sgpo.judges.base import is_empty
+
     steps = _steps(record, place)
     label = _label(record, place, len(steps))
     missing = [name for name in columns if name not in record]
@@ -141,7 +143,7 @@ def _row(record: Any, place: str, file: str, split: str | None, columns: Sequenc
         raise ValueError(f"{place}: columns={missing} are not there, only {sorted(record)}. Name columns of the data.")
     subset = next((str(record[name]) for name in SUBSET_FIELDS if record.get(name)), split or Path(file).stem)
     source = record.get("source")
-    reference = next((record[name] for name in REFERENCE_FIELDS if record.get(name) is not None), None)
+    reference = next((record[name] for name in REFERENCE_FIELDS if not is_empty(record.get(name))), None)
     return Row(
         id=next((str(record[name]) for name in ID_FIELDS if record.get(name) is not None), place),
         file=file,
@@ -196,9 +198,8 @@ def _label(record: Mapping[str, Any], place: str, n_steps: int) -> int:
         if len(label) != n_steps:
             raise _UnusableRow("labels and steps differ in number")
         if not all(right is None or right in (0, 1) for right in label):
-            hint = " In PRM800K's form 0 is neutral and -1 wrong: write true for 1 and 0, false for -1." * (
-                -1 in label
-            )
+            hint = " In PRM800K's form 0 is neutral and -1 wrong: write true for 1 and 0, false for -1."
+            hint = hint if -1 in label else ""
             raise ValueError(
                 f"{place}: labels={_short(label)} must be true (or 1), false (or 0) or null for each step.{hint}"
             )

@@ -56,9 +56,10 @@ def _accuracy_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
 
 def first_error_f1(predicted: ArrayLike, label: ArrayLike) -> dict[str, float]:
     """
-    ProcessBench's F1 and its parts (arXiv 2412.06559) on the rows of one subset: `acc_error = mean(pred == label |
-    label != -1)`, `acc_correct = mean(pred == -1 | label == -1)`, their harmonic mean `f1`, `acc_error_within_1`,
-    `false_alarm_rate` and `abstain_rate`. An abstention is wrong on every row. A score without rows is NaN.
+    ProcessBench's F1 and its parts (arXiv 2412.06559) on the rows of one subset:
+    `acc_error = mean(pred == label | label != -1)`, `acc_correct = mean(pred == -1 | label == -1)`, their harmonic mean
+    `f1`, `acc_error_within_1`, `false_alarm_rate` and `abstain_rate`. An abstention is wrong on every row. A score
+    without rows is NaN.
 
     Example:
 

@@ -111,6 +111,10 @@ def save_card_and_push(
             repo_id=repo.repo_id,
             folder_path=folder,
             commit_message="Train the judge",
-            ignore_patterns=["checkpoint-*", "runs/*", "*.bin.tmp"],
+            ignore_patterns=[
+                "checkpoint-*",
+                "runs/*",
+                "training_args.bin",
+            ],  # the last holds paths and the host's name,
         )
         print(f"Judge pushed to {repo}.")

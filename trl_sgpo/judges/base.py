@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from asyncio import CancelledError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,20 @@ class JudgeItem:
     known_wrong: bool = True
     row: Mapping[str, Any] = field(default_factory=dict)
     context: Mapping[int, str] = field(default_factory=dict)
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value of a dataset says nothing. Zero and `False` do say something."""
+    if hasattr(value, "tolist"):  # NumPy's and torch's
+        value = value.tolist()
+    if value is None or isinstance(value, str):
+        return not (value or "").strip()
+    if isinstance(value, Mapping | list | tuple | set):
+        return all(map(is_empty, value.values() if isinstance(value, Mapping) else value))
+    try:
+        return bool(value != value)  # NaN
+    except (TypeError, ValueError):
+        return str(value) == "<NA>"  # pandas' missing value is neither equal nor unequal
 
 
 @dataclass(frozen=True)
@@ -140,10 +154,15 @@ def _check(verdict: Any, n_steps: int) -> Verdict:
         return Verdict.abstain(reason)
     if verdict.status != "error":
         return Verdict.abstain(f"the judge returned the unknown status {verdict.status!r}")
+    given: Any = verdict.first_error
     try:
-        first_error = operator.index(cast(int, verdict.first_error))  # an int or one of numpy's; a float is none
+        first_error = operator.index(given)  # an int or one of numpy's or torch's; a float is none
     except TypeError:
-        first_error = -1
-    if isinstance(verdict.first_error, bool) or not 0 <= first_error < n_steps:
-        return Verdict.abstain(f"first_error={verdict.first_error!r} is not the index of one of {n_steps} steps")
+        first_error = None
+    # torch's booleans are integers to Python, and numpy's are not
+    if first_error is None or isinstance(given, bool) or "bool" in str(getattr(given, "dtype", "")):
+        kind = "a bool" if first_error is not None else f"of type {type(given).__name__}"
+        return Verdict.abstain(f"first_error={given!r} is {kind}, and the index of a step is an integer")
+    if not 0 <= first_error < n_steps:
+        return Verdict.abstain(f"first_error={given!r} is not the index of one of {n_steps} steps")
     return Verdict.error(first_error, n_steps, verdict.confidence, reason)

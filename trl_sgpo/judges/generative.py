@@ -217,7 +217,7 @@ class GenerativeJudge(LocalModelJudge):
                 verdicts |= (self._score if self.answer == "score" else self._generate)(asked, end)
         except Exception as error:  # the model could not be moved
             self._show_traceback()
-            verdicts |= dict.fromkeys(asked, Verdict.abstain(f"{type(error).__name__}: {error}"))
+            verdicts = dict.fromkeys(asked, Verdict.abstain(f"{type(error).__name__}: {error}")) | verdicts
         return [verdicts[i] for i in range(len(items))]
 
     def sample(self, items: Sequence[JudgeItem]) -> list[list[tuple[str, Verdict]]]:

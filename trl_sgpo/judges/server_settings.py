@@ -127,4 +127,6 @@ class ServerSettings:
         key = api_key(name)
         if not (key.isascii() and key.isprintable()):
             # Otherwise the HTTP library would say so, and might show the key
-            raise ValueError(f"api_key_env={name!r} holds characters that no HTTP header may have. Set it anew.")
+            raise ValueError(
+                f"the value of api_key_env={name!r} has characters that no HTTP header may have. Set it anew."
+            )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from trl_sgpo.groups import TRANSFORMS, rts_to_reward
-from trl_sgpo.judges.base import JudgeItem, StepJudge, Verdict, ask
+from trl_sgpo.judges.base import JudgeItem, StepJudge, Verdict, ask, is_empty
 from trl_sgpo.judges.callable import CallableJudge
 from trl_sgpo.judges.log_once import LogOnce
 from trl_sgpo.steps import (
@@ -38,6 +38,9 @@ REWARD_NAME = "stepwise_judge"
 
 UNITS = ("steps", "characters")
 NO_ERROR_RULES = ("abstain", "last_step")
+
+# Columns that no judge is given: it has the problem and the steps
+NOT_IN_ROW = ("prompt", "completion", "completion_ids")
 
 _LONGEST_REASON = 2000  # characters
 
@@ -89,14 +92,20 @@ class StepwiseJudge:
             What "no error" means for a completion that is known to be wrong. `"abstain"`: the judge missed the error,
             so there is no verdict. Otherwise a judge with little recall would pay for writing many steps.
             `"last_step"`: the last step is the wrong one, for judges that see everything.
-        reference_column (`str`, *optional*, defaults to `"solution"`):
-            The dataset column that holds the reference solution or answer, if there is one.
+        reference_column (`str`, *optional*):
+            The dataset column that holds the reference solution or answer. Defaults to `"solution"`, if there is one. A
+            row whose value is empty (`None`, NaN, only white space, an empty list) has no reference. If a column that
+            is named here is in no row, one warning says so.
         include_thinking (`bool`, *optional*, defaults to `False`):
-            Whether steps are cut in `<think>` text too. By default only the text after the thinking is judged, if
-            there is any.
+            Whether steps are cut in thinking too. By default only the text after the thinking is judged, if there is
+            any. See [`~trl_sgpo.steps.judged_region`] for the marks that are known.
+        problem (`Callable`, *optional*):
+            What the judge is told is the problem: `prompt -> text`, called with the prompt as TRL hands it to reward
+            functions, a string or a list of messages. Defaults to [`problem_text`], which takes the last message of
+            the user: write your own for conversations of several turns, or for a passage in the system message.
 
     Raises:
-        TypeError: If `judge` or `segmenter` is of a wrong type.
+        TypeError: If `judge`, `segmenter`, `reference_column` or `problem` is of a wrong type.
         ValueError: If another argument is out of its range, or the segmenter returns overlapping or unordered spans.
 
     Example:
@@ -117,14 +126,17 @@ class StepwiseJudge:
         unit: str = "steps",
         segmenter: Segmenter | None = None,
         no_error: str = "abstain",
-        reference_column: str = "solution",
+        reference_column: str | None = None,
         include_thinking: bool = False,
+        problem: Callable[[Any], str] | None = None,
     ) -> None:
         if isinstance(judge, StepwiseJudge):
             raise TypeError("judge is a `StepwiseJudge` already: put it into `reward_funcs` as it is.")
         self.judge = as_judge(judge)
         if not (beta >= 0 and math.isfinite(beta)):
-            raise ValueError(f"beta={beta} must be a finite number of at least 0, else rewards fall with the RTS.")
+            raise ValueError(
+                f"beta={beta} must be a finite number of at least 0, else rewards fall with the RTS. The default is 10."
+            )
         if not math.isfinite(gamma):
             raise ValueError(f"gamma={gamma} must be a finite number: it is the RTS that earns half. Use 0.5.")
         for argument, value, choices in (
@@ -151,6 +163,18 @@ class StepwiseJudge:
                     "spans, for instance `lambda text: [(0, 10), (10, len(text))]`."
                 )
             _probe(segmenter)
+        if reference_column is not None and not isinstance(reference_column, str):
+            raise TypeError(
+                f"reference_column={reference_column!r} is no name of a column. Give a string, or None for 'solution'."
+            )
+        if problem is not None:
+            from trl.trainer.utils import is_async_callable
+
+            if not callable(problem) or is_async_callable(problem):
+                raise TypeError(
+                    f"problem={problem!r} is no plain function from a prompt to the problem's text. Give one, for "
+                    "instance `lambda prompt: prompt[0]['content']`."
+                )
         self.__name__ = REWARD_NAME  # what TRL calls the column of a callable
         self.beta = beta
         self.gamma = gamma
@@ -158,8 +182,10 @@ class StepwiseJudge:
         self.unit = unit
         self.segmenter = segment if segmenter is None else segmenter
         self.no_error = no_error
-        self.reference_column = reference_column
+        self.reference_column = "solution" if reference_column is None else reference_column
+        self._reference_is_named = reference_column is not None
         self.include_thinking = include_thinking
+        self.problem = problem_text if problem is None else problem
         self._log_once = LogOnce(logger)
 
     def __repr__(self) -> str:
@@ -204,29 +230,39 @@ class StepwiseJudge:
         completions: Sequence[Any],
         rows: Sequence[Mapping[str, Any]],
         known_wrong: bool = True,
+        decoded: Sequence[str | None] | None = None,
     ) -> list[StepScore]:
         """
         One score per completion, in order. Never raises for what a judge or a segmenter does. The arguments are as in
         [`~StepwiseJudge.__call__`], with the dataset rows. If the completions are known to be wrong, every RTS is
-        below 1.
+        below 1. `decoded` is what the completions' own ids decode to, see [`~trl_sgpo.steps.completion_turns`].
         """
+        if self._reference_is_named and rows and not any(self.reference_column in row for row in rows):
+            self._log_once(
+                "reference",
+                f"reference_column={self.reference_column!r} is in no row, so the judge is shown no reference. The "
+                f"columns are {sorted({name for row in rows for name in row})}.",
+            )
         scores: list[StepScore | None] = [None] * len(completions)
         cuts: dict[int, CutCompletion] = {}
         items: list[JudgeItem] = []
-        for i, (prompt, completion, row) in enumerate(zip(prompts, completions, rows, strict=True)):
+        texts = [None] * len(completions) if decoded is None else decoded
+        for i, (prompt, completion, row, text) in enumerate(zip(prompts, completions, rows, texts, strict=True)):
             try:
-                cut = cut_completion(completion, self.segmenter, include_thinking=self.include_thinking)
-                reference = row.get(self.reference_column)
+                cut = cut_completion(completion, self.segmenter, include_thinking=self.include_thinking, decoded=text)
+                problem, reference = self.problem(prompt), row.get(self.reference_column)
+                if not isinstance(problem, str):
+                    raise TypeError(f"`problem` returned {problem!r:.200}, but the judge needs the problem's text")
                 item = JudgeItem(
-                    problem=problem_text(prompt),
+                    problem=problem,
                     steps=cut.steps,
-                    reference=None if reference is None else str(reference),
+                    reference=None if is_empty(reference) else str(reference),
                     known_wrong=known_wrong,
-                    row={k: v for k, v in row.items() if k not in ("prompt", "completion", "completion_ids")},
+                    row={k: v for k, v in row.items() if k not in NOT_IN_ROW},
                     context=cut.context,
                 )
             except Exception as error:
-                self._log_once.failed("A completion could not be cut into steps")
+                self._log_once.failed("A completion could not be made ready for the judge")
                 scores[i] = _unscored(Verdict.abstain(f"{type(error).__name__}: {error}"), 0, called=False)
                 continue
             if cut.blank:
@@ -282,13 +318,17 @@ def as_judge(judge: Any, argument: str = "judge") -> StepJudge:
     if not callable(judge):
         raise TypeError(
             f"{argument}={judge!r} is neither a `StepJudge` nor a function `f(problem, steps, **row)` that gives the "
-            "0-based index of the first wrong step, or None for no error. Give one of them."
+            "0-based index of the first wrong step, or None for no error. Give such a function or a judge from "
+            "`trl_sgpo.judges`."
         )
     return CallableJudge(judge)
 
 
 def problem_text(prompt: Any) -> str:
-    """The problem that a prompt poses: a string as it is; of a list of messages, the last one of the user."""
+    """
+    The problem that a prompt poses: a string as it is; of a list of messages, the text of the last one of the user.
+    Earlier turns, which may be examples, and the system message are left out, and so are images.
+    """
     if isinstance(prompt, str):
         return prompt
     users = [message for message in prompt if message.get("role") == "user"]
@@ -322,17 +362,28 @@ def _empty_column(prompts: Sequence[Any], **kwargs: Any) -> list[None]:
 _empty_column.__name__ = REWARD_NAME
 
 
+def _is_bare_judge(func: Any) -> bool:
+    """Whether it is a judge that no `StepwiseJudge` wraps: an instance, a class, or a function of a problem and steps."""
+    if isinstance(func, StepJudge) or (inspect.isclass(func) and issubclass(func, StepJudge | StepwiseJudge)):
+        return True
+    try:
+        names = list(inspect.signature(func).parameters)
+    except (TypeError, ValueError):  # the name of a reward model; some built-ins
+        return False
+    return names[:2] == ["problem", "steps"] and "completions" not in names
+
+
 def take_judge(funcs: list[Any]) -> tuple[StepwiseJudge | None, int | None]:
     """
     Takes the judge out of a list of reward functions, for a trainer that asks it itself. A function that rewards
     nothing takes its place. Returns the judge and its index, or two `None`.
     """
     indices = [i for i, func in enumerate(funcs) if isinstance(func, StepwiseJudge)]
-    bare = [func for func in funcs if isinstance(func, StepJudge) or func is StepwiseJudge]
-    if bare:
-        raise TypeError(
-            f"reward_funcs holds {bare[0]!r}, which is no reward function. Wrap the judge: `StepwiseJudge(judge)`."
-        )
+    for func in funcs:
+        if _is_bare_judge(func):
+            raise TypeError(
+                f"reward_funcs holds {func!r}, which is no reward function. Wrap the judge: `StepwiseJudge(judge)`."
+            )
     if len(indices) > 1:
         raise ValueError(
             f"reward_funcs holds {len(indices)} StepwiseJudges, at the positions {indices}, and a group can be judged "

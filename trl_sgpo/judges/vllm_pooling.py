@@ -123,7 +123,9 @@ class VLLMPoolingJudge(StepScorer):
                 ) from error
         if spec is None:
             if config is None:
-                raise ValueError("spec=None, and a loaded tokenizer has no config. Give `spec`, or a Hub id.")
+                raise ValueError(
+                    "spec=None, and a loaded tokenizer has no config. Give `spec`, or the tokenizer by its Hub id."
+                )
             spec = PRMSpec.from_config(config)
         self.spec = spec
         if threshold is not None:

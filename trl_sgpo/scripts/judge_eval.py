@@ -83,18 +83,18 @@ class JudgeEvalArguments:
             self.data = [self.data]
 
 
-def make_parser() -> "TrlParser":
+def make_parser(prog: str = "python -m trl_sgpo.scripts.judge_eval") -> "TrlParser":
     from trl import TrlParser
 
     configs: list[Any] = [JudgeEvalArguments]
-    return TrlParser(configs, prog="python -m trl_sgpo.scripts.judge_eval")
+    return TrlParser(configs, prog=prog)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m trl_sgpo.scripts.judge_eval") -> None:
     from trl_sgpo.judge_evaluation.evaluation import evaluate
     from trl_sgpo.judge_evaluation.tables import show
 
-    (args,) = make_parser().parse_args_and_config(argv, fail_with_unknown_args=True)
+    (args,) = make_parser(prog).parse_args_and_config(argv, fail_with_unknown_args=True)
     show(evaluate(args))
     print(f"Written to {args.output}: results.json, verdicts.jsonl, judge.png")
 

@@ -20,9 +20,11 @@ so are the problems of `--exclude`, on which the judge will be evaluated. All ar
 `ModelConfig` are taken as well.
 """
 
+from collections.abc import Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from trl_sgpo.command_line import find_checkpoint, parse
 from trl_sgpo.judge_training.arguments import JudgeTrainArguments
 from trl_sgpo.judge_training.card import NUMBERS, save_card_and_push
 from trl_sgpo.judge_training.data import read_data
@@ -32,12 +34,12 @@ if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig, TrlParser
 
 
-def make_parser() -> "TrlParser":
+def make_parser(prog: str = "python -m trl_sgpo.scripts.judge_train") -> "TrlParser":
     """The parser of the command line and of YAML files."""
     from trl import ModelConfig, SFTConfig, TrlParser
 
     configs: list[Any] = [JudgeTrainArguments, SFTConfig, ModelConfig]
-    return TrlParser(configs, prog="python -m trl_sgpo.scripts.judge_train")
+    return TrlParser(configs, prog=prog)
 
 
 def run(arguments: JudgeTrainArguments, training_args: "SFTConfig", model_args: "ModelConfig") -> dict[str, Any]:
@@ -48,6 +50,12 @@ def run(arguments: JudgeTrainArguments, training_args: "SFTConfig", model_args: 
     if not model_args.model_name_or_path:
         raise ValueError(
             "model_name_or_path is missing. Name the model that becomes the judge: a name on the Hub, or a folder."
+        )
+    training_args.resume_from_checkpoint = cast(Any, find_checkpoint(training_args))
+    if training_args.resume_from_checkpoint and arguments.kind == "generative":
+        raise ValueError(
+            f"resume_from_checkpoint={training_args.resume_from_checkpoint!r} does not go with kind='generative', because "
+            "each round trains on critiques that are sampled anew. Leave it out."
         )
     start = perf_counter()
     push, training_args.push_to_hub = training_args.push_to_hub, False  # once, at the end, with its numbers
@@ -88,9 +96,8 @@ def show(result: dict[str, Any]) -> None:
     print(f"  {'seconds':20} {result['seconds']:.0f}")
 
 
-def main() -> None:
-    arguments, training_args, model_args = make_parser().parse_args_and_config(fail_with_unknown_args=True)
-    run(arguments, training_args, model_args)
+def main(argv: Sequence[str] | None = None, prog: str = "python -m trl_sgpo.scripts.judge_train") -> None:
+    run(*parse(make_parser(prog), "trl_sgpo.scripts.judge_train", argv))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(prog: str = "python -m trl_sgpo.scripts.report") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m trl_sgpo.scripts.report",
+        prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -198,10 +198,10 @@ def show(summary: dict[str, Any]) -> None:
             print(f"  - {text}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m trl_sgpo.scripts.report") -> None:
     from trl_sgpo.analysis.report.runs import NoRunError
 
-    args = make_parser().parse_args(argv)
+    args = make_parser(prog).parse_args(argv)
     try:
         summary = make_report(args)
     except (NoRunError, ValueError) as error:

@@ -10,7 +10,8 @@ Trains a model with SGPO, or with GRPO if no judge is named.
     python -m trl_sgpo.scripts.sgpo --config recipes/gsm8k/sgpo.yaml
     accelerate launch -m trl_sgpo.scripts.sgpo --config recipes/gsm8k/sgpo.yaml
 
-Takes every argument of `trl grpo` (a GRPO YAML file loads unchanged), those of `SGPOConfig`, and the judge.
+Takes every argument of `trl grpo` (a GRPO YAML file loads unchanged), those of `SGPOConfig`, and the judge. Options of
+`accelerate launch`, which the `trl` command takes too, are refused with the command to use instead.
 """
 
 from dataclasses import dataclass, field
@@ -38,7 +39,8 @@ class SGPOScriptArguments(GRPOScriptArguments):
         default=None,
         metadata={
             "help": "The step-wise judge: a short name (arithmetic, reference, openai, generative, prm, vllm_pooling), or the dotted path of a "
-            "judge function, a judge class or instance, or a ready StepwiseJudge. Without one the run is plain GRPO."
+            "judge function, a judge class or instance, or a ready StepwiseJudge. Without one the run is plain GRPO. Its reward is the last "
+            "one; if reward_weights leaves it out, its weight is 1."
         },
     )
     judge_args: dict | str | None = field(
@@ -48,7 +50,7 @@ class SGPOScriptArguments(GRPOScriptArguments):
         default=None,
         metadata={
             "help": 'Arguments of StepwiseJudge, a mapping in YAML, or JSON on the command line: {"gamma": 0.3, "include_thinking": true}. '
-            "A segmenter is given by its dotted path."
+            "`segmenter` and `problem` are given by their dotted paths."
         },
     )
     dataset_map: str | None = field(
@@ -61,7 +63,7 @@ def _reward_functions(script_args: SGPOScriptArguments) -> list[Any]:
     """The outcome and other rewards, named as in TRL's GRPO script."""
     import trl.rewards
 
-    from trl_sgpo.loading import load_object
+    from trl_sgpo.loading import JUDGE_NAMES, load_object
 
     names = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
     found: list[Any] = [script_args.reward_model_name_or_path] if script_args.reward_model_name_or_path else []
@@ -73,9 +75,10 @@ def _reward_functions(script_args: SGPOScriptArguments) -> list[Any]:
         elif "." in name:
             found.append(load_object(name, "reward_funcs"))
         else:
+            judge = " A judge is no reward function: name it by `judge`." if name in JUDGE_NAMES else ""
             raise ValueError(
                 f"reward_funcs={name!r} is unknown: it must be one of {[*names, 'get_soft_overlong_punishment']} or a "
-                "dotted path, for instance 'my_project.rewards.exact_match'."
+                f"dotted path, for instance 'my_project.rewards.exact_match'.{judge}"
             )
     return found
 
@@ -115,10 +118,15 @@ def make_trainer(
     from trl import get_peft_config, get_quantization_config
 
     from trl_sgpo import SGPOTrainer
+    from trl_sgpo.command_line import find_checkpoint
     from trl_sgpo.loading import load_stepwise_judge
 
+    training_args.resume_from_checkpoint = cast(Any, find_checkpoint(training_args))
     reward_funcs = _reward_functions(script_args)
     if script_args.judge:
+        if len(training_args.reward_weights or ()) == len(reward_funcs) > 0:
+            # A GRPO file does not know of the judge, which this script puts at the end
+            training_args.reward_weights = [*cast(list, training_args.reward_weights), 1.0]
         reward_funcs.append(
             load_stepwise_judge(script_args.judge, script_args.judge_args, script_args.stepwise_judge_args)
         )
@@ -165,20 +173,22 @@ def main() -> None:
     import transformers
     from packaging.version import Version
 
-    script_args, *others = make_parser().parse_args_and_config(fail_with_unknown_args=True)
+    from trl_sgpo.command_line import parse
+
+    script_args, *others = parse(make_parser(), "trl_sgpo.scripts.sgpo")
     trainer = make_trainer(script_args, *others)
     train_and_save(trainer, script_args.dataset_name)
     if Version(transformers.__version__) >= Version("5.18.0"):
         trainer.end()  # finishes the trackers and destroys the process group
 
 
-def make_parser() -> "TrlParser":
+def make_parser(prog: str = "python -m trl_sgpo.scripts.sgpo") -> "TrlParser":
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
     from trl_sgpo import SGPOConfig
 
     configs: list[Any] = [SGPOScriptArguments, SGPOConfig, ModelConfig, DatasetMixtureConfig]
-    return TrlParser(configs, prog="python -m trl_sgpo.scripts.sgpo")
+    return TrlParser(configs, prog=prog)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,13 @@ From a completion to its text and its steps. A completion may hold thinking, too
 decided what the policy wrote and what is judged.
 """
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl_sgpo.steps.segmenter import Segmenter, Span, check_spans, segment
-
-
-_THINK_TAG = re.compile(r"<(/?)think(?:ing)?>")
+from trl_sgpo.steps.thinking import restore_marks, start_of_answer, thinking_marks
+from trl_sgpo.steps.tool_calls import ToolCall, place_calls, shown_call, visible
 
 
 @dataclass(frozen=True)
@@ -28,17 +25,17 @@ class Turn:
         written (`tuple[tuple[int, int], ...]`):
             Spans of `text` that are word for word what the policy wrote: its thinking and its content. The tags around
             thinking do not belong to them, because they may come from the prompt.
-        calls (`tuple[tuple[tuple[int, int], str], ...]`):
-            Spans of the tool calls, each with the name of its function. The policy wrote the calls in another form.
+        calls (`tuple[ToolCall, ...]`):
+            The tool calls. The policy wrote them in another form.
     """
 
     text: str
     by_policy: bool
     written: tuple[Span, ...] = field(default=(), repr=False, compare=False)
-    calls: tuple[tuple[Span, str], ...] = field(default=(), repr=False, compare=False)
+    calls: tuple[ToolCall, ...] = field(default=(), repr=False, compare=False)
 
 
-def completion_turns(completion: str | list[dict]) -> list[Turn]:
+def completion_turns(completion: str | list[dict], decoded: str | None = None) -> list[Turn]:
     """
     The turns of a completion as TRL hands it to reward functions: one per message, or a single one for a string.
 
@@ -49,6 +46,10 @@ def completion_turns(completion: str | list[dict]) -> list[Turn]:
     Args:
         completion (`str` or `list[dict]`):
             A string (standard format), or the messages of the completion (conversational format; several with tools).
+        decoded (`str`, *optional*):
+            What the completion's own ids decode to, with the marks of thinking. A message does not tell whether its
+            calls were written before its content, and its text may have lost marks that are special tokens: here they
+            are found.
 
     Raises:
         `TypeError`: If `completion` is neither a string nor a list of dicts.
@@ -62,22 +63,37 @@ def completion_turns(completion: str | list[dict]) -> list[Turn]:
     ```
     """
     if isinstance(completion, str):
-        return [Turn(completion, by_policy=True, written=((0, len(completion)),))]
+        text = restore_marks(completion, decoded)
+        return [Turn(text, by_policy=True, written=((0, len(text)),))]
     if not isinstance(completion, list) or not all(isinstance(message, Mapping) for message in completion):
         raise TypeError(
             f"`completion` is {completion!r:.200} ({type(completion).__name__}), but a completion is a string or a "
             'list of messages, for example [{"role": "assistant", "content": "..."}]: pass one completion at a time, '
             "in the form in which TRL hands it to reward functions."
         )
-    turns = []
-    for message in completion:
-        by_policy = message.get("role") in ("assistant", None)
-        content = _content_text(message.get("content"))
-        turns.append(_policy_turn(message, content) if by_policy else Turn(content, by_policy=False))
+    contents = [_content_text(message.get("content")) for message in completion]
+    if len(completion) == 1:
+        contents = [restore_marks(contents[0], decoded)]
+    turns: list[Turn] = []
+    position = 0  # where the turn begins in the decoded text
+    for message, content, following in zip(completion, contents, [*contents[1:], None], strict=False):
+        if message.get("role") not in ("assistant", None):
+            turns.append(Turn(content, by_policy=False))
+            at = decoded.find(content.strip(), position) if decoded is not None else -1
+            position = at + len(content.strip()) if at >= 0 else position
+            continue
+        turn = _policy_turn(message, content)
+        if decoded is not None:
+            end = _end_of_turn(decoded, position, content, following)
+            if turn.calls and (n_before := _calls_before_content(turn, decoded[position:end])):
+                turn = _policy_turn(message, content, n_before)
+            position = end
+        turns.append(turn)
     return turns
 
 
-def _policy_turn(message: Mapping[str, Any], content: str) -> Turn:
+def _policy_turn(message: Mapping[str, Any], content: str, n_calls_before: int = 0) -> Turn:
+    """The text of a message, with so many of its calls before its content."""
     thoughts = (_content_text(message.get(name)) for name in ("reasoning_content", "reasoning", "thinking"))
     thinking = next((thought for thought in thoughts if thought.strip()), None)
     text, written = "", []
@@ -85,18 +101,45 @@ def _policy_turn(message: Mapping[str, Any], content: str) -> Turn:
         text = "<think>\n"
         written.append((len(text), len(text) + len(thinking)))
         text += f"{thinking}\n</think>\n\n"
-    written.append((len(text), len(text) + len(content)))
-    text += content
     found = message.get("tool_calls") or []
-    named = [_call(call) for call in (found if isinstance(found, (list, tuple)) else [found])]
-    if any(shown for _, shown in named) and content and not content.endswith("\n"):
-        text += "\n"
+    shown = [shown_call(call) for call in (found if isinstance(found, (list, tuple)) else [found])]
     calls = []
-    for number, (name, shown) in enumerate(named):
-        text += "\n" if number else ""
-        calls.append(((len(text), len(text) + len(shown)), name))
-        text += shown
+    for number in range(len(shown) + 1):
+        if number == n_calls_before:
+            written.append((len(text), len(text) + len(content)))
+            text += content
+            if content and not content.endswith("\n") and any(call for _, call, _ in shown[number:]):
+                text += "\n"
+        if number < len(shown):
+            name, call, values = shown[number]
+            calls.append(ToolCall((len(text), len(text) + len(call)), name, values))
+            text += call + ("\n" if number + 1 < len(shown) or number < n_calls_before else "")
     return Turn(text, by_policy=True, written=tuple(written), calls=tuple(calls))
+
+
+def _end_of_turn(decoded: str, position: int, content: str, following: str | None) -> int:
+    """Where a turn ends in the decoded text: where the tool result after it begins, if that is found."""
+    if following is None:
+        return len(decoded)
+    content, following = content.strip(), following.strip()
+    own = decoded.find(content, position)
+    written = own + len(content) if own >= 0 else position
+    result = decoded.find(following, written) if following else -1
+    return result if result >= 0 else written
+
+
+def _calls_before_content(turn: Turn, decoded: str) -> int:
+    """How many of a turn's calls the policy wrote before its content; `decoded` is what the turn's ids decode to."""
+    start, content = start_of_answer(turn.text, decoded), None
+    for span in turn.written:
+        first, last = visible(turn.text, *span)
+        at = decoded.find(turn.text[first:last], start) if first < last else -1
+        if span != turn.written[-1]:  # thinking
+            start = at + last - first if at >= 0 else start
+        elif at >= 0:
+            content = (at, at + last - first)
+    places = place_calls(decoded, turn.calls, start, content) if content else []
+    return sum(1 for place in places if place and content and place[0] < content[0])
 
 
 def _content_text(content: Any) -> str:
@@ -108,20 +151,6 @@ def _content_text(content: Any) -> str:
     if isinstance(content, Mapping):
         return _content_text(content.get("text")) if (content.get("type") or "text") == "text" else ""
     return str(content)
-
-
-def _call(call: Any) -> tuple[str, str]:
-    """The name of a tool call's function, and the call as text."""
-    if not isinstance(call, Mapping):
-        return "", str(call)
-    function = call["function"] if isinstance(call.get("function"), Mapping) else call
-    name, arguments = str(function.get("name") or ""), function.get("arguments")
-    if not isinstance(arguments, str):
-        try:
-            arguments = json.dumps({} if arguments is None else arguments, ensure_ascii=False, default=str)
-        except (TypeError, ValueError):  # keys that JSON does not have, circular references
-            arguments = str(arguments)
-    return name, f"{name}({arguments})"
 
 
 def completion_to_text(completion: str | list[dict]) -> str:
@@ -143,9 +172,12 @@ def judged_region(text: str, *, include_thinking: bool = False) -> Span:
     """
     The part of a turn's text that is cut into steps, as `(start, end)` in characters.
 
-    By default it is the text after the last `</think>`. If there is none, for example because the completion ran out
-    of tokens, it is the thinking itself. The opening `<think>` may be missing, because chat templates put it into the
-    prompt. `<thinking>` is read the same way.
+    By default it is the text after the last mark that closes thinking. If there is none, for example because the
+    completion ran out of tokens, it is the thinking itself. The opening mark may be missing, because chat templates put
+    it into the prompt. Marks are all tags that speak of thinking (`<think>`, `</thinking>`, `<thought>`,
+    `<seed:think>`, `<|START_THINKING|>`), `[THINK]`, `◁think▷`, the channels of gpt-oss and Gemma 4, also those of
+    gpt-oss without their special tokens (`analysis...assistantfinal...`), and the sentences of Granite. `<reasoning>`
+    is none: it is the part of the solution that is judged.
 
     Args:
         include_thinking (`bool`, *optional*, defaults to `False`):
@@ -159,20 +191,20 @@ def judged_region(text: str, *, include_thinking: bool = False) -> Span:
     ```
     """
     whole = (0, len(text))
-    first = _THINK_TAG.search(text)
-    if include_thinking or first is None:
+    marks = [] if include_thinking else thinking_marks(text)
+    if not marks:
         return whole
     thoughts: list[Span] = []
     opened, closed = None, 0
-    for tag in _THINK_TAG.finditer(text):
-        if tag[1]:
-            thoughts.append((closed if opened is None else opened, tag.start()))
-            opened, closed = None, tag.end()
-        elif opened is None:  # a tag inside the thinking opens nothing
-            opened = tag.end()
+    for mark in marks:
+        if mark.closes:
+            thoughts.append((closed if opened is None else opened, mark.start))
+            opened, closed = None, mark.end
+        elif opened is None:  # a mark inside the thinking opens nothing
+            opened = mark.end
     answer = (closed if opened is None or thoughts else opened, len(text))
-    # The text before the first tag comes last: it matters only if there is nothing else to judge.
-    regions = [answer, *reversed(thoughts), (0, first.start())]
+    # The text before the first mark comes last: it matters only if there is nothing else to judge.
+    regions = [answer, *reversed(thoughts), (0, marks[0].start)]
     return next((region for region in regions if text[slice(*region)].strip()), answer)
 
 
@@ -207,7 +239,11 @@ class CutCompletion:
 
 
 def cut_completion(
-    completion: str | list[dict], segmenter: Segmenter = segment, *, include_thinking: bool = False
+    completion: str | list[dict],
+    segmenter: Segmenter = segment,
+    *,
+    include_thinking: bool = False,
+    decoded: str | None = None,
 ) -> CutCompletion:
     r"""
     Cuts the policy's text in a completion into steps. Each turn is cut alone. So no step crosses a tool result, and
@@ -220,6 +256,8 @@ def cut_completion(
             Function from a text to the spans of its steps. It is called with the judged region of each turn.
         include_thinking (`bool`, *optional*, defaults to `False`):
             Whether thinking is cut too. See [`judged_region`].
+        decoded (`str`, *optional*):
+            What the completion's own ids decode to. See [`completion_turns`].
 
     Raises:
         `TypeError`, `ValueError`: If the completion or the spans of the segmenter have the wrong form.
@@ -237,7 +275,7 @@ def cut_completion(
     context: dict[int, str] = {}
     turns: list[tuple[int, Turn]] = []
     offset, pending, blank = 0, [], True
-    for turn in completion_turns(completion):
+    for turn in completion_turns(completion, decoded):
         if not turn.by_policy:
             pending.extend([turn.text] if turn.text.strip() else [])
             continue

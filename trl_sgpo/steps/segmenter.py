@@ -28,6 +28,22 @@ _BLOCK_MARK = re.compile(
 _TABLE_RULE = re.compile(r"^[ \t\r:|]*+-[ \t\r:|-]*+$", re.MULTILINE)
 # These environments hold whole solutions. If they were protected, a solution in LaTeX would be a single step.
 _PROSE_ENVIRONMENTS = frozenset({"document", "proof", "solution"})
+_LIST = r"\{(?:enumerate|itemize|description)\*?\}"
+_LIST_BEGINS = re.compile(r"\\begin" + _LIST)
+_LIST_MARK = re.compile(rf"\\(?:(begin|end){_LIST}|item(?![A-Za-z]))")
+
+# `<reasoning>`, `</step>`, `<step id="2">`, `<|im_end|>`, `[/THINK]`, `\end{proof}`. A comma makes it a vector: `<a, b>`.
+_TAG = re.compile(
+    r"</?[|｜]?[A-Za-z_][\w.:-]{0,40}(?:[ ][^<>,\n]{0,60})?[|｜/]?>|\[/?[A-Z][A-Z_]{3,30}\]"
+    r"|\\(?:begin|end)\{[A-Za-z]{1,30}\*?\}(?:\[[^\]\n]{0,60}\])?"
+)
+# Those that close something, or stand between two things: they belong to what is before them.
+_CLOSING_TAG = re.compile(
+    r"[<\[]/|\\end|<[^>]*/>|<[|｜]?(?:[A-Za-z]{1,20}[_▁])?(?:end|eo[dst]|return|pad|br|hr)(?![a-df-np-z])",
+    re.IGNORECASE,
+)
+_LONGEST_TAGS = 200
+_STEP_TAG = re.compile(r"(?:^|(?<=>))[ \t]{0,8}+<step(?=[\s_>\d-])[^<>\n]{0,60}>", re.MULTILINE | re.IGNORECASE)
 
 # `### Step 3: ...`, `**Step 3** ...`, `3. ...`, `**3)** ...`, `## Title`. An undecorated `Step 3` is a head if a stop
 # follows it ("Step 3: add"), else a mention ("Step 3 shows").
@@ -61,9 +77,21 @@ _ANSWER = re.compile(
     r"answer(?:\s{1,3}is\b|[^\w\n:=*]{0,3}[:=*\n])[\s\S]*+",
     re.IGNORECASE,
 )
+_TAGGED_ANSWER = re.compile(
+    r"(?:</[\w-]{1,40}>\s{0,3})?<((?:final[ _-]?)?(?:answer|result|solution))>[^<>]*+(?:</\1>)?(?:\s*+</?[^<>\s]{1,40}+>)*+\s*+\Z",
+    re.IGNORECASE,
+)
+# What a solution says before it counts from 1 again
+_STARTS_OVER = re.compile(
+    r"\b(?:start(?:ing)?\s(?:over|again|afresh|anew)|from\sscratch|scratch\sthat|restart|wait|mistake"
+    r"|re-?(?:do|try|work|check|consider|calculate|compute|examine)|try(?:ing)?\s(?:again|another)"
+    r"|(?:second|new|next|another|different)\s(?:attempt|try|approach|method|way)|alternative(?:ly)?)\b",
+    re.IGNORECASE,
+)
 _DISPLAYS = ("$$", r"\[", r"\begin{")
 _LONGEST_HEADING = 200
 _LONGEST_ANSWER = 160
+_LONGEST_RETURN = 300  # from the words that say that a solution starts over to its first step
 
 _SENTENCE_END = re.compile(r"""[.!?][)\]}"'*_$\\”’»]{0,6}+\s++|[。！？][）」』”’]{0,3}+\s*+""")
 # No sentence begins with one of these: the mark before it is a decimal point, a factorial or an ellipsis.
@@ -80,16 +108,20 @@ def segment(text: str, *, max_steps: int = 64, max_step_chars: int = 4000) -> li
     Cuts a text into steps. The default [`Segmenter`].
 
     Four kinds of cuts are tried in this order, and the first kind that gives at least two steps is used: explicit
-    heads (`Step 1:`, `1.`, `1)`, `## Title`), blank lines, lines, sentences. Heads count if at least two rise in
-    order. The text before the first head is a step too. A numbered list of few items among many paragraphs is not a
-    set of heads: it belongs to the step that holds it. Then these rules apply:
+    heads (`<step>`, `Step 1:`, `1.`, `1)`, `## Title`, the items of a list in LaTeX), blank lines, lines, sentences.
+    Heads count if at least two rise in order. `Step 2:` after `Step 3:` is a new step, because solutions go back; `1.`
+    after `3.` is one if the text before it says that the solution starts over. The text before the first head is a
+    step too. A list of few items among many paragraphs is not a set of heads: it belongs to the step that holds it.
+    Then these rules apply:
 
     - Code fences, display maths (`$$..$$`, `\[..\]`), environments (`\begin{x}..\end{x}`) and pipe tables are never
       cut. The environments of prose (`proof`, `solution`, `document`) may be cut. An unclosed fence reaches to the end
       of the text, as in CommonMark. Unclosed maths protects nothing. `$$..$$` holds no blank line, as in TeX, so that
       a single `$$` does not turn the rest of the text into maths.
-    - A piece without a letter or digit (`---`) joins the step before it. A bare final answer at the end does the same
-      (`#### 42`, `\boxed{42}`, `The answer is 42.`).
+    - A piece without a letter or digit (`---`) joins the step before it. A bare tag does the same (`</reasoning>`,
+      `<|im_end|>`), but a tag that opens something (`<reasoning>`, `\begin{proof}`) joins what follows.
+    - A bare final answer at the end joins the step before it (`#### 42`, `\boxed{42}`, `The answer is 42.`,
+      `<answer>42</answer>`).
     - A heading alone, or a piece that ends in a colon or comma ("so we have:"), joins what it announces. A piece that
       ends in a word joins the display that continues it.
     - Steps longer than `max_step_chars` are cut at a line, else a sentence, else a space, else anywhere. Then the
@@ -214,7 +246,13 @@ def _outside(cuts: list[int], blocks: list[Span]) -> list[int]:
 
 
 def _head_cuts(text: str, blocks: list[Span], n_paragraphs: int) -> list[int]:
-    """Where explicit heads begin, if two or more rise in order: `Step k`, else `k.` or `k)`, else headings alone."""
+    """
+    Where explicit heads begin, if two or more rise in order: `<step>`, else `Step k`, else `k.` or `k)`, else headings
+    alone, else the items of lists in LaTeX.
+    """
+    tags = _outside([tag.start() for tag in islice(_STEP_TAG.finditer(text), _MOST_CANDIDATES)], blocks)
+    if len(tags) > 1:
+        return tags
     found = {head.start(): head for head in islice(_HEAD.finditer(text), _MOST_CANDIDATES)}
     heads = [found[cut] for cut in _outside(list(found), blocks)]
     # "Step 3: add" and "**Step 3** Add" are heads; "Step 3 shows" is a mention.
@@ -226,24 +264,54 @@ def _head_cuts(text: str, blocks: list[Span], n_paragraphs: int) -> list[int]:
     if 2 * len(cuts) > n_paragraphs:
         return cuts
     headings = [head.start() for head in heads if head["hashes"]]
-    return headings if len(headings) > 1 else []
+    if len(headings) > 1:
+        return headings
+    items, ends = _item_cuts(text, blocks)
+    return sorted([*items, *ends]) if len(items) > 1 and 2 * len(items) > n_paragraphs else []
+
+
+def _item_cuts(text: str, blocks: list[Span]) -> tuple[list[int], list[int]]:
+    """Where the items of LaTeX lists begin, and where what follows a list does. A list inside an item is part of it."""
+    items, ends, depth = [], [], 0
+    for mark in islice(_LIST_MARK.finditer(text), _MOST_CANDIDATES):
+        block = bisect_right(blocks, mark.start(), key=lambda span: span[0]) - 1
+        if block >= 0 and mark.end() <= blocks[block][1] and not _LIST_BEGINS.match(text, blocks[block][0]):
+            continue  # in a code fence
+        if mark[1] == "begin":
+            depth += 1
+        elif mark[1] == "end":
+            depth = max(depth - 1, 0)
+            follower = _skip_space(text, mark.end())
+            if depth == 0 and follower < len(text):
+                ends.append(follower)
+        elif depth == 1:
+            items.append(mark.start())
+    return items, ends
 
 
 def _rising_cuts(heads: list[re.Match[str]], kind: str) -> list[int]:
-    """Cuts at the heads of one kind whose numbers rise, and at the headings between them. Empty if no two rise."""
+    """
+    Cuts at the heads of one kind whose numbers rise, and at the headings between them. Empty if no two rise. A number
+    may also go back: a solution corrects a step, or starts over.
+    """
     first = next((head for head in heads if head[kind]), None)
     if first is None:
         return []
     deepest = len(first["hashes"] or "") or 6  # `#### Check` below `### Step 2` is a part of that step
     cuts, last, rises, new_part = [], -1, False, False
-    for head in heads:
+    for before, head in zip([None, *heads], heads, strict=False):
         number = int(head[kind] or -1)
         if kind == "number" and (
             any(head[part] != first[part] for part in ("hashes", "look", "dot"))
             or len(head["indent"]) > len(first["indent"])
         ):
             number = -1  # an item that looks different or is indented deeper belongs to a list inside an item
-        if last < number <= last + _LARGEST_JUMP or (new_part and number == 1):
+        goes_back = 0 <= number <= last and (
+            all(head[part] == first[part] for part in ("indent", "hashes", "look"))
+            if kind == "step"
+            else number <= 1 and _starts_over(before, head)
+        )
+        if last < number <= last + _LARGEST_JUMP or (new_part and number == 1) or goes_back:
             rises = rises or 0 <= last < number
             last, new_part = number, False
             cuts.append(head.start())
@@ -251,6 +319,12 @@ def _rising_cuts(heads: list[re.Match[str]], kind: str) -> list[int]:
             new_part = True  # where counting may begin again
             cuts.append(head.start())
     return cuts if rises else []
+
+
+def _starts_over(before: re.Match[str] | None, head: re.Match[str]) -> bool:
+    """Whether the text between two heads says that the solution starts over."""
+    start = max(before.end() if before else 0, head.start() - _LONGEST_RETURN)
+    return _STARTS_OVER.search(head.string, start, head.start()) is not None
 
 
 def _line_cuts(text: str) -> list[int]:
@@ -297,6 +371,11 @@ def _join(text: str, cuts: list[int]) -> list[int]:
         piece = text[start:end].strip()
         if not _CONTENT.search(piece):
             continue
+        if _is_tags(piece):
+            if state in ("finished", "word") and not _CLOSING_TAG.match(piece):
+                starts.append(start)
+                state = "heading"
+            continue
         if (
             state == "finished"
             or (state == "lead-in" and _is_numbered(text, start))
@@ -315,9 +394,18 @@ def _join(text: str, cuts: list[int]) -> list[int]:
         starts.pop()  # it announces nothing
 
     end = len(text)
+    tagged = _TAGGED_ANSWER.search(text, max(end - 2 * _LONGEST_ANSWER, 0))
+    if tagged and len(tagged[0]) <= _LONGEST_ANSWER and text[: tagged.start()].strip():
+        end = tagged.start()
+        del starts[max(bisect_left(starts, end), 1) :]
     while len(starts) > 1 and _is_answer(text[starts[-1] : end]):
         end = starts.pop()
     return starts
+
+
+def _is_tags(piece: str) -> bool:
+    """Whether a piece holds tags and nothing else."""
+    return len(piece) <= _LONGEST_TAGS and not _CONTENT.search(_TAG.sub("", piece))
 
 
 def _is_numbered(text: str, start: int) -> bool:

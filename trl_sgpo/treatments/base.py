@@ -60,7 +60,10 @@ class Treatment(ABC):
             _warn_if_tokens_are_tied(args, self.name)
 
     def to_judge(self, round: Round) -> Tensor:
-        """Which completions the judge is asked about, shape `(P, G)`, boolean: the wrong ones of the groups in `judge_scope`."""
+        """
+        Which completions the judge is asked about, shape `(P, G)`, boolean: the wrong ones of the groups in `judge_scope`. Those
+        that have no loss (`mask_truncated_completions`) are left out afterwards.
+        """
         kinds = round.kinds
         judged_P = kinds.failed_P | kinds.mixed_P if self.judge_scope == "all_incorrect" else kinds.failed_P
         return round.wrong_PG & judged_P.unsqueeze(1)
@@ -72,7 +75,7 @@ class Treatment(ABC):
         A treatment under which equal scores teach too has to say so here.
         """
         assert round.judged is not None, "a round that nobody judged cannot be sorted"
-        enough_P = round.kinds.failed_P & enough_verdicts(round.outcome_PG, round.judged.rts_PG)
+        enough_P = round.kinds.failed_P & enough_verdicts(round.askable_PG, round.judged.rts_PG)
         tied_P = value_range(round.judged.rts_PG) == 0
         return SortedGroups(rescued_P=enough_P & ~tied_P, tied_P=enough_P & tied_P)
 

@@ -36,7 +36,7 @@ class PrefixCredit(Treatment):
 
     def sort(self, round: Round) -> SortedGroups:
         assert round.judged is not None, "a round that nobody judged cannot be sorted"
-        return credited_groups(round.outcome_PG, round.judged.rts_PG, round.kinds.failed_P)
+        return credited_groups(round.askable_PG, round.judged.rts_PG, round.kinds.failed_P)
 
     def advantages(self, round: Round, policy: Policy) -> Tensor:
         plain_B, length = round.advantages_B, round.own_BT.shape[1]

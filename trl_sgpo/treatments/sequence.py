@@ -39,10 +39,18 @@ class SequenceReward(Treatment):
         self.scale_rewards = args.scale_rewards
         self.aggregation = args.multi_objective_aggregation
 
+    def to_judge(self, round: Round) -> Tensor:
+        """
+        As usual, but nothing of an uneven group. A completion without an outcome would be compared with rewards that hold
+        the judge's while its own does not, so such a group stays as GRPO leaves it.
+        """
+        return super().to_judge(round) & ~round.uneven_P.unsqueeze(1)
+
     def sort(self, round: Round) -> "JudgedGroups":
-        assert round.judged is not None, "a round that nobody judged cannot be sorted"
-        failed_P = round.kinds.failed_P & ~self._uneven(round)
-        return fill_failed_groups(round.outcome_PG, round.judged.rts_PG, round.judged.reward_PG, failed_P)
+        judged = round.judged
+        assert judged is not None, "a round that nobody judged cannot be sorted"
+        failed_P = round.kinds.failed_P & ~round.uneven_P
+        return fill_failed_groups(round.outcome_PG, judged.rts_PG, judged.reward_PG, failed_P, judged.masked_PG)
 
     def advantages(self, round: Round, policy: Policy) -> Tensor:
         assert round.judged is not None, "it treats judged rounds only"
@@ -54,9 +62,10 @@ class SequenceReward(Treatment):
                 round.outcome_PG,
                 round.judged.reward_PG,
                 round.others_PG,
-                round.kinds.mixed_P & ~self._uneven(round),
+                round.kinds.mixed_P & ~round.uneven_P,
                 round.success_threshold,
                 float(round.weights_F[round.judge_index]),
+                round.judged.masked_PG,
             )
             column_PG = torch.where(torch.isnan(column_PG), mixed_PG, column_PG)
         sums_first = self.aggregation == "sum_then_normalize"
@@ -83,14 +92,6 @@ class SequenceReward(Treatment):
         round.advantages_PG = advantage_PG.masked_fill(~treated_P.unsqueeze(1), torch.nan)
         return torch.where(round.local(treated_P), round.local(advantage_PG), round.advantages_B)
 
-    @staticmethod
-    def _uneven(round: Round) -> Tensor:
-        """
-        Groups in which a completion without an outcome has another reward. It would be compared with rewards that hold
-        the judge's while its own does not, so such a group stays as GRPO leaves it.
-        """
-        return (torch.isnan(round.outcome_PG) & ~torch.isnan(round.others_PG)).any(dim=1)
-
 
 @dataclass
 class JudgedGroups(SortedGroups):
@@ -111,7 +112,9 @@ class JudgedGroups(SortedGroups):
     spread_factor_P: Tensor
 
 
-def fill_failed_groups(outcome_PG: Tensor, rts_PG: Tensor, reward_PG: Tensor, failed_P: Tensor) -> JudgedGroups:
+def fill_failed_groups(
+    outcome_PG: Tensor, rts_PG: Tensor, reward_PG: Tensor, failed_P: Tensor, masked_PG: Tensor | None = None
+) -> JudgedGroups:
     """
     The judge's column for the failed groups, from outcomes, reasoning trajectory scores and their rewards by
     [`rts_to_reward`].
@@ -123,6 +126,8 @@ def fill_failed_groups(outcome_PG: Tensor, rts_PG: Tensor, reward_PG: Tensor, fa
       rewards: its advantage is 0 and the others' mean does not move. But the group's standard deviation shrinks by
       `sqrt((J - 1) / (n - 1))`. Advantages that are divided by it must be multiplied by this factor
       (`spread_factor_P`), else two verdicts among eight rows would earn advantages of 1.87 instead of 0.71.
+    - A completion in `masked_PG` has no loss, so nobody was asked about it. It is treated as an abstention, but does
+      not count among the completions of which half need a verdict.
     - A completion without an outcome stays empty: it stays unscorable.
 
     Example:
@@ -140,7 +145,8 @@ def fill_failed_groups(outcome_PG: Tensor, rts_PG: Tensor, reward_PG: Tensor, fa
     rts_PG, reward_PG = rts_PG.masked_fill(~judged_PG, torch.nan), reward_PG.masked_fill(~judged_PG, torch.nan)
     n_scored_P, n_judged_P = scored_PG.sum(dim=1), judged_PG.sum(dim=1)
 
-    enough_P = failed_P & (n_judged_P >= 2) & enough_verdicts(outcome_PG, rts_PG)
+    askable_PG = outcome_PG if masked_PG is None else outcome_PG.masked_fill(masked_PG, torch.nan)
+    enough_P = failed_P & (n_judged_P >= 2) & enough_verdicts(askable_PG, rts_PG)
     # Different scores may still earn equal rewards, where the logistic is flat to machine precision
     flat_P = (value_range(rts_PG) == 0) | (value_range(reward_PG) == 0)
     rescued_P = enough_P & ~flat_P
@@ -161,6 +167,7 @@ def fill_mixed_groups(
     mixed_P: Tensor,
     success_threshold: float,
     judge_weight: float,
+    masked_PG: Tensor | None = None,
 ) -> Tensor:
     """
     The judge's column for the wrong completions of mixed groups, NaN wherever GRPO's reward stays as it is (Eq. 2 read
@@ -168,7 +175,8 @@ def fill_mixed_groups(
 
     The judge's reward is scaled down where, with `judge_weight`, it would lift a wrong completion above the least
     correct one of its group, whatever the scale of the outcome. A completion that the judge abstained on gets the mean
-    of its group's judged ones. A group with verdicts for fewer than half of its wrong completions stays empty.
+    of its group's judged ones, and so does one in `masked_PG`, about which nobody was asked. A group with verdicts for
+    fewer than half of its other wrong completions stays empty.
     `other_reward_PG` is the weighted sum of all other rewards.
     """
     wrong_PG = (outcome_PG < success_threshold) & mixed_P.unsqueeze(1)
@@ -176,7 +184,8 @@ def fill_mixed_groups(
     reward_PG = reward_PG.masked_fill(~wrong_PG, torch.nan)
     judged_PG = ~torch.isnan(reward_PG)
     n_judged_P = judged_PG.sum(dim=1)
-    enough_P = (n_judged_P >= 1) & (2 * n_judged_P >= wrong_PG.sum(dim=1))
+    askable_PG = wrong_PG if masked_PG is None else wrong_PG & ~masked_PG
+    enough_P = (n_judged_P >= 1) & (2 * n_judged_P >= askable_PG.sum(dim=1))
     mean_P = torch.nanmean(reward_PG, dim=1)
     filled_PG = torch.where(judged_PG, reward_PG, mean_P.unsqueeze(1))
 
@@ -189,9 +198,9 @@ def fill_mixed_groups(
 
 def blend_advantages(advantage_PG: Tensor, without_judge_PG: Tensor, factor_P: Tensor) -> Tensor:
     """
-    Scales the judge's part of the advantages, which is what they are more than they would be without the judge: `A =
-    A_without + factor * (A_with - A_without)`. A factor of 1 leaves the values as they are, bit for bit; a factor of 0
-    gives GRPO's.
+    Scales the judge's part of the advantages, which is what they are more than they would be without the judge:
+    `A = A_without + factor * (A_with - A_without)`. A factor of 1 leaves the values as they are, bit for bit; a factor
+    of 0 gives GRPO's.
     """
     factor_PG = factor_P.unsqueeze(1).expand_as(advantage_PG)
     blended_PG = without_judge_PG + factor_PG * (advantage_PG - without_judge_PG)

@@ -115,9 +115,9 @@ def nsr_advantages(outcome_PG: Tensor) -> Tensor:
 def ngrpo_advantages(outcome_PG: Tensor, max_reward: float = 1.0) -> Tensor:
     """
     The advantage calibration of NGRPO (arXiv 2509.18851): Eq. 1 with the mean and the standard deviation taken over
-    the rewards of the group and one virtual completion that has the largest reward there is, `A_i = (r_i - mean(r,
-    r_max)) / (std(r, r_max) + 1e-4)`. For n equal rewards that is `-1 / sqrt(n + 1)`, whatever `r_max` is. 0 where
-    there is no outcome.
+    the rewards of the group and one virtual completion that has the largest reward there is,
+    `A_i = (r_i - mean(r, r_max)) / (std(r, r_max) + 1e-4)`. For n equal rewards that is `-1 / sqrt(n + 1)`, whatever
+    `r_max` is. 0 where there is no outcome.
 
     The paper calibrates every group in this way; here the formula is meant for failed groups only. The paper's other
     half, asymmetric clipping, is `epsilon=0.16, epsilon_high=0.24` of `GRPOConfig`.

@@ -18,7 +18,7 @@ import pytest
 import sharpening_ranks
 import torch
 from conftest import assert_same_parameters, words_as_steps
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_sgpo import SGPOTrainer, StepwiseJudge
@@ -379,6 +379,21 @@ class TestNumbers:
         assert len(calls) == 2 * len(PROBE) * N // 8 + STEPS
         assert "sharpening/pass@4" in probes(trainer)[0]
         assert not any("base" in key or "support" in key for entry in probes(trainer) for key in entry)
+
+    def test_added_while_training_runs(self, make):
+        """Without its first event it knows no base, but the policy's samples have their numbers."""
+        trainer = make()
+        late = SharpeningCallback(trainer, PROBE, n_samples=N, every=EVERY)
+
+        class AddsIt(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == 0:
+                    trainer.add_callback(late)
+
+        trainer.add_callback(AddsIt())
+        trainer.train()
+        assert [entry["step"] for entry in probes(trainer)] == [2, 3]
+        assert "sharpening/base/pass@1" not in probes(trainer)[0]
 
     def test_files_of_an_earlier_run_are_not_mixed_in(self, make):
         trainer = make({"at_begin": False})

@@ -16,7 +16,8 @@ def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> np.ndarray:
     """
     Unbiased estimate of pass@k from `n` samples of which `c` are correct: `1 - C(n - c, k) / C(n, k)` (arXiv
     2107.03374). It is the probability that at least one of `k` samples, drawn without replacement, is correct. `n` and
-    `c` hold one integer per prompt, in any shape; the result has the same shape, with NaN if `n < k`.
+    `c` hold one integer per prompt, in any shape; the result has the same shape, with NaN if `n < k`. Raises
+    `ValueError` for counts that no sampling gives.
 
     ```python
     >>> pass_at_k(n=[4, 4, 4], c=[0, 1, 4], k=2)

@@ -130,9 +130,9 @@ def tilt_line(base_n: ArrayLike, base_c: ArrayLike, policy_n: ArrayLike, policy_
     Fits the line between the logits of pass@1 under base and policy, from samples and correct samples per prompt.
 
     A line through the points `logit(c / n)` is no alternative: the noise of the base's counts flattens it, so it finds
-    a slope below 1 for every tilt, and prompts with c = 0 or c = n have no point. So the counts are modelled: `c_q ~
-    Bin(n_q, sigmoid(t))` and `c_pi ~ Bin(n_pi, sigmoid(intercept + slope t))` with `t ~ Normal(mu, s^2)` over prompts.
-    The fit is by maximum likelihood (Gauss-Hermite quadrature over t). The intervals are Wald's, at 95 %.
+    a slope below 1 for every tilt, and prompts with c = 0 or c = n have no point. So the counts are modelled:
+    `c_q ~ Bin(n_q, sigmoid(t))` and `c_pi ~ Bin(n_pi, sigmoid(intercept + slope t))` with `t ~ Normal(mu, s^2)` over
+    prompts. The fit is by maximum likelihood (Gauss-Hermite quadrature over t). The intervals are Wald's, at 95 %.
     """
     base_n, base_c = checked_counts(base_n, base_c)
     policy_n, policy_c = checked_counts(policy_n, policy_c)

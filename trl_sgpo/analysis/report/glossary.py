@@ -1,4 +1,4 @@
-"""What each number of the report means and when it misleads: the one place, for the page and for docs/report.md."""
+"""What each number of the report means and when it misleads: the one place, for the page and for docs/howto/read_a_report.md."""
 
 from typing import NamedTuple
 

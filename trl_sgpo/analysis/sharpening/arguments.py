@@ -13,6 +13,7 @@ from trl.trainer.utils import get_callable_name
 
 from trl_sgpo.analysis.metrics import usual_ks
 from trl_sgpo.analysis.sharpening.base import is_peft, is_sharded
+from trl_sgpo.arguments import check_judge_columns, check_names
 from trl_sgpo.judges import StepwiseJudge
 from trl_sgpo.outcome import find_outcomes
 
@@ -154,7 +155,11 @@ def prompt_text(prompt: Any) -> str:
 
 
 def check_columns(rows: list[dict[str, Any]], outcome: Any) -> None:
-    """Raises if a row lacks a column that the outcome reward needs, or the domain that other rows have."""
+    """
+    Raises if a row has a column that no reward can be given, lacks one that the outcome reward needs, or lacks the domain
+    that other rows have.
+    """
+    check_names(dict.fromkeys(name for row in rows for name in row), [outcome], "prompts")
     parameters: Mapping[str, inspect.Parameter] = {}
     with suppress(TypeError, ValueError):  # some callables have no signature
         parameters = inspect.signature(outcome).parameters
@@ -204,11 +209,13 @@ def outcomes_of(trainer: Any, given: Any) -> tuple[list[Any], list[int]]:
     return [funcs[i] for i in indices], indices
 
 
-def judge_of(trainer: Any, given: Any) -> StepwiseJudge | None:
-    """The judge of the steps: the argument (`False` for none), else the trainer's."""
+def judge_of(trainer: Any, given: Any, rows: list[dict[str, Any]]) -> StepwiseJudge | None:
+    """The judge of the steps: the argument (`False` for none), else the trainer's. Raises if it cannot judge the rows."""
     if given is False:
         return None
-    if given is not None:
-        return given if isinstance(given, StepwiseJudge) else StepwiseJudge(given)
     found = getattr(trainer, "stepwise_judge", None)
-    return found or next((func for func in trainer.reward_funcs if isinstance(func, StepwiseJudge)), None)
+    found = found or next((func for func in trainer.reward_funcs if isinstance(func, StepwiseJudge)), None)
+    if given is not None:
+        found = given if isinstance(given, StepwiseJudge) else StepwiseJudge(given)
+    check_judge_columns(found, set.intersection(*map(set, rows)), "prompts")
+    return found

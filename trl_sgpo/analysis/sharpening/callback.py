@@ -143,7 +143,7 @@ class SharpeningCallback(TrainerCallback):
         for outcome in self.outcomes:
             arguments.check_columns(self.rows, outcome)
         self.domains = [str(row["domain"]) for row in self.rows] if "domain" in self.rows[0] else None
-        self.judge = arguments.judge_of(trainer, judge)
+        self.judge = arguments.judge_of(trainer, judge, self.rows)
         self.sample_base, self.base_logps = sample_base, base_logps
         self.base_model = arguments.check_base_model(base_model, trainer)
         self.at_begin, self.at_end = at_begin, at_end
@@ -166,14 +166,19 @@ class SharpeningCallback(TrainerCallback):
                 extract_answer,
             )
         self._log_once = LogOnce(logger)
+        self._forget()
 
     # Events
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def _forget(self) -> None:
         self._last_probe: int | None = None
         self._base: base.BaseModel | None = None
         self._base_samples: list[Sample] | None = None
         self._base_scored = self._base_written = False
+        self._watch = Stopwatch()  # the base's seconds are logged with the first probe
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._forget()
         if self._batches is not None:
             self._batches.install()
         step = state.global_step
@@ -181,7 +186,6 @@ class SharpeningCallback(TrainerCallback):
             key = self._find_base(step)  # wrong arguments end the run before anything is generated
         if self.trainer.accelerator.is_main_process:
             self._guarded(lambda: self._write_settings(step), collective=False)
-        self._watch = Stopwatch()  # the base's seconds are logged with the first probe
         if self.sample_base:
             self._guarded(lambda: self._get_base_samples(key, step, self._watch))
         if self.at_begin:

@@ -11,6 +11,11 @@ from trl.trainer.utils import get_callable_name
 
 from trl_sgpo.analysis.sharpening.probe import Sample, Stopwatch
 from trl_sgpo.judges import StepwiseJudge
+from trl_sgpo.policy import Policy
+
+
+# What GRPOTrainer too leaves out of the columns, or replaces
+NO_COLUMNS = ("prompt", "completion", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 class ScoringError(RuntimeError):
@@ -57,7 +62,7 @@ class Scorer:
         for start in range(0, len(samples), self.batch_size):
             piece = samples[start : start + self.batch_size]
             rows = [self.rows[sample.prompt_id] for sample in piece]
-            columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+            columns = {name: [row[name] for row in rows] for name in rows[0] if name not in NO_COLUMNS}
             for sample in piece:
                 sample.scored = sample.correct = False
             for outcome in self.outcomes:
@@ -98,7 +103,14 @@ class Scorer:
         rows = [self.rows[sample.prompt_id] for sample in solved]
         for sample in samples:
             sample.process_correct = False
-        scores = judge.score([row["prompt"] for row in rows], [s.completion for s in solved], rows, known_wrong=False)
+        decode = Policy(self.trainer, judge).decode
+        scores = judge.score(
+            [row["prompt"] for row in rows],
+            [sample.completion for sample in solved],
+            rows,
+            known_wrong=False,
+            decoded=[decode(sample.token_ids) for sample in solved],
+        )
         for sample, score in zip(solved, scores, strict=True):
             sample.judged = score.status != "abstain"
             sample.process_correct = score.status == "no_error"

@@ -121,7 +121,7 @@ def tokenize(text: str) -> tuple[list[Token], list[str]]:
                 start = end + 1
             continue
         if kind == "w":
-            if len(word) == 1 or last.end == start or text[end : end + 1] != " " or "-" in word:
+            if len(word) == 1 or last.end == start or text[end : end + 1] != " " or "-" in word or not word.isascii():
                 kind = _word_kind(text, word, end, last if last.end == start else END)
         elif kind == "n":
             kind = "u" if last.end == start and last.kind in ("v", "w", "u") else "n"
@@ -175,6 +175,9 @@ def _word_kind(text: str, word: str, end: int, touching: Token) -> str:
         return "u"  # a function, "apple(s)", an index
     if touching.kind in ("n", ")", "u") and (len(word) == 1 or word.lower() not in _ATTACHED):
         return "u"  # 2xy, 10th, 1e5
+    base = word.rstrip("⁰¹²³⁴⁵⁶⁷⁸⁹")
+    if base != word and base.lower() not in _ATTACHED:
+        return "u"  # x², but m² is a unit
     if len(word) == 1:
         return "w" if word in "aAI" and after == " " and text[end + 1 : end + 2].isalpha() else "v"
     if "-" in word and any(len(part) == 1 for part in word.split("-")):

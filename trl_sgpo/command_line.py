@@ -1,0 +1,113 @@
+"""What a training script reads from its command line and its YAML file, beyond what `TrlParser` does."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+    from trl import TrlParser
+
+
+LAUNCHED = "TRL_SGPO_LAUNCHED"  # set by `trl-sgpo train` for the processes that it starts
+
+
+def parse(parser: "TrlParser", module: str, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """
+    The dataclasses that a command line describes, by default that of this process. The `trl` command takes options of
+    `accelerate launch` too, such as `num_processes` and `accelerate_config`. A script cannot start processes, so they
+    are a `ValueError` that says how `module` is launched. `trl-sgpo train` has read those in the file already.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    *configs, of_file, of_line = parser.parse_args_and_config(
+        words, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    if of_file or of_line:
+        from_file, from_line = of_accelerate(of_file), of_accelerate(of_line)
+        if os.environ.get(LAUNCHED) and not of_line:
+            return tuple(configs)
+        if from_file or from_line:
+            raise ValueError(_how_to_launch(from_file, from_line, words, module))
+        parser.parse_args_and_config(words, fail_with_unknown_args=True)  # raises
+    return tuple(configs)
+
+
+def find_checkpoint(args: "TrainingArguments") -> str | bool | None:
+    """
+    What `train(resume_from_checkpoint=...)` is given, checked before any model is loaded: a checkpoint's folder, True
+    for the latest one in `output_dir`, or None. On a command line all of them are words.
+    """
+    from transformers.hf_argparser import string_to_bool
+    from transformers.trainer_utils import get_last_checkpoint
+
+    given: Any = args.resume_from_checkpoint
+    if given is None or os.path.isdir(str(given)):
+        return given
+    try:
+        latest = string_to_bool(given)
+    except Exception:
+        raise ValueError(
+            f"resume_from_checkpoint={given!r} is no folder. Give a checkpoint's folder, such as "
+            f"{args.output_dir}/checkpoint-500, or true for the latest one in output_dir."
+        ) from None
+    folder = Path(str(args.output_dir))
+    if latest and (not folder.is_dir() or get_last_checkpoint(str(folder)) is None):
+        raise ValueError(
+            f"resume_from_checkpoint={given!r} asks for the latest checkpoint, and output_dir={str(folder)!r} holds none. "
+            "Check output_dir, or leave resume_from_checkpoint out to begin anew."
+        )
+    return latest or None
+
+
+def _launch_options() -> dict[str, bool]:
+    """The options of `accelerate launch` and `trl`: whether each takes a value."""
+    from accelerate.commands.launch import launch_command_parser
+
+    actions = launch_command_parser()._actions
+    found = {name: action.nargs != 0 for action in actions for name in action.option_strings}
+    return {**found, "--accelerate_config": True}
+
+
+def of_accelerate(words: list[str]) -> list[list[str]]:
+    """Those of the words that are options of `accelerate launch`, each with its value, if it takes one."""
+    options, found = _launch_options(), []
+    for i, word in enumerate(words):
+        name, equals, _ = word.partition("=")
+        if not word.startswith("--") or name not in options:
+            continue
+        after = [] if equals else [value for value in words[i + 1 : i + 2] if not value.startswith("--")]
+        if options[name]:
+            found.append([word, *after])
+        elif after != ["False"]:  # in a file a switch has a value
+            found.append([word])
+    return found
+
+
+def _how_to_launch(from_file: list[list[str]], from_line: list[list[str]], words: list[str], module: str) -> str:
+    """The message for options of `accelerate launch`, with the command to use instead."""
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    of_line = {option[0].partition("=")[0] for option in from_line}
+    given = [word for option in from_file if option[0] not in of_line for word in option]
+    given += [word for option in from_line for word in option]
+    launch = [part for word in given for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    script, to_remove = [], [word for option in from_line for word in option]
+    for word in words:
+        if word == next(iter(to_remove), None):
+            to_remove.pop(0)
+        else:
+            script.append(word)
+    names = dict.fromkeys(option[0].partition("=")[0].lstrip("-") for option in (*from_file, *from_line))
+    remedy = "Use"
+    if from_file:
+        keys = ", ".join(option[0].lstrip("-") for option in from_file)
+        remedy = f"Take {keys} out of {words[words.index('--config') + 1]}, and use"
+    command = shlex.join(["accelerate", "launch", *resolve_accelerate_config_argument(launch), "-m", module, *script])
+    return (
+        f"{', '.join(names)}: options of the `trl` command, which starts processes. A script that is started by itself "
+        f"cannot. {remedy}:\n\n    {command}\n"
+    )
