@@ -18,7 +18,14 @@ import yaml
 
 
 ROOT = Path(__file__).parents[1]
-PATTERNS = ("README.md", "docs/**/*.md", "benchmarks/README.md", "benchmarks/*/README.md", "recipes/*/README.md")
+PATTERNS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/**/*.md",
+    "benchmarks/README.md",
+    "benchmarks/*/README.md",
+    "recipes/*/README.md",
+)
 PAGES = sorted(page for pattern in PATTERNS for page in ROOT.glob(pattern))
 COMMAND_LINE = ROOT / "docs" / "reference" / "command_line.md"
 

@@ -89,8 +89,8 @@ class SGPOTrainer(GRPOTrainer):
         ValueError: If the installed TRL is not supported; if `reward_funcs` holds two judges, or none for a treatment that
             asks one; if the treatment cannot know which reward is the outcome, or `args.outcome_reward` is unknown; if the
             judge's reward weight is negative, or there is not one for each of `reward_funcs`; if a dataset has a column
-            `prompts` or `completions`, or lacks one that the judge needs; if both `treatment` and `args.failed_groups` name a treatment; if the settings
-            do not fit the treatment; if `args.exclude_dead_groups` is combined with a loss whose denominator is unknown.
+            `prompts` or `completions`, or lacks one that the judge needs; if both `treatment` and `args.failed_groups` name
+            a treatment; if the settings do not fit the treatment; if `args.exclude_dead_groups` is combined with a loss whose denominator is unknown.
     """
 
     _tag_names = ["trl", "sgpo"]

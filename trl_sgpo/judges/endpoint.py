@@ -75,6 +75,9 @@ class RequestFailed(Exception):
     too_fast: bool = False  # whether the server answers, and only limits the rate of requests
     refusal: str | None = None  # what the server said, if it may have refused an optional key of the request
 
+    def __str__(self) -> str:
+        return self.text
+
 
 class Breaker:
     """
