@@ -47,7 +47,17 @@ class TestColumnsThatNoRewardFunctionCanBeGiven:
         self, make_trainer, dataset, no_weights, column, argument, wrap, where
     ):
         with pytest.raises(ValueError, match=f"{where} has a column '{column}'.* Rename the column or remove it"):
-            make_trainer([all_failed, stepwise()], trainer_args={argument: wrap(with_column(dataset, column))})
+            make_trainer(
+                [all_failed, stepwise()],
+                trainer_args={argument: wrap(with_column(dataset, column))},
+                eval_strategy="steps" if argument == "eval_dataset" else "no",
+                eval_steps=1,
+            )
+
+    def test_of_a_dataset_that_is_never_evaluated_do_no_harm(self, make_trainer, dataset, column):
+        make_trainer(
+            [all_failed, stepwise()], trainer_args={"eval_dataset": with_column(dataset, column)}, max_steps=1
+        ).train()
 
     @pytest.mark.parametrize(
         "late",
@@ -148,10 +158,14 @@ class TestCounts:
     @pytest.mark.parametrize(
         ("funcs", "given", "message"),
         [
-            ([by_kind, stepwise()], [1.0], r"reward_weights=\[1.0\] has 1 values, but reward_funcs has 2 entries"),
-            ([stepwise(), by_kind], [1.0, 1.0, 2.0], r"has 3 values.* The StepwiseJudge at position 0 .* usually 1.0"),
+            ([by_kind, stepwise()], [1.0], r"reward_weights=\[1.0\] has the length 1, but reward_funcs has 2 entries"),
+            (
+                [stepwise(), by_kind],
+                [1.0, 1.0, 2.0],
+                r"has the length 3.* The StepwiseJudge at position 0 .* usually 1.0",
+            ),
             ([by_kind, all_failed, stepwise()], [1.0, 0.5], "The StepwiseJudge at position 2 is one of them"),
-            ([by_kind], [1.0, 0.5], "has 2 values, but reward_funcs has 1 entries, and each needs one.$"),
+            ([by_kind], [1.0, 0.5], "has the length 2, but reward_funcs has 1 entries, and each needs one.$"),
         ],
     )
     @pytest.mark.parametrize("failed_groups", ["sgpo", "none"])
@@ -167,7 +181,7 @@ class TestCounts:
     @pytest.mark.parametrize("given", ["one", ["one"], [None, "two", None]])
     def test_processing_classes(self, make_trainer, no_weights, tokenizer, given):
         with pytest.raises(
-            ValueError, match=r"reward_processing_classes has \d values, .* 2 entries.* put None there"
+            ValueError, match=r"reward_processing_classes has the length \d, .* 2 entries.* put None there"
         ):
             make_trainer([by_kind, stepwise()], trainer_args={"reward_processing_classes": given})
 

@@ -256,13 +256,15 @@ class TestMessages:
             [{"a": 'say "name": "f" and }}'}, {"a": "<tool_call> f(1) </tool_call>"}, {"a": "é\n\\"}],
         ],
     )
-    def test_the_kth_call_is_the_kth_occurrence(self, arguments, as_text):
+    @pytest.mark.parametrize("order", ["name_first", "arguments_first"])
+    def test_the_kth_call_is_the_kth_occurrence(self, arguments, as_text, order):
         given = [json.dumps(one) if as_text else one for one in arguments]
         calls = [{"function": {"name": name, "arguments": one}} for name, one in zip("fgf", given, strict=True)]
-        written = [
-            f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(one)}}}\n</tool_call>'
-            for name, one in zip("fgf", arguments, strict=True)
-        ]
+        form = {
+            "name_first": '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>',
+            "arguments_first": '<tool_call>\n{{"arguments": {1}, "name": "{0}"}}\n</tool_call>',
+        }[order]
+        written = [form.format(name, json.dumps(one)) for name, one in zip("fgf", arguments, strict=True)]
         messages = [{"role": "assistant", "content": "So f and g.", "tool_calls": calls}]
         turns = ["So f and g.\n" + "\n".join(written) + "<eos>"]
         cut = cut_completion(messages, lambda text: [(0, 11), *self.spans_of_calls(messages)])

@@ -25,7 +25,7 @@ from trl_sgpo.steps import (
     completion_to_text,
     completion_turns,
     cut_completion,
-    judged_region,
+    judged_regions,
     rts_by_characters,
     rts_by_steps,
     segment,
@@ -531,80 +531,96 @@ def test_odd_messages_never_raise(completion, decoded):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# judged_region
+# judged_regions
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("text", "region"),
+    ("text", "regions"),
     [
-        ("", ""),
-        (" \n", " \n"),
-        ("It is 4.", "It is 4."),
-        ("<think>Hm.</think>\n\nIt is 4.", "\n\nIt is 4."),
-        ("<thinking>Hm.</thinking>It is 4.", "It is 4."),
-        ("Hm.</think>It is 4.", "It is 4."),
-        ("<think>a</think>b<think>c</think>d", "d"),
-        ("<think>Hm.</think> \n", "Hm."),
-        ("Hm.</think>\n", "Hm."),
-        ("<think>Hm.", "Hm."),
-        ("<think>I open <think> again", "I open <think> again"),
-        ("<think>I open <think> again</think>", "I open <think> again"),
-        ("<think>a</think>b<think>c</think>", "c"),
-        ("<think>a</think><think> </think>", "a"),
-        ("It is 4.<think>", "It is 4."),
-        ("It is 4.<think></think>", "It is 4."),
-        ("<think>\n\n</think>\n", "\n"),
+        ("", []),
+        (" \n", []),
+        ("It is 4.", ["It is 4."]),
+        ("<think>Hm.</think>\n\nIt is 4.", ["\n\nIt is 4."]),
+        ("<thinking>Hm.</thinking>It is 4.", ["It is 4."]),
+        ("Hm.</think>It is 4.", ["It is 4."]),
+        ("<think>a</think>b<think>c</think>d", ["b", "d"]),
+        ("<think>Hm.</think> \n", ["Hm."]),
+        ("Hm.</think>\n", ["Hm."]),
+        ("<think>Hm.", ["Hm."]),
+        ("<think>I open <think> again", ["I open <think> again"]),
+        ("<think>I open <think> again</think>", ["I open <think> again"]),
+        ("<think>a</think>b<think>c</think>", ["b"]),
+        ("<think>a</think><think> </think>", ["a"]),
+        ("It is 4.<think>", ["It is 4."]),
+        ("It is 4.<think></think>", ["It is 4."]),
+        ("<think>\n\n</think>\n", []),
         # The marks of other families
-        ("<Think>Hm.</Think>It is 4.", "It is 4."),
-        ("<thought>Hm.</thought>It is 4.", "It is 4."),
-        ("<seed:think>Hm.</seed:think>It is 4.", "It is 4."),
-        ("[THINK]Hm.[/THINK]It is 4.", "It is 4."),
-        ("Hm.[/THINK]It is 4.", "It is 4."),
-        ("[THINK]Hm.", "Hm."),
-        ("◁think▷Hm.◁/think▷It is 4.", "It is 4."),
-        ("<|START_THINKING|>Hm.<|END_THINKING|>It is 4.", "It is 4."),
-        ("<|begin_of_thought|>Hm.<|end_of_thought|>It is 4.", "It is 4."),
-        ("<|inner_prefix|>Hm.<|inner_suffix|>It is 4.", "It is 4."),
-        ("<|channel>thought\nHm.<channel|>It is 4.", "It is 4."),
-        ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>It is 4.", "It is 4."),
-        ("<|channel|>analysis<|message|>Hm.", "Hm."),
+        ("<Think>Hm.</Think>It is 4.", ["It is 4."]),
+        ("<thought>Hm.</thought>It is 4.", ["It is 4."]),
+        ("<seed:think>Hm.</seed:think>It is 4.", ["It is 4."]),
+        ("[THINK]Hm.[/THINK]It is 4.", ["It is 4."]),
+        ("Hm.[/THINK]It is 4.", ["It is 4."]),
+        ("[THINK]Hm.", ["Hm."]),
+        ("◁think▷Hm.◁/think▷It is 4.", ["It is 4."]),
+        ("<|START_THINKING|>Hm.<|END_THINKING|>It is 4.", ["It is 4."]),
+        ("<|begin_of_thought|>Hm.<|end_of_thought|>It is 4.", ["It is 4."]),
+        ("<|inner_prefix|>Hm.<|inner_suffix|>It is 4.", ["It is 4."]),
+        ("<|channel>thought\nHm.<channel|>It is 4.", ["It is 4."]),
+        (
+            "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>It is 4.",
+            ["It is 4."],
+        ),
+        ("<|channel|>analysis<|message|>Hm.", ["Hm."]),
         # Channels that have lost their special tokens, and sentences
-        ("analysisWe add.\n\nHm.assistantfinalIt is 4.", "It is 4."),
-        ("analysisHm.assistantanalysisSo.assistantcommentaryf(1)assistantfinalIt is 4.", "It is 4."),
-        ("analysisHm.assistantfinal", "Hm."),
-        ("Here is my thought process: Hm. Here is my response: It is 4.", " It is 4."),
+        ("analysisWe add.\n\nHm.assistantfinalIt is 4.", ["It is 4."]),
+        ("analysisHm.assistantanalysisSo.assistantcommentaryf(1)assistantfinalIt is 4.", ["It is 4."]),
+        ("analysisHm.assistantfinal", ["Hm."]),
+        ("Here is my thought process: Hm. Here is my response: It is 4.", [" It is 4."]),
         # What is no mark
-        ("analysis of it: 4. The assistant is final.", "analysis of it: 4. The assistant is final."),
-        ("So analysisHm.assistantfinalIt is 4.", "So analysisHm.assistantfinalIt is 4."),
-        ("It is 4. Here is my response: 4.", "It is 4. Here is my response: 4."),
-        ("<reasoning>Hm.</reasoning>It is 4.", "<reasoning>Hm.</reasoning>It is 4."),
-        ("<no_think>Hm.</no_think>It is 4.", "<no_think>Hm.</no_think>It is 4."),
-        ("I think <b>4</b> is a thoughtful </rethink> of it.", "I think <b>4</b> is a thoughtful </rethink> of it."),
-        ("<think> ", " "),
+        ("analysis of it: 4. The assistant is final.", ["analysis of it: 4. The assistant is final."]),
+        ("So analysisHm.assistantfinalIt is 4.", ["So analysisHm.assistantfinalIt is 4."]),
+        ("It is 4. Here is my response: 4.", ["It is 4. Here is my response: 4."]),
+        ("<reasoning>Hm.</reasoning>It is 4.", ["<reasoning>Hm.</reasoning>It is 4."]),
+        ("<no_think>Hm.</no_think>It is 4.", ["<no_think>Hm.</no_think>It is 4."]),
+        ("I think <b>4</b> is a thoughtful </rethink> of it.", ["I think <b>4</b> is a thoughtful </rethink> of it."]),
+        ("<think> ", []),
     ],
 )
-def test_judged_region(text, region):
-    start, end = judged_region(text)
-    assert text[start:end] == region
-    assert judged_region(text, include_thinking=True) == (0, len(text))
+def test_judged_regions(text, regions):
+    assert [text[start:end] for start, end in judged_regions(text)] == regions
+    assert judged_regions(text, include_thinking=True) == ([(0, len(text))] if text.strip() else [])
 
 
-def test_region_of_a_blank_text_is_the_whole_of_it():
-    assert judged_region("") == (0, 0)
-    assert judged_region(" \n") == (0, 2)
+@pytest.mark.parametrize(
+    ("text", "regions"),
+    [
+        ("2+2=5.\n\nSo 15.\n\n<think>1+1=2.\n\n2+2=4.", ["2+2=5.\n\nSo 15.\n\n"]),
+        ("2+2=5.\nSo 15.\n<think>1+1=2. 2+2=4.</think>", ["2+2=5.\nSo 15.\n"]),
+        ("2+2=5. So 15. <think>1+1=2.</think> True.", ["2+2=5. So 15. ", " True."]),
+        ("<think>w</think>\n3*4=13.\n\n13+1=14.\n<think>ok. fine.</think>", ["\n3*4=13.\n\n13+1=14.\n"]),
+        ("<think>w</think>2+2=5.</think>2+2=4.", ["2+2=5.", "2+2=4."]),
+        (
+            "<thought>a</thought><act>b</act><thought>c</thought><answer>3</answer>",
+            ["<act>b</act>", "<answer>3</answer>"],
+        ),
+    ],
+)
+def test_a_mark_of_thinking_hides_nothing_that_was_written_before_it(text, regions):
+    assert [text[start:end] for start, end in judged_regions(text)] == regions
 
 
 @PROPERTY
 @given(markdown_text)
-def test_region_holds_no_thinking_before_an_answer(text):
-    start, end = judged_region(text)
-    assert 0 <= start <= end <= len(text)
+def test_regions_hold_no_thinking_beside_an_answer(text):
+    regions = judged_regions(text)
+    assert all(0 <= start < end <= len(text) and text[start:end].strip() for start, end in regions)
+    assert all(left[1] <= right[0] for left, right in pairwise(regions))
     answer = text.rpartition("</think>")[2]
-    if "</think>" in text and answer.strip():
-        assert text[start:end] == answer
-    if "think>" not in text and "</thought>" not in text:
-        assert (start, end) == (0, len(text))
+    if "</think>" in text and answer.strip() and "<think>" not in answer:
+        assert text[slice(*regions[-1])] == answer
+    if "think>" not in text and "</thought>" not in text and text.strip():
+        assert regions == [(0, len(text))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -753,9 +769,9 @@ def test_steps_tile_the_regions_of_the_turns(messages, include_thinking):
         if role == "tool":
             waiting.append(text)
             continue
-        start, end = judged_region(text, include_thinking=include_thinking)
-        found = pieces(text[start:end]) if text[start:end].strip() else []
-        assert "".join(found) == (text[start:end] if found else "")
+        regions = judged_regions(text, include_thinking=include_thinking)
+        found = [piece for start, end in regions for piece in pieces(text[start:end])]
+        assert "".join(found) == "".join(text[start:end] for start, end in regions)
         if found:
             results = [text for text in waiting if text.strip()]
             if results:
@@ -845,7 +861,7 @@ DOCUMENTED = [
     check_spans,
     completion_turns,
     completion_to_text,
-    judged_region,
+    judged_regions,
     cut_completion,
     rts_by_steps,
     rts_by_characters,

@@ -31,7 +31,7 @@ def check_counts(
             judge = f" The StepwiseJudge at position {judge_index} is one of them: put {of_judge}."
         shown = f"={weights}" if values is weights else ""
         raise ValueError(
-            f"{name}{shown} has {len(values)} values, but reward_funcs has {len(funcs)} entries, and each needs one.{judge}"
+            f"{name}{shown} has the length {len(values)}, but reward_funcs has {len(funcs)} entries, and each needs one.{judge}"
         )
 
 

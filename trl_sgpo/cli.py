@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from subprocess import CalledProcessError
 from typing import Any
 
 from trl_sgpo import __version__
@@ -39,11 +40,11 @@ def launch_training(argv: Sequence[str]) -> int:
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
     of_file, of_line = parsed[-2], list(parsed[-1])  # the latter is an ordered part of `argv`
-    launching = [option for part in (of_file, of_line) for option in of_accelerate(part)]
-    unknown = {word for word in (*of_file, *of_line) if word.startswith("--")} - {option[0] for option in launching}
-    if unknown:
+    (from_file, unknown), (from_line, also_unknown) = of_accelerate(of_file, in_file=True), of_accelerate(of_line)
+    launching = [*from_file, *from_line]
+    if unknown or also_unknown:
         raise ValueError(
-            f"unknown arguments: {' '.join(sorted(unknown))}. Neither the training script nor `accelerate launch` has them: "
+            f"unknown arguments: {' '.join([*unknown, *also_unknown])}. Neither the training script nor `accelerate launch` has them: "
             "see `trl-sgpo train --help` and `accelerate launch --help`."
         )
     launch_args = resolve_accelerate_config_argument([word for option in launching for word in option])
@@ -54,7 +55,10 @@ def launch_training(argv: Sequence[str]) -> int:
             of_line.pop(0)
         else:
             own.append(word)
-    launch_command(launch_command_parser().parse_args([*launch_args, "-m", "trl_sgpo.scripts.sgpo", *own]))
+    try:
+        launch_command(launch_command_parser().parse_args([*launch_args, "-m", "trl_sgpo.scripts.sgpo", *own]))
+    except CalledProcessError as error:  # the script has said what is wrong
+        return error.returncode
     return 0
 
 

@@ -27,7 +27,7 @@ def parse(parser: "TrlParser", module: str, argv: Sequence[str] | None = None) -
         words, return_remaining_strings=True, separate_remaining_strings=True
     )
     if of_file or of_line:
-        from_file, from_line = of_accelerate(of_file), of_accelerate(of_line)
+        (from_file, _), (from_line, _) = of_accelerate(of_file, in_file=True), of_accelerate(of_line)
         if os.environ.get(LAUNCHED) and not of_line:
             return tuple(configs)
         if from_file or from_line:
@@ -72,19 +72,25 @@ def _launch_options() -> dict[str, bool]:
     return {**found, "--accelerate_config": True}
 
 
-def of_accelerate(words: list[str]) -> list[list[str]]:
-    """Those of the words that are options of `accelerate launch`, each with its value, if it takes one."""
-    options, found = _launch_options(), []
-    for i, word in enumerate(words):
+def of_accelerate(words: list[str], in_file: bool = False) -> tuple[list[list[str]], list[str]]:
+    """
+    Those of the words that are options of `accelerate launch`, each with its value, if it takes one; and the other words.
+    In a file a switch has a value too, and null leaves an option out.
+    """
+    options, found, others, i = _launch_options(), [], [], 0
+    while i < len(words):
+        word = words[i]
         name, equals, _ = word.partition("=")
+        i += 1
         if not word.startswith("--") or name not in options:
+            others.append(word)
             continue
-        after = [] if equals else [value for value in words[i + 1 : i + 2] if not value.startswith("--")]
-        if options[name]:
-            found.append([word, *after])
-        elif after != ["False"]:  # in a file a switch has a value
-            found.append([word])
-    return found
+        after = words[i : i + 1] if not equals and (options[name] or in_file) else []
+        after = [value for value in after if not value.startswith("--")]
+        i += len(after)
+        if not (in_file and (after == ["None"] or (not options[name] and after == ["False"]))):
+            found.append([word, *after] if options[name] else [word])
+    return found, others
 
 
 def _how_to_launch(from_file: list[list[str]], from_line: list[list[str]], words: list[str], module: str) -> str:
@@ -108,6 +114,6 @@ def _how_to_launch(from_file: list[list[str]], from_line: list[list[str]], words
         remedy = f"Take {keys} out of {words[words.index('--config') + 1]}, and use"
     command = shlex.join(["accelerate", "launch", *resolve_accelerate_config_argument(launch), "-m", module, *script])
     return (
-        f"{', '.join(names)}: options of the `trl` command, which starts processes. A script that is started by itself "
-        f"cannot. {remedy}:\n\n    {command}\n"
+        f"{', '.join(names)}: this is for `accelerate launch`, which starts the processes; a script that is started by itself "
+        f"cannot. `trl-sgpo train` takes it as the `trl` command does. {remedy}:\n\n    {command}\n"
     )

@@ -48,7 +48,7 @@ class LengthAlarm:
             f"The completions of failed groups have grown from {length_before:.0f} to {length_now:.0f} tokens (means of {WINDOW} "
             f"rounds), and accuracy has not risen ({accuracy_before:.3f}, now {accuracy_now:.3f}). The judge's reward may "
             "teach length: a judge that blames late steps pays for more steps. Read some completions with their verdicts "
-            "(`log_completions=True`), measure the judge (`python -m trl_sgpo.scripts.judge_eval`), and lower "
+            "(`log_completions=True`), measure the judge (`trl-sgpo judge-eval`), and lower "
             "`failed_group_weight` or set `judge_until` if it is at fault. This is said once."
         )
 

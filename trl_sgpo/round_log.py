@@ -244,7 +244,8 @@ class RoundLog:
                 "one step",
                 "Every completion that was judged in this round has a single step, so an error in it gives all of them the same "
                 "score, and their groups teach nothing. Give StepwiseJudge a segmenter that cuts your task's completions into "
-                "steps (the default one cuts at headings, blank lines, lines or sentences). This is said once.",
+                "steps (the default one cuts at headings, blank lines, lines or sentences). If the steps stand in the thinking, "
+                "which is left out by default, set `include_thinking=True`. This is said once.",
             )
         if torch.isnan(judged.rts_PG[asked_PG]).all():
             self._silent_rounds += 1

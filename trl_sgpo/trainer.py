@@ -147,7 +147,8 @@ class SGPOTrainer(GRPOTrainer):
         self._check_judge(setting)
         check_counts(funcs, self.judge_index, self._settings.reward_weights, reward_processing_classes)
         removed = self._settings.remove_unused_columns
-        check_datasets(funcs, removed, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        evaluated = None if args.eval_strategy == "no" else eval_dataset
+        check_datasets(funcs, removed, train_dataset=train_dataset, eval_dataset=evaluated)
         if self.treatment.asks_judge and rollout_func is None and not removed:  # a rollout function may add columns
             check_judge_columns(self.stepwise_judge, known_columns(train_dataset), "train_dataset")
         acts = self.treatment.needs_outcome and not (self.treatment.asks_judge and self.stepwise_judge is None)

@@ -259,6 +259,28 @@ def test_a_function_that_cannot_take_a_problem_and_steps_is_refused(function):
         CallableJudge(function)
 
 
+@pytest.mark.parametrize("function", [lambda steps, problem: 0, lambda self, problem, steps: 0])
+def test_a_function_that_takes_the_problem_for_something_else_is_refused(function):
+    with pytest.raises(TypeError, match="would take the problem for its '(steps|self)': the problem comes first"):
+        CallableJudge(function)
+
+
+@pytest.mark.parametrize("batch_deadline", [60.0, None])
+def test_a_panic_that_is_no_exception_costs_one_verdict(batch_deadline):
+    class Panic(BaseException):
+        pass
+
+    def judge(problem, steps):
+        if problem == "bad":
+            raise Panic("index out of bounds")
+        return 0
+
+    items = [JudgeItem(problem, ("a",)) for problem in ("good", "bad", "good")]
+    verdicts = CallableJudge(judge, batch_deadline).judge(items)
+    assert [verdict.first_error for verdict in verdicts] == [0, None, 0]
+    assert verdicts[1].reason == "Panic: index out of bounds"
+
+
 def test_a_class_is_refused():
     with pytest.raises(TypeError, match=r"is a class\. Give a function"):
         CallableJudge(Generator)

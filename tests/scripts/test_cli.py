@@ -98,7 +98,21 @@ class TestTrain:
     def test_a_misspelt_argument_is_named(self, tmp_path, capsys):
         (tmp_path / "sgpo.yaml").write_text("judge: arithmetic\nuse_cpu: true\nlearning_rte: 1.0\n")
         assert cli.main(["train", "--config", str(tmp_path / "sgpo.yaml"), "--num_proceses", "2"]) == 2
-        assert "unknown arguments: --learning_rte --num_proceses." in capsys.readouterr().err
+        assert "unknown arguments: --learning_rte 1.0 --num_proceses 2." in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "words",
+        ["-max_steps 5", "-learning_rate=1e-6", "-num_processes 2", "--max_steps 5 6", "--num_processes 2 extra"],
+    )
+    def test_no_word_is_dropped(self, words, capsys):
+        assert cli.main(["train", "--judge", "arithmetic", "--use_cpu", *words.split()]) == 2
+        assert "unknown arguments: " in capsys.readouterr().err
+
+    def test_switches_and_null_in_a_config_file(self, monkeypatch, tmp_path):
+        config = tmp_path / "sgpo.yaml"
+        config.write_text("use_cpu: true\nmulti_gpu: false\nmain_process_port: null\ncpu: true\nnum_processes: 1\n")
+        args = self.launched(monkeypatch, "--config", config)
+        assert (args.multi_gpu, args.main_process_port, args.num_processes) == (False, None, 1)
 
     @pytest.mark.slow
     def test_a_training_whose_config_file_names_the_processes(self, tmp_path, make_model, tokenizer):

@@ -45,7 +45,7 @@ class TestOptionsOfTheTrlCommand:
         before, launch, script = refused(
             "--max_steps", "4", "--num_processes", "4", "--learning_rate", "4", module=module
         )
-        assert before.startswith("num_processes: options of the `trl` command")
+        assert before.startswith("num_processes: this is for `accelerate launch`, which starts the processes")
         assert before.endswith("Use:")
         assert launch == ["accelerate", "launch", "--num_processes", "4"]
         assert script == ["--max_steps", "4", "--learning_rate", "4"]

@@ -81,6 +81,18 @@ def test_the_other_columns_of_the_row(capsys, tmp_path, monkeypatch):
     assert '"reference": "10"' in out
 
 
+def test_a_column_that_the_judge_needs_is_named(tmp_path, monkeypatch):
+    (tmp_path / "needy_judges.py").write_text("def by_unit(problem, steps, unit):\n    return 0\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"has to be given the column 'unit'. What --row has for a judge is \[\]"):
+        judge.main(["--judge", "needy_judges.by_unit", "--problem", "p", "--completion", "c"])
+
+
+def test_the_standard_input_is_one_text():
+    with pytest.raises(ValueError, match="problem and completion are both -"):
+        judge.main(["--judge", "arithmetic", "--problem", "-", "--completion", "-"])
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="judge is not given"):
         judge.main(["--problem", "p", "--completion", "c"])

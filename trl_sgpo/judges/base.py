@@ -4,7 +4,6 @@ What a step-wise judge is asked, what it answers, and how it is asked so that th
 
 import operator
 from abc import ABC, abstractmethod
-from asyncio import CancelledError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -118,7 +117,9 @@ def ask(
     """
     try:
         verdicts = list(judge.judge(list(items)))
-    except (Exception, CancelledError) as error:
+    except BaseException as error:  # a panic of an extension in Rust is no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
         if on_exception is not None:
             on_exception(judge)
         return [Verdict.abstain(f"{type(error).__name__}: {error}")] * len(items)

@@ -4,7 +4,6 @@ import inspect
 import logging
 import sqlite3
 import threading
-from asyncio import CancelledError
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -114,7 +113,9 @@ class CallableJudge(StepJudge):
                 answer = self.function(problem=item.problem, steps=list(item.steps), **columns)
             else:
                 answer = self.function(item.problem, list(item.steps), **columns)
-        except (Exception, SystemExit, CancelledError) as error:
+        except BaseException as error:  # a panic of an extension in Rust is no Exception
+            if isinstance(error, KeyboardInterrupt):
+                raise
             self._log_once.failed(f"The judge {self.name} raised an exception")
             if _is_bound_to_a_thread(error):
                 self._log_once(
@@ -192,6 +193,11 @@ def _read_signature(function: Callable[..., Any]) -> tuple[bool, list[str] | Non
             f"function={function!r} with the signature {signature} cannot be called with a problem and steps ({error}). "
             f"{_REMEDY}"
         ) from None
+    if first in (["steps", "problem"], ["self", "problem"]):
+        raise TypeError(
+            f"function={function!r} with the signature {signature} would take the problem for its {first[0]!r}: the problem "
+            f"comes first, then the steps, and a method needs its object. {_REMEDY}"
+        )
     taken = _filled_names(function)
     taken |= {
         name for name in first if by_name or signature.parameters[name].kind is not inspect.Parameter.POSITIONAL_ONLY

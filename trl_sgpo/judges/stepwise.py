@@ -97,8 +97,8 @@ class StepwiseJudge:
             row whose value is empty (`None`, NaN, only white space, an empty list) has no reference. If a column that
             is named here is in no row, one warning says so.
         include_thinking (`bool`, *optional*, defaults to `False`):
-            Whether steps are cut in thinking too. By default only the text after the thinking is judged, if there is
-            any. See [`~trl_sgpo.steps.judged_region`] for the marks that are known.
+            Whether steps are cut in thinking too. By default only text outside of thinking is judged, if there is
+            any. See [`~trl_sgpo.steps.judged_regions`] for the marks that are known.
         problem (`Callable`, *optional*):
             What the judge is told is the problem: `prompt -> text`, called with the prompt as TRL hands it to reward
             functions, a string or a list of messages. Defaults to [`problem_text`], which takes the last message of

@@ -64,6 +64,7 @@ def make_parser(prog: str = "python -m trl_sgpo.scripts.judge") -> "TrlParser":
 
 def try_judge(args: JudgeArguments) -> int:
     """Asks the judge, prints what came out, and returns the exit code."""
+    from trl_sgpo.arguments import check_judge_columns
     from trl_sgpo.loading import as_mapping, load_stepwise_judge
 
     if args.judge is None:
@@ -72,6 +73,9 @@ def try_judge(args: JudgeArguments) -> int:
         )
     judge = load_stepwise_judge(args.judge, args.judge_args, args.stepwise_judge_args)
     row = as_mapping(args.row, "row", '{"solution": "10"}')
+    check_judge_columns(judge, row, "--row")
+    if args.problem == args.completion == "-":
+        raise ValueError("problem and completion are both -, and the standard input is one text. Give one as @FILE.")
     problem, completion = _text(args.problem, "problem"), _text(args.completion, "completion")
     start = time.perf_counter()
     score, item = ask_one(judge, problem, completion, row, not args.maybe_right)

@@ -11,7 +11,7 @@ from trl_sgpo.steps.completions import (
     completion_to_text,
     completion_turns,
     cut_completion,
-    judged_region,
+    judged_regions,
 )
 from trl_sgpo.steps.rts import rts_by_characters, rts_by_steps
 from trl_sgpo.steps.segmenter import Segmenter, Span, check_spans, segment
@@ -26,7 +26,7 @@ __all__ = [
     "completion_to_text",
     "completion_turns",
     "cut_completion",
-    "judged_region",
+    "judged_regions",
     "rts_by_characters",
     "rts_by_steps",
     "segment",

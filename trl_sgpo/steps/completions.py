@@ -168,44 +168,43 @@ def completion_to_text(completion: str | list[dict]) -> str:
     return "\n\n".join(turn.text for turn in completion_turns(completion) if turn.by_policy and turn.text)
 
 
-def judged_region(text: str, *, include_thinking: bool = False) -> Span:
+def judged_regions(text: str, *, include_thinking: bool = False) -> list[Span]:
     """
-    The part of a turn's text that is cut into steps, as `(start, end)` in characters.
+    The parts of a turn's text that are cut into steps, as `(start, end)` in characters. None holds white space alone.
 
-    By default it is the text after the last mark that closes thinking. If there is none, for example because the
-    completion ran out of tokens, it is the thinking itself. The opening mark may be missing, because chat templates put
-    it into the prompt. Marks are all tags that speak of thinking (`<think>`, `</thinking>`, `<thought>`,
-    `<seed:think>`, `<|START_THINKING|>`), `[THINK]`, `◁think▷`, the channels of gpt-oss and Gemma 4, also those of
-    gpt-oss without their special tokens (`analysis...assistantfinal...`), and the sentences of Granite. `<reasoning>`
-    is none: it is the part of the solution that is judged.
+    By default they are all that stands outside of thinking, so that a mark of thinking hides nothing that was written
+    before it. If there is nothing else, for example because the completion ran out of tokens, it is the last thinking.
+    The first opening mark may be missing, because chat templates put it into the prompt. Marks are all tags that speak
+    of thinking (`<think>`, `</thinking>`, `<thought>`, `<seed:think>`, `<|START_THINKING|>`), `[THINK]`, `◁think▷`, the
+    channels of gpt-oss and Gemma 4, also those of gpt-oss without their special tokens
+    (`analysis...assistantfinal...`), and the sentences of Granite. `<reasoning>` is none: it is the part of the solution
+    that is judged.
 
     Args:
         include_thinking (`bool`, *optional*, defaults to `False`):
-            Whether thinking is judged too. The region is then the whole text, with the tags.
+            Whether thinking is judged too. The only region is then the whole text, with the tags.
 
     Example:
 
     ```python
-    >>> judged_region("<think>Hm.</think>It is 4."), judged_region("<think>Hm.")
-    ((18, 26), (7, 10))
+    >>> judged_regions("<think>Hm.</think>It is 4."), judged_regions("<think>Hm."), judged_regions("4.<think>Hm.")
+    ([(18, 26)], [(7, 10)], [(0, 2)])
     ```
     """
-    whole = (0, len(text))
-    marks = [] if include_thinking else thinking_marks(text)
-    if not marks:
-        return whole
+    outside: list[Span] = []
     thoughts: list[Span] = []
-    opened, closed = None, 0
-    for mark in marks:
-        if mark.closes:
-            thoughts.append((closed if opened is None else opened, mark.start))
-            opened, closed = None, mark.end
-        elif opened is None:  # a mark inside the thinking opens nothing
-            opened = mark.end
-    answer = (closed if opened is None or thoughts else opened, len(text))
-    # The text before the first mark comes last: it matters only if there is nothing else to judge.
-    regions = [answer, *reversed(thoughts), (0, marks[0].start)]
-    return next((region for region in regions if text[slice(*region)].strip()), answer)
+    opened, end = None, 0
+    for mark in [] if include_thinking else thinking_marks(text):
+        if opened is not None and not mark.closes:
+            continue  # a mark inside the thinking opens nothing
+        if opened is not None or (mark.closes and not thoughts and not outside):
+            thoughts.append((opened or 0, mark.start))
+        else:  # it opens, or closes what is closed already
+            outside.append((end, mark.start))
+        opened, end = None if mark.closes else mark.end, mark.end
+    (outside if opened is None else thoughts).append((end if opened is None else opened, len(text)))
+    outside, thoughts = ([span for span in spans if text[slice(*span)].strip()] for spans in (outside, thoughts))
+    return outside or thoughts[-1:]
 
 
 @dataclass(frozen=True)
@@ -253,9 +252,9 @@ def cut_completion(
         completion (`str` or `list[dict]`):
             Completion as TRL hands it to reward functions, see [`completion_turns`].
         segmenter (`Callable[[str], Sequence[tuple[int, int]]]`, *optional*, defaults to [`segment`]):
-            Function from a text to the spans of its steps. It is called with the judged region of each turn.
+            Function from a text to the spans of its steps. It is called with each judged region of each turn.
         include_thinking (`bool`, *optional*, defaults to `False`):
-            Whether thinking is cut too. See [`judged_region`].
+            Whether thinking is cut too. See [`judged_regions`].
         decoded (`str`, *optional*):
             What the completion's own ids decode to. See [`completion_turns`].
 
@@ -281,15 +280,14 @@ def cut_completion(
             continue
         turns.append((offset, turn))
         if turn.text:
-            start, end = judged_region(turn.text, include_thinking=include_thinking)
-            region = turn.text[start:end]
-            cut = check_spans(region, segmenter(region)) if region.strip() else []
-            blank = blank and not region.strip()
-            if cut and pending:
-                context[len(spans)] = "\n\n".join(pending)
-                pending = []
-            shift = offset + start
-            spans.extend([(shift + left, shift + right) for left, right in cut] if shift else cut)
+            for start, end in judged_regions(turn.text, include_thinking=include_thinking):
+                region, blank = turn.text[start:end], False
+                cut = check_spans(region, segmenter(region))
+                if cut and pending:
+                    context[len(spans)] = "\n\n".join(pending)
+                    pending = []
+                shift = offset + start
+                spans.extend([(shift + left, shift + right) for left, right in cut] if shift else cut)
             texts.append(turn.text)
             offset += len(turn.text) + len("\n\n")
     return CutCompletion("\n\n".join(texts), tuple(spans), context, blank, tuple(turns))

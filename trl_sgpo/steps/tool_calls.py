@@ -8,6 +8,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ _OPENS = re.compile(
 _CLOSES = re.compile(
     r"</[^<>\n]{1,40}>|<\|call\|>|<[^<>|\n]{1,40}[|｜]>|<[|｜][^<>|｜\n]{0,40}end[^<>|｜\n]{0,40}[|｜]>|[)}]|(?<![A-Z])\]"
 )
+_ARGUMENTS_FIRST = re.compile(r'\{\s{0,9}"(?:arguments|parameters)"\s{0,9}:')
 _BETWEEN = re.compile(r"[\s,;`]*+")
 _LONGEST_BEFORE_ARGUMENTS = 60
 _MOST_PER_VALUE, _MOST_PER_CHARACTER = 200, 6  # characters of the text, with marks and escapes
@@ -52,11 +54,15 @@ def shown_call(call: Any) -> tuple[str, str, tuple[str, ...]]:
         return "", str(call), ()
     function = call["function"] if isinstance(call.get("function"), Mapping) else call
     name, arguments = str(function.get("name") or ""), function.get("arguments")
-    values = tuple(_values(arguments))
+    read: Any = arguments
+    if isinstance(arguments, str):
+        with suppress(ValueError, RecursionError):
+            read = json.loads(arguments)
+    values = tuple(_values(read))
     if not isinstance(arguments, str):
         try:
             arguments = json.dumps({} if arguments is None else arguments, ensure_ascii=False, default=str)
-        except (TypeError, ValueError):  # keys that JSON does not have, circular references
+        except (TypeError, ValueError, RecursionError):  # keys that JSON does not have, circular or deep references
             arguments = str(arguments)
             values = ()
     return name, f"{name}({arguments})", values
@@ -140,13 +146,35 @@ class _Names:
                 number = bisect_left(places, start)
                 if named is None and number < len(places) and places[number] + len(call.name) <= end:
                     named = places[number]
-            start = start if named is None else _arguments_end(self.text, call, named + len(call.name), end)
+            if named is not None and (around := _arguments_first(self.text, call, start, named, end)):
+                named, start = around
+            elif named is not None:
+                start = _arguments_end(self.text, call, named + len(call.name), end)
             yield named, start
+
+
+def _longest(call: ToolCall) -> int:
+    """Characters of the text that a call may take at most, with marks and escapes."""
+    return sum(_MOST_PER_VALUE + _MOST_PER_CHARACTER * len(value) for value in (call.name, *call.values))
+
+
+def _arguments_first(text: str, call: ToolCall, start: int, named: int, end: int) -> Span | None:
+    """The JSON object of a call whose arguments stand before its name; `None` for a call of another form."""
+    opens = _ARGUMENTS_FIRST.search(text, start, named)
+    if opens is None:
+        return None
+    try:
+        found, length = _DECODER.raw_decode(text[opens.start() : min(end, named + _longest(call))])
+    except (ValueError, RecursionError):
+        return None
+    arguments = found.get("arguments", found.get("parameters"))
+    same = found.get("name") == call.name and sorted(_values(arguments)) == sorted(call.values)
+    return (opens.start(), opens.start() + length) if same else None
 
 
 def _arguments_end(text: str, call: ToolCall, start: int, end: int) -> int:
     """Where the arguments end that follow a name: exactly if they are JSON, else after the texts they are made of."""
-    end = min(end, start + sum(_MOST_PER_VALUE + _MOST_PER_CHARACTER * len(value) for value in ("", *call.values)))
+    end = min(end, start + _longest(call))
     brace = text.find("{", start, min(start + _LONGEST_BEFORE_ARGUMENTS, end))
     if brace >= 0:
         try:

@@ -34,8 +34,9 @@ class RunFacts:
 
 # True of every run, so the page says it once
 LOSS_IS_ZERO = (
-    "With one update per batch (num_iterations=1) the printed loss is about 0 by construction: advantages sum to zero inside "
-    "a group, and the ratio of new to old policy is 1. The gradient is not 0: look at grad_norm, and at how many groups teach."
+    "With one update per batch (num_iterations=1) the printed loss says nothing: advantages sum to zero inside a group, and "
+    "the ratio of new to old policy is 1, so it is 0 or, if the loss is averaged over tokens and lengths differ, wobbles "
+    "around 0. The gradient is not 0: look at grad_norm, and at how many groups teach."
 )
 
 

@@ -96,8 +96,8 @@ GLOSSARY: dict[str, Entry] = {
     "loss": Entry(
         "loss and grad_norm",
         "With one update per batch (num_iterations=1) the ratio of new to old policy is 1, so the printed loss is minus the "
-        "mean advantage. That is about 0 by construction, because advantages sum to zero in a group. The gradient is not 0: "
-        "look at grad_norm.",
+        "mean advantage. That is 0, because advantages sum to zero in a group, or wobbles around 0 if the loss is averaged "
+        "over tokens and lengths differ. The gradient is not 0: look at grad_norm.",
         "A grad_norm above 0 may come only from other rewards or the KL term.",
     ),
     "cover": Entry(
