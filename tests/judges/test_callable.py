@@ -261,7 +261,7 @@ def test_a_function_that_cannot_take_a_problem_and_steps_is_refused(function):
 
 @pytest.mark.parametrize("function", [lambda steps, problem: 0, lambda self, problem, steps: 0])
 def test_a_function_that_takes_the_problem_for_something_else_is_refused(function):
-    with pytest.raises(TypeError, match="would take the problem for its '(steps|self)': the problem comes first"):
+    with pytest.raises(TypeError, match=r"would take the problem for its '(steps|self)': the problem comes first"):
         CallableJudge(function)
 
 
