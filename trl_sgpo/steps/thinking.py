@@ -1,6 +1,8 @@
 """The marks that common families of models put around their thinking, in a text and among special tokens."""
 
 import re
+from collections import deque
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from trl_sgpo.steps.tool_calls import CALL_TOKEN
@@ -44,18 +46,18 @@ _PERHAPS_A_TOKEN = re.compile(
 )
 
 
-def thinking_marks(text: str) -> list[Mark]:
+def thinking_marks(text: str) -> Iterator[Mark]:
     """The marks of thinking in a text, in order. Those of words are there only if no other ones are."""
-    marks = []
+    mark = None
     for mark in _MARK.finditer(text):
         name = mark["tag"] and mark[2]
         closes = _CLOSING_NAME.search(name) is not None if name else mark["open"] is None
-        marks.append(Mark(mark.start(), mark.end(), closes))
-    if not marks and (opening := _OPENING_WORDS.match(text)):
-        closing = list(_CLOSING_WORDS[opening["channel"] is not None].finditer(text, opening.end()))
-        if closing:
-            marks = [Mark(*opening.span(), False), Mark(*closing[-1].span(), True)]
-    return marks
+        yield Mark(mark.start(), mark.end(), closes)
+    if mark is None and (opening := _OPENING_WORDS.match(text)):
+        closing = _CLOSING_WORDS[opening["channel"] is not None].finditer(text, opening.end())
+        for last in deque(closing, maxlen=1):
+            yield Mark(*opening.span(), False)
+            yield Mark(*last.span(), True)
 
 
 def start_of_answer(text: str, decoded: str) -> int:
