@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import dropwhile
 from typing import TYPE_CHECKING, Any, cast
@@ -70,6 +70,11 @@ class Policy:
         if len(left_out) == len(self._special_tokens):
             return tokenizer.decode(ids, skip_special_tokens=True)
         return tokenizer.decode([i for i in ids if i not in left_out], skip_special_tokens=False)
+
+    def decoder(self, completions: Sequence[Any]) -> Callable[[Sequence[int]], str] | None:
+        """[`~Policy.decode`], if it may say more than the completions: of plain texts without marks it cannot."""
+        same = len(self._left_out) == len(self._special_tokens) and all(isinstance(text, str) for text in completions)
+        return None if same else self.decode
 
     @cached_property
     def _left_out(self) -> set[int]:

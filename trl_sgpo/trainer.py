@@ -245,7 +245,7 @@ class SGPOTrainer(GRPOTrainer):
             round.to_judge_PG = to_judge_PG = self.treatment.to_judge(round)
             if to_judge_PG.any():
                 round.judged = judge_round(
-                    round, to_judge_PG, judge, prompts, completions, inputs, gather, self._policy.decode
+                    round, to_judge_PG, judge, prompts, completions, inputs, gather, self._policy.decoder(completions)
                 )
                 round.groups = self.treatment.sort(round)
         self._round_log.write(round)
