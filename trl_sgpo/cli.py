@@ -33,13 +33,13 @@ def launch_training(argv: Sequence[str]) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-    from trl_sgpo.command_line import LAUNCHED, of_accelerate
+    from trl_sgpo.command_line import LAUNCHED, of_accelerate, without
     from trl_sgpo.scripts.sgpo import make_parser
 
     parsed: tuple[Any, ...] = make_parser(prog="trl-sgpo train").parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
-    of_file, of_line = parsed[-2], list(parsed[-1])  # the latter is an ordered part of `argv`
+    of_file, of_line = parsed[-2:]
     (from_file, unknown), (from_line, also_unknown) = of_accelerate(of_file, in_file=True), of_accelerate(of_line)
     launching = [*from_file, *from_line]
     if unknown or also_unknown:
@@ -49,14 +49,9 @@ def launch_training(argv: Sequence[str]) -> int:
         )
     launch_args = resolve_accelerate_config_argument([word for option in launching for word in option])
     os.environ[LAUNCHED] = "1"
-    own = []
-    for word in argv:
-        if of_line and word == of_line[0]:
-            of_line.pop(0)
-        else:
-            own.append(word)
+    script_args = ["-m", "trl_sgpo.scripts.sgpo", *without(argv, of_line)]
     try:
-        launch_command(launch_command_parser().parse_args([*launch_args, "-m", "trl_sgpo.scripts.sgpo", *own]))
+        launch_command(launch_command_parser().parse_args([*launch_args, *script_args]))
     except CalledProcessError as error:  # the script has said what is wrong
         return error.returncode
     return 0

@@ -93,6 +93,17 @@ def of_accelerate(words: list[str], in_file: bool = False) -> tuple[list[list[st
     return found, others
 
 
+def without(words: Sequence[str], taken: Sequence[str]) -> list[str]:
+    """The words but those that are `taken`, which stand among them in the same order."""
+    left, kept = list(taken), []
+    for word in words:
+        if left and word == left[0]:
+            left.pop(0)
+        else:
+            kept.append(word)
+    return kept
+
+
 def _how_to_launch(from_file: list[list[str]], from_line: list[list[str]], words: list[str], module: str) -> str:
     """The message for options of `accelerate launch`, with the command to use instead."""
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
@@ -101,12 +112,7 @@ def _how_to_launch(from_file: list[list[str]], from_line: list[list[str]], words
     given = [word for option in from_file if option[0] not in of_line for word in option]
     given += [word for option in from_line for word in option]
     launch = [part for word in given for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    script, to_remove = [], [word for option in from_line for word in option]
-    for word in words:
-        if word == next(iter(to_remove), None):
-            to_remove.pop(0)
-        else:
-            script.append(word)
+    script = without(words, [word for option in from_line for word in option])
     names = dict.fromkeys(option[0].partition("=")[0].lstrip("-") for option in (*from_file, *from_line))
     remedy = "Use"
     if from_file:
