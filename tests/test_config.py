@@ -43,6 +43,8 @@ def test_adds_only_what_the_trainer_decides():
         "error_penalty",
         "failed_groups",
         "exclude_dead_groups",
+        "skip_dead_tokens",
+        "skip_dead_updates",
     }
     changed = [
         name

@@ -8,6 +8,7 @@ Needs TRL and transformers only, not this package, so it can be pointed at any r
 
 import importlib
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ SYMBOLS = [
     "trl.GRPOTrainer",
     "trl.ModelConfig",
     "trl.TrlParser",
+    "trl.trainer.utils.split_pixel_values_by_grid",
+    "trl.trainer.utils.unsplit_pixel_values_by_grid",
     "trl.get_dataset",
     "trl.get_peft_config",
     "trl.get_quantization_config",
@@ -90,6 +93,7 @@ SIGNATURES = {
         "mm_token_type_ids",
         "image_position_ids",
     ],
+    "GRPOTrainer._prepare_inputs": ["self", "generation_batch"],
     "GRPOTrainer._compute_loss": ["self", "model", "inputs"],
     "GRPOTrainer._tokenize_prompts": ["self", "prompts"],
     "GRPOTrainer._log_completion_extra": ["self", "column", "values"],
@@ -103,9 +107,12 @@ ATTRIBUTES = [
     "model",
     "rollout_func",
     "state",
+    "_buffered_inputs",
     "_logs",
     "_metrics",
+    "_step",
     "_tokenizer",
+    "aux_loss_enabled",
     "eos_token_ids",
     "log_completions",
     "loss_type",
@@ -113,6 +120,7 @@ ATTRIBUTES = [
     "multi_objective_aggregation",
     "num_generations",
     "num_generations_eval",
+    "pad_to_multiple_of",
     "reward_func_names",
     "reward_funcs",
     "reward_weights",
@@ -122,14 +130,20 @@ ATTRIBUTES = [
 LOSS_TYPES = ["bnpo", "cispo", "dapo", "dr_grpo", "grpo", "luspo", "sapo", "vespo"]
 
 CONFIG_FIELDS = [
+    "beta",
+    "entropy_coef",
     "gradient_checkpointing_kwargs",
     "importance_sampling_level",
     "loss_type",
     "multi_objective_aggregation",
     "off_policy_mask_threshold",
     "reward_weights",
+    "router_aux_loss_coef",
     "scale_rewards",
+    "steps_per_generation",
+    "top_entropy_quantile",
     "trust_remote_code",
+    "use_adaptive_entropy",
 ]
 
 
@@ -429,6 +443,47 @@ def test_what_a_forward_pass_takes_of_images_and_tools_is_in_the_output():
     taken = SIGNATURES["GRPOTrainer._get_per_token_logps_and_entropies"][8:]
     for name in ["tool_mask", *taken]:
         assert f'output["{name}"]' in source, f"the output has no `{name}`"
+
+
+def test_a_round_is_split_into_a_new_list_of_micro_batches(make_trainer):
+    """Each holds every key of the output, and an own one goes along."""
+    trainer = make_trainer(right_or_wrong, gradient_accumulation_steps=2, num_iterations=2, max_steps=4)
+    rows = iter(range(1000))
+    recorded(
+        trainer,
+        "_generate_and_score_completions",
+        lambda output: {**output, "own": torch.tensor([next(rows) for _ in output["advantages"]])},
+    )
+    seen, lists = [], []
+
+    def look(inputs):
+        lists.append(trainer._buffered_inputs)
+        seen.append(inputs["own"].tolist())
+        assert inputs is trainer._buffered_inputs[trainer._step % 2]
+        return inputs
+
+    recorded(trainer, "_prepare_inputs", look)
+    trainer.train()
+    assert len(seen) == 8
+    assert seen[:2] == seen[2:4]
+    assert sorted(seen[0] + seen[1]) == list(range(16))
+    assert [a is b for a, b in itertools.pairwise(lists)] == [True, True, True, False, True, True, True]
+
+
+def test_gradients_may_be_taken_away_before_the_optimizer_step(make_trainer):
+    from transformers import TrainerCallback
+
+    class Takes(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            assert any(value.grad is not None for value in trainer.model.parameters())
+            trainer.optimizer.zero_grad(set_to_none=True)
+
+    trainer = make_trainer(right_or_wrong, trainer_args={"callbacks": [Takes()]}, max_steps=2)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    assert all(torch.equal(before[name], value) for name, value in trainer.model.named_parameters())
+    assert not trainer.optimizer.state
+    assert trainer.lr_scheduler.last_epoch == trainer.state.global_step == 2
 
 
 def test_model_card(make_trainer, tmp_path):

@@ -146,3 +146,17 @@ def test_treatments_without_a_judge_on_two_ranks_equal_those_on_one(two_ranks, m
         lengths = torch.tensor([4 + row % 5 for row in range(12)]).view(3, 4).sum(dim=1)
         factor = lengths.sum() / lengths[1:].sum()
         torch.testing.assert_close(groups[2], factor * group_advantages(torch.tensor([[0.0, 1, 0, 1]]))[0])
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_dead_rows_and_updates_are_left_out_on_both_ranks(two_ranks, n_processes):
+    """Rank 0 has no live row, and has to compute as many rows as rank 1."""
+    (whole,), _, _ = two_ranks("whole", n_processes=1)
+    ranks, _, _ = two_ranks("live", n_processes=n_processes)
+    for rank in ranks:
+        assert rank["checksum"] == pytest.approx(whole["checksum"], rel=1e-6)
+        assert [entry["sgpo/dead_updates"] for entry in rank["log"] if "sgpo/dead_updates" in entry] in (
+            [0.0, 1.0],
+            [],
+        )
+    assert len({rank["checksum"] for rank in ranks}) == 1

@@ -31,6 +31,9 @@ WITHOUT_JUDGE = {
     "lens": {"failed_groups": "lens", "exclude_dead_groups": True},
     # One group on each rank, of which the first failed
     "zvp": {"failed_groups": "zvp"},
+    # Only the last of three groups is alive, all of it on rank 1, and only in the first update
+    "whole": {"failed_groups": "none", "skip_dead_updates": True},
+    "live": {"failed_groups": "none", "skip_dead_updates": True, "skip_dead_tokens": True},
 }
 # As one_sided, with credit per token
 PER_TOKEN = {"prefix": {"failed_groups": "prefix"}}
@@ -49,10 +52,16 @@ class RecordingJudge(StepJudge):
         return [Verdict.error((len(item.steps[0]) + i) % len(item.steps)) for i, item in enumerate(items)]
 
 
+n_outcomes = []
+
+
 def outcome(prompts, completions, **kwargs):
     rows = range(rank * len(completions), (rank + 1) * len(completions))
     if mode == "lens":
         return [[1.0, 0.0, float(row % 2)][row // 4] for row in rows]
+    if mode in ("whole", "live"):
+        n_outcomes.append(len(completions))
+        return [float(len(n_outcomes) == 1 and row >= 8 and row % 2) for row in rows]
     if mode == "zvp":
         return [[0.0, float(row % 2)][row // 6] for row in rows]
     if mode in ("one_sided", "prefix"):

@@ -86,6 +86,22 @@ class SGPOConfig(GRPOConfig):
             rows (`"grpo"`, `"sapo"`, `"dr_grpo"`, `"luspo"`). With several, an update divides by its share of the
             round's live rows instead of by its own. It is an approximation for `"bnpo"` with several micro-batches or
             processes, because each divides by its own tokens.
+        skip_dead_tokens (`bool`, *optional*, defaults to `False`):
+            Whether forward and backward passes leave out what has no credit: completions without an advantage, tokens
+            behind the last one with an advantage, and padding that all rows of a batch share. An update costs less
+            where groups are dead. The gradient is the same up to rounding, and up to what dropout draws. The metrics
+            `entropy` and `clip_ratio/*` speak of the tokens that are left. It needs a run without KL term, entropy
+            bonus, entropy quantile and router loss. With `loss_type="vespo"`, `importance_sampling_level="sequence"`
+            or `off_policy_mask_threshold` only whole completions and padding are left out, because there one token's
+            loss depends on the others of its completion. Padding stays where the model would tell the difference.
+        skip_dead_updates (`bool`, *optional*, defaults to `False`):
+            Whether an update in which no token of any process has credit leaves the weights as they are. Without it
+            the optimizer's momentum and weight decay still move them. The learning rate's schedule and the count of
+            steps go on. It needs a run without KL term, entropy bonus, router loss and DeepSpeed. The optimizer must
+            not step inside the backward pass, as LOMO and layer-wise ones do. The metric `sgpo/dead_updates` is the
+            share of such updates, with or without this option.
+
+            Both options set the rounding residue in groups of equal rewards to exactly 0.
     """
 
     failed_groups: str = field(
@@ -137,6 +153,18 @@ class SGPOConfig(GRPOConfig):
         default=False,
         metadata={
             "help": "Whether groups without any advantage are left out of the tokens or rows that the loss divides by."
+        },
+    )
+    skip_dead_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether no compute is spent on completions and tokens without credit. Same gradient, less time."
+        },
+    )
+    skip_dead_updates: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether an update in which no token has credit leaves the weights as they are, in spite of momentum."
         },
     )
 

@@ -90,8 +90,9 @@ class Round:
             What the judge said, and what that makes of the failed groups, by the treatment's `sort`; `None` if nobody
             was asked.
         output (`dict` or `None`):
-            TRL's output for this rank's completions: ids, masks and GRPO's advantages (with `exclude_dead_groups`
-            exactly 0 in groups of equal rewards). There after super only.
+            TRL's output for this rank's completions: ids, masks and GRPO's advantages. In groups of equal rewards
+            these are exactly 0 with `exclude_dead_groups`, `skip_dead_tokens` or `skip_dead_updates`. There after super
+            only.
         metrics (`dict[str, float]`):
             What a treatment wants logged for this round; the same on every rank.
         advantages_PG (`torch.Tensor` of shape `(P, G)` or `None`):

@@ -1,9 +1,9 @@
 """
 [`SGPOTrainer`]: GRPOTrainer that treats its failed groups. Wiring only: what is done with them is in `treatments/`. It
-has two hooks into TRL, and copies nothing of it. `_calculate_rewards` returns the gathered matrix of rewards: here
+has three hooks into TRL, and copies nothing of it. `_calculate_rewards` returns the gathered matrix of rewards: here
 groups are sorted and the judge is asked, and the matrix is only read. `_generate_and_score_completions` returns TRL's
 advantages: here the treatment replaces those of failed groups. A [`~trl_sgpo.rounds.Round`] is all that the first hook
-tells the second one.
+tells the second one. `_prepare_inputs` splits the round into micro-batches: here those are made smaller, on request.
 """
 
 import logging
@@ -23,15 +23,19 @@ from trl.trainer.utils import get_config_model_id
 
 from trl_sgpo import __version__
 from trl_sgpo.arguments import check_counts, check_datasets, check_judge_columns, check_names, known_columns
+from trl_sgpo.card import describe_run
 from trl_sgpo.config import SGPOConfig, with_own_fields
 from trl_sgpo.judges import StepwiseJudge
 from trl_sgpo.judges.stepwise import take_judge
+from trl_sgpo.live_tokens import RESIDUE
+from trl_sgpo.live_updates import LiveUpdates, check_skipping
 from trl_sgpo.outcome import find_outcomes, join_outcomes, reward_name
 from trl_sgpo.policy import Policy
 from trl_sgpo.round_log import JUDGE_COLUMNS, RoundLog
 from trl_sgpo.rounds import Round, judge_round
-from trl_sgpo.treatments import NoTreatment, SequenceReward, Treatment, choose_treatment
-from trl_sgpo.treatments.dead_groups import check_loss_type, without_dead_groups, without_residue
+from trl_sgpo.treatments import SequenceReward, Treatment, choose_treatment
+from trl_sgpo.treatments.base import checked_advantages
+from trl_sgpo.treatments.dead_groups import check_loss_type, rounding_residue, without_dead_groups
 from trl_sgpo.versions import check_trl_version
 
 
@@ -90,7 +94,9 @@ class SGPOTrainer(GRPOTrainer):
             asks one; if the treatment cannot know which reward is the outcome, or `args.outcome_reward` is unknown; if the
             judge's reward weight is negative, or there is not one for each of `reward_funcs`; if a dataset has a column
             `prompts` or `completions`, or lacks one that the judge needs; if both `treatment` and `args.failed_groups` name
-            a treatment; if the settings do not fit the treatment; if `args.exclude_dead_groups` is combined with a loss whose denominator is unknown.
+            a treatment; if the settings do not fit the treatment; if `args.exclude_dead_groups` is combined with a loss
+            whose denominator is unknown; if `args.skip_dead_tokens` or `args.skip_dead_updates` is combined with settings
+            under which every token has a gradient, or with other settings under which it cannot work.
     """
 
     _tag_names = ["trl", "sgpo"]
@@ -144,6 +150,7 @@ class SGPOTrainer(GRPOTrainer):
         self.treatment.setup(self._settings)
         if self._settings.exclude_dead_groups:
             check_loss_type(self._settings.loss_type)
+        check_skipping(self._settings)
         self._check_judge(setting)
         check_counts(funcs, self.judge_index, self._settings.reward_weights, reward_processing_classes)
         removed = self._settings.remove_unused_columns
@@ -188,6 +195,8 @@ class SGPOTrainer(GRPOTrainer):
         self._policy = Policy(self, self.stepwise_judge)
         if self.treatment.asks_judge and self.accelerator.is_main_process:
             self._policy.check_thinking()
+        self._live_updates = LiveUpdates(self, self._settings)
+        self.add_callback(self._live_updates)
         self._round_log = RoundLog(
             self._metrics,
             self._logs,
@@ -275,43 +284,37 @@ class SGPOTrainer(GRPOTrainer):
                 self._pending_extra_logs.pop(column, None)
         round.output = dict(output)
         if round.training:
-            output["advantages"] = self._treat(round)
+            output["advantages"], output[RESIDUE] = self._treat(round)
             if self.rollout_func is not None and "tool_mask" in output and self._judge_is_due(round):
                 self._round_log.warn_of_rollouts()
         for observe in self.round_observers:
             observe(round, output)
         return output
 
-    def _treat(self, round: Round) -> Tensor:
-        """The advantages that this rank trains with. The order of its parts matters."""
-        output, exclude = cast(dict[str, Any], round.output), self._settings.exclude_dead_groups
-        if exclude:
-            output["advantages"] = without_residue(round, self.multi_objective_aggregation)
+    def _treat(self, round: Round) -> tuple[Tensor, Tensor]:
+        """The advantages that this rank trains with, and what of GRPO's is no credit. The order of its parts matters."""
+        output, args = cast(dict[str, Any], round.output), self._settings
+        residue_B = rounding_residue(round, self.multi_objective_aggregation)
+        if args.exclude_dead_groups or args.skip_dead_tokens or args.skip_dead_updates:
+            output["advantages"] = round.advantages_B - residue_B
         advantages, treats = round.advantages_B, self.treatment.treats(round)
         if treats:
             advantages = self.treatment.advantages(round, self._policy)
-            if not isinstance(advantages, Tensor):
-                raise TypeError(
-                    f"The treatment {self.treatment.name!r} returned {type(advantages).__name__}, not a tensor of advantages. "
-                    "Its method `advantages` has to return one."
-                )
-            advantages = advantages.detach().to(round.advantages_B)
-            if advantages.shape not in (round.advantages_B.shape, output["completion_ids"].shape):
-                raise ValueError(
-                    f"The treatment {self.treatment.name!r} returned advantages of shape {tuple(advantages.shape)}. They must be "
-                    f"of shape {tuple(round.advantages_B.shape)}, one per completion of this rank, or of shape "
-                    f"{tuple(output['completion_ids'].shape)}, one per token."
-                )
-            if not torch.isfinite(advantages).all():
-                raise ValueError(
-                    f"The treatment {self.treatment.name!r} returned advantages that are not finite, which would destroy the "
-                    "weights. NaN in a score means that there is no verdict: give such a completion no advantage."
-                )
-        if exclude:
+            advantages = checked_advantages(advantages, round, self.treatment.name)
+        if args.exclude_dead_groups:
             advantages = without_dead_groups(advantages, round, self._policy, self.loss_type)
-        if treats or exclude:
+        if treats or args.exclude_dead_groups:
             self._round_log.show(round, advantages, self._policy.gather if self.log_completions else None)
-        return advantages
+        return advantages, residue_B
+
+    def _prepare_inputs(self, generation_batch: dict[str, Any]) -> dict[str, Any]:
+        training = cast(PreTrainedModel, self.model).training  # before it generates, as in the hook above
+        inputs = super()._prepare_inputs(generation_batch)
+        if not training:
+            return inputs
+        batches = self._live_updates.take_round(cast(list[dict[str, Any]], self._buffered_inputs))
+        self._buffered_inputs = batches  # type: ignore[assignment]  # TRL declares it as None
+        return self._live_updates.take_batch(self._step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         with self._round_log.readable_table():
@@ -328,23 +331,7 @@ class SGPOTrainer(GRPOTrainer):
             return
         path = Path(cast(str, self.args.output_dir)) / "README.md"
         card = ModelCard.load(path)
+        described = describe_run(self.treatment, self.stepwise_judge, self._settings)
         versions = "### Framework versions\n\n"
-        card.text = card.text.replace(versions, f"{self._describe()}\n\n{versions}- TRL-SGPO: {__version__}\n", 1)
+        card.text = card.text.replace(versions, f"{described}\n\n{versions}- TRL-SGPO: {__version__}\n", 1)
         card.save(path)
-
-    def _describe(self) -> str:
-        """What was done with failed groups, for the model card."""
-        name, judge, args = self.treatment.name, self.stepwise_judge, self._settings
-        if isinstance(self.treatment, NoTreatment) or (self.treatment.asks_judge and judge is None):
-            return "No step-wise judge was used: this run is plain GRPO."
-        if not self.treatment.asks_judge:
-            return (
-                "No step-wise judge was used: completions of groups in which every answer was wrong were given the "
-                f"advantages of the treatment `{name}`."
-            )
-        return (
-            "Completions of groups in which every answer was wrong "
-            + ("(and every other wrong completion) " if args.judge_scope == "all_incorrect" else "")
-            + f"were judged step by step by `{judge!r}` (treatment `{name}`)"
-            + (f" during the first {args.judge_until:.0%} of the updates." if args.judge_until < 1 else ".")
-        )

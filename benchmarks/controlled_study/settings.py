@@ -105,6 +105,11 @@ ARMS = {
         Arm("ngrpo", "NGRPO's advantages in failed groups", {"failed_groups": "ngrpo", "epsilon": 0.16, "epsilon_high": 0.24}),
         Arm("zvp", "RL-ZVP in failed groups", {"failed_groups": "zvp"}),
         Arm("lens", "LENS in failed groups", {"failed_groups": "lens"}),
+        Arm("grpo_live", "GRPO, dead updates left out", {"skip_dead_updates": True}),
+        Arm("sgpo_live", "SGPO, dead updates left out", {"skip_dead_updates": True}, judge=True),
+        Arm("prefix_live", "prefix credit, dead updates left out", {**PREFIX, "skip_dead_updates": True}, judge=True),
+        Arm("grpo_cut", "GRPO, dead tokens left out", {"skip_dead_tokens": True}),
+        Arm("prefix_cut", "prefix credit, dead tokens left out", {**PREFIX, "skip_dead_tokens": True}, judge=True),
         Arm("sft", "SFT on gold solutions (control)"),
     )
 }  # fmt: skip
@@ -139,6 +144,9 @@ class Run:
         report (`bool`):
             Whether it leaves a folder for `trl_sgpo.scripts.report`, with its completions and a probe by
             `SharpeningCallback` at the end; the report's verdict in words is recorded.
+        beside (`str`):
+            Name of the comparison that the run was made for, if it must not be compared with others: bases that are made
+            anew on another machine differ a little.
     """
 
     dial: str
@@ -152,12 +160,15 @@ class Run:
     stop_at: float | None = None
     probe: bool = False
     report: bool = False
+    beside: str = ""
 
     @property
     def key(self) -> str:
         key = f"{self.dial}/{self.arm}/{self.judge}/G{self.group_size}/lr{self.learning_rate:g}/seed{self.seed}"
         if self.completions_per_update != COMPLETIONS_PER_UPDATE:
             key += f"/update{self.completions_per_update}"
+        if self.beside:
+            key += f"/{self.beside}"
         return f"{key}/report" if self.report else key
 
 

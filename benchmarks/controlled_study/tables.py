@@ -33,6 +33,13 @@ LARGE_UPDATE = 256  # completions
 BLAMES_LAST = "last:1"
 LENGTH_BUDGET = 300_000
 
+# The learning rates that tuning chose
+BEST_RATES = {(dial, arm): 4e-4 for dial in ("75", "95", "99") for arm in THREE} | {
+    ("95", "grpo"): 2e-4,
+    ("99", "grpo"): 1e-4,
+}
+SKIP_BUDGET = {"75": 200_000, "95": 300_000, "99": 450_000}
+
 CREDIT_ARMS = ("prefix_.3_1", "prefix_1_1", "prefix_1_0")
 WITHOUT_JUDGE = ("sign", "sign_.1", "ngrpo", "zvp", "lens")
 MAIN_ARMS = (
@@ -208,6 +215,27 @@ def _length() -> list[Run]:
     return [Run("95", arm, COMMON_RATE, s, LENGTH_BUDGET, judge=BLAMES_LAST) for s in SEEDS[:3] for arm in arms]
 
 
+def _dead_updates() -> list[Run]:
+    return [
+        Run(dial, arm + skip, factor * BEST_RATES[dial, arm], seed, SKIP_BUDGET[dial], stop_at=STOP_AT, beside="skip")
+        for seed in SEEDS
+        for dial in SKIP_BUDGET
+        for arm in THREE
+        for factor in (1, 2)
+        for skip in ("", "_live")
+    ]
+
+
+def _dead_tokens() -> list[Run]:
+    # Those without the option are in the table `dead_updates`
+    return [
+        Run(dial, f"{arm}_cut", BEST_RATES[dial, arm], seed, SKIP_BUDGET[dial], stop_at=STOP_AT, beside="skip")
+        for seed in SEEDS
+        for dial in ("95", "99")
+        for arm in ("grpo", RECOMMENDED)
+    ]
+
+
 def _reports() -> list[Run]:
     budgets = BUDGET | {f"{axis}@{exposure:g}": _axis_budget(exposure) for axis in AXES for exposure in (0.0, 0.1)}
     return [
@@ -237,5 +265,9 @@ TABLES = {
     ),
     "axes_rare": Table("And if pretraining showed it rarely?", lambda: _axes((0.02,))),
     "length": Table("Does a judge that always blames the last step teach length, and is it noticed?", _length),
+    "dead_updates": Table("What does an optimizer step in which nothing teaches do?", _dead_updates),
+    "dead_tokens": Table(
+        "Is learning the same if no compute is spent on what has no credit, and how long does it take?", _dead_tokens
+    ),
     "reports": Table("What does the sharpening report say of each?", _reports),
 }

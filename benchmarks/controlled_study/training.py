@@ -131,6 +131,7 @@ class Watcher(TokenBudget):
             "completions/mean_length": "length",
             "sgpo/failed/mean_length": "failed_length",
             "sgpo/failed/mean_steps": "failed_steps",
+            "sgpo/dead_updates": "dead_updates",
         }
         for name, short in names.items():
             if "completions/mean_length" in logs and name in logs and not math.isnan(logs[name]):
@@ -346,7 +347,7 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
         _watch_sharpening(trainer, run, folder)
     alarm = AlarmWatch(watcher)
     logging.getLogger("trl_sgpo").addHandler(alarm)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     with (
         contextlib.redirect_stdout(io.StringIO()) if run.report else contextlib.nullcontext()
     ):  # tables of completions
@@ -361,6 +362,9 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
         }
     return {
         "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(
+            time.process_time() - cpu_start, 1
+        ),  # of one thread; does not see what else the machine does
         "updates": watcher.updates,
         "tokens_generated": watcher.generated,
         "curve": watcher.curve,

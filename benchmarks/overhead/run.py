@@ -5,8 +5,9 @@ What a training step costs with SGPO, as a ratio to GRPO's step on the same roll
 
 The learning rate is 0, so both trainers see the same completions in every step, and step i of one is compared with step i of
 the other. Their rounds alternate, in an order that alternates too, so a machine that slows down slows both. Cases: no failed
-group (the judge is never asked); every group failed (a function judges all completions); the same with prefix credit. The
-package's own time in its hooks is measured as well. It is a smaller number, and a steadier one.
+group (the judge is never asked); every group failed (a function judges all completions); the same with prefix credit; no
+failed group, and both options that leave out what has no credit. The package's own time in its hooks is measured as well. It
+is a smaller number, and a steadier one.
 """
 
 import argparse
@@ -47,9 +48,11 @@ def outcome_failed(prompts, completions, **kwargs):
 
 
 CASES = (
-    ("no_failed_group", outcome_mixed, "sgpo"),
-    ("every_group_failed", outcome_failed, "sgpo"),
-    ("every_group_failed_prefix_credit", outcome_failed, "prefix"),
+    ("no_failed_group", outcome_mixed, {"failed_groups": "sgpo"}),
+    ("every_group_failed", outcome_failed, {"failed_groups": "sgpo"}),
+    ("every_group_failed_prefix_credit", outcome_failed, {"failed_groups": "prefix"}),
+    # Nothing to leave out: what it costs to look
+    ("no_failed_group_skipping", outcome_mixed, {"skip_dead_tokens": True, "skip_dead_updates": True}),
 )
 
 
@@ -67,7 +70,7 @@ class StepTimes(TrainerCallback):
         self.own.append(getattr(self.trainer, "own_seconds", 0.0))
 
 
-HOOKS = ("_generate_and_score_completions", "_calculate_rewards", "log")
+HOOKS = ("_prepare_inputs", "_generate_and_score_completions", "_calculate_rewards", "log")
 
 
 class TimedTrainer(SGPOTrainer):
@@ -113,10 +116,10 @@ def inner_timed():
             setattr(GRPOTrainer, name, method)
 
 
-def train(arm, outcome, treatment, seed):
+def train(arm, outcome, settings, seed):
     tokenizer = build_tokenizer()
     times = StepTimes()
-    own = {"failed_groups": treatment} if arm == "sgpo" else {}
+    own = settings if arm == "sgpo" else {}
     config = SGPOConfig if arm == "sgpo" else GRPOConfig
     judge = StepwiseJudge(first_wrong_block, segmenter=segment_blocks)
     trainer = (TimedTrainer if arm == "sgpo" else GRPOTrainer)(
@@ -172,11 +175,11 @@ def main():
         **provenance(("trl", "transformers", "torch", "accelerate")),
         "steps": rounds * (STEPS - WARM_UP),
     }
-    for case, outcome, treatment in CASES:
+    for case, outcome, settings in CASES:
         ratios, shares, judge_shares, seconds = [], [], [], []
         for seed in range(rounds):
             order = ("grpo", "sgpo") if seed % 2 == 0 else ("sgpo", "grpo")
-            runs = {arm: train(arm, outcome, treatment, seed) for arm in order}
+            runs = {arm: train(arm, outcome, settings, seed) for arm in order}
             ratios.append([a / b for a, b in zip(runs["sgpo"][0], runs["grpo"][0], strict=True)])
             seconds += runs["grpo"][0]
             shares.append(runs["sgpo"][1])

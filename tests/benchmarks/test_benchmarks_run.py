@@ -95,10 +95,24 @@ def test_judge_throughput(record, tmp_path):
 
 def test_overhead(record):
     found = record("overhead", "--rounds", 1, STEPS=2, WARM_UP=1)
-    for case in ("no_failed_group", "every_group_failed", "every_group_failed_prefix_credit"):
+    cases = ("no_failed_group", "every_group_failed", "every_group_failed_prefix_credit", "no_failed_group_skipping")
+    for case in cases:
         assert math.isfinite(found[case]["ratio_median"])
         assert 0 < found[case]["own_share_of_step"] < 1
     assert found["no_failed_group"]["judge_share_of_step"] == 0 < found["every_group_failed"]["judge_share_of_step"]
+
+
+def test_skipping(tmp_path, monkeypatch):
+    from benchmarks.overhead import skip
+
+    small = {"N_ROWS": 16, "PROMPT": 3, "LENGTH": 10, "VOCABULARY": 100, "HERE": tmp_path}
+    for name, value in small.items():
+        monkeypatch.setattr(skip, name, value)
+    monkeypatch.setattr(skip.torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(sys, "argv", ["skip.py", "--pairs", "1"])
+    skip.main()
+    found = json.loads((tmp_path / "skip_results.json").read_text())
+    assert all(found[case]["ratio_median"] > 0 for case in skip.CASES)
 
 
 def test_prm_throughput(record):

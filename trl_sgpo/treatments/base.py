@@ -8,6 +8,7 @@ import warnings
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from trl_sgpo.groups import SortedGroups, enough_verdicts, value_range
@@ -106,6 +107,28 @@ class NoTreatment(Treatment):
 
     def advantages(self, round: Round, policy: Policy) -> Tensor:
         return round.advantages_B
+
+
+def checked_advantages(advantages: Any, round: Round, name: str) -> Tensor:
+    """What the treatment `name` returned for a round, detached and on the round's device; raises if that cannot be used."""
+    if not isinstance(advantages, Tensor):
+        raise TypeError(
+            f"The treatment {name!r} returned {type(advantages).__name__}, not a tensor of advantages. Its method "
+            "`advantages` has to return one."
+        )
+    advantages = advantages.detach().to(round.advantages_B)
+    shapes = (round.advantages_B.shape, round.own_BT.shape)
+    if advantages.shape not in shapes:
+        raise ValueError(
+            f"The treatment {name!r} returned advantages of shape {tuple(advantages.shape)}. They must be of shape "
+            f"{tuple(shapes[0])}, one per completion of this rank, or of shape {tuple(shapes[1])}, one per token."
+        )
+    if not torch.isfinite(advantages).all():
+        raise ValueError(
+            f"The treatment {name!r} returned advantages that are not finite, which would destroy the weights. NaN in a "
+            "score means that there is no verdict: give such a completion no advantage."
+        )
+    return advantages
 
 
 def _warn_if_tokens_are_tied(args: "SGPOConfig", name: str) -> None:

@@ -27,17 +27,18 @@ def check_loss_type(loss_type: str) -> None:
         )
 
 
-def without_residue(round: Round, aggregation: str) -> Tensor:
+def rounding_residue(round: Round, aggregation: str) -> Tensor:
     """
-    GRPO's advantages of this rank's completions, shape `(B,)`, exactly 0 in groups of equal rewards: taking the mean
-    leaves a rounding residue there.
+    GRPO's advantages of this rank's completions in groups of equal rewards, where taking the mean leaves a rounding
+    residue, and 0 in all other groups, shape `(B,)`.
     """
     if aggregation == "sum_then_normalize":
         equal_P = value_range(round.others_PG) == 0
     else:
-        columns = [value_range(reward_PG) == 0 for reward_PG in round.rewards_PGF.unbind(dim=2)]
-        equal_P = torch.stack(columns).all(dim=0)
-    return round.advantages_B.masked_fill(round.local(equal_P), 0.0)
+        equal_P = torch.stack([value_range(reward_PG) == 0 for reward_PG in round.rewards_PGF.unbind(dim=2)]).all(
+            dim=0
+        )
+    return round.advantages_B.masked_fill(~round.local(equal_P), 0.0)
 
 
 def without_dead_groups(advantages: Tensor, round: Round, policy: Policy, loss_type: str) -> Tensor:

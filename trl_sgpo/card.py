@@ -1,0 +1,27 @@
+"""What the model card says of a run with [`SGPOTrainer`]."""
+
+from typing import TYPE_CHECKING
+
+from trl_sgpo.judges import StepwiseJudge
+from trl_sgpo.treatments import NoTreatment, Treatment
+
+
+if TYPE_CHECKING:
+    from trl_sgpo.config import SGPOConfig
+
+
+def describe_run(treatment: Treatment, judge: StepwiseJudge | None, args: "SGPOConfig") -> str:
+    """What was done with failed groups, in one sentence."""
+    if isinstance(treatment, NoTreatment) or (treatment.asks_judge and judge is None):
+        return "No step-wise judge was used: this run is plain GRPO."
+    if not treatment.asks_judge:
+        return (
+            "No step-wise judge was used: completions of groups in which every answer was wrong were given the "
+            f"advantages of the treatment `{treatment.name}`."
+        )
+    return (
+        "Completions of groups in which every answer was wrong "
+        + ("(and every other wrong completion) " if args.judge_scope == "all_incorrect" else "")
+        + f"were judged step by step by `{judge!r}` (treatment `{treatment.name}`)"
+        + (f" during the first {args.judge_until:.0%} of the updates." if args.judge_until < 1 else ".")
+    )
