@@ -119,13 +119,35 @@ def test_tokens_equal_those_of_the_naive_mapping(kind, pieces, data):
     assert place.verified == (((0, error),) if error else ())
 
 
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+@given(
+    pieces=st.lists(
+        st.text("ab 12=é京🙂.\n", min_size=1, max_size=12).filter(lambda piece: piece.strip()), min_size=2, max_size=6
+    ),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_steps_that_earn_different_values_are_kept_apart(kind, pieces, data):
+    tokenizer = TOKENIZERS[kind]
+    steps = [pieces[0].lstrip(), *pieces[1:]]
+    ids = tokenizer("".join(steps), add_special_tokens=False)["input_ids"]
+    first_error = data.draw(st.integers(1, len(steps) - 1))
+    values = data.draw(st.lists(st.sampled_from([0.0, 0.5]), min_size=first_error, max_size=first_error))
+    place = locate_steps(decoder(tokenizer), ids, cut_at(*steps), first_error, values=values)
+    assert place.steps == tuple(i for i in range(first_error) if i == 0 or values[i] != values[i - 1])
+    # A step begins where it would begin if it were the wrong one, and ends where the next one begins
+    begins = [locate_steps(decoder(tokenizer), ids, cut_at(*steps), i).error[0] for i in range(first_error + 1)]
+    ends = [begins[i] for i in (*place.steps[1:], first_error)]
+    assert list(place.verified) == [(begins[i], end) for i, end in zip(place.steps, ends, strict=True)]
+
+
 def test_words():
     tokenizer = TOKENIZERS["words"]
     ids = tokenizer("b c [V] ; c b <eos>")["input_ids"]
     cut = cut_at("b c [V] ;", " c b")
     assert locate_steps(decoder(tokenizer), ids, cut, 0) == StepTokens((), (0, 4))
     # The end-of-text token is no part of the last step
-    assert locate_steps(decoder(tokenizer), ids, cut, 1) == StepTokens(((0, 4),), (4, 6))
+    assert locate_steps(decoder(tokenizer), ids, cut, 1) == StepTokens(((0, 4),), (4, 6), (0,))
 
 
 def test_bytes_in_front_of_a_character_in_bytes_belong_to_what_they_are():

@@ -93,6 +93,35 @@ def test_credit_per_token_on_one_rank_only(two_ranks):
     assert table["advantage"].tolist() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("unit", ["steps", "characters"])
+def test_the_baseline_of_a_group_on_two_ranks_is_that_of_the_whole_group(two_ranks, unit):
+    (whole,), _, _ = two_ranks(f"baseline_{unit}", n_processes=1)
+    (rank0, rank1), _, _ = two_ranks(f"baseline_{unit}")
+    assert rank0["sizes"] == [6, 6]
+    assert rank1["sizes"] == [4, 4]  # of its last four two are right
+    assert rank0["checksum"] == rank1["checksum"] == pytest.approx(whole["checksum"], rel=1e-6)
+    # As without a baseline: scores, places with what is logged of the credit, what the table shows
+    assert rank0["gathers_per_round"] == rank1["gathers_per_round"] == whole["gathers_per_round"] == 3
+    for a, b, both in zip(rank0["rounds"], rank1["rounds"], whole["rounds"], strict=True):
+        expected = torch.tensor(both["advantages"])
+        halves = [torch.tensor(half["advantages"]) for half in (a, b)]
+        halves = [torch.nn.functional.pad(half, (0, expected.shape[1] - half.shape[1])) for half in halves]
+        torch.testing.assert_close(torch.cat(halves), expected)
+        _, straddling, mixed = expected.view(3, 4, -1)
+        assert straddling[:2].any()
+        assert straddling[2:].any()
+        assert (mixed[::2] < 0).any()
+    logs = [[entry for entry in rank["log"] if "sgpo/accuracy" in entry] for rank in (rank0, rank1, whole)]
+    for entries in zip(*logs, strict=True):
+        ours = [
+            {k: v for k, v in entry.items() if k.startswith("sgpo/") and k != "sgpo/judge_seconds"}
+            for entry in entries
+        ]
+        assert ours[0] == ours[1] == pytest.approx(ours[2])
+        assert ours[0]["sgpo/credit/size"] > 0
+        assert 0 <= ours[0]["sgpo/credit/silent"] < 1
+
+
 def test_a_judge_that_fails_on_one_rank(two_ranks):
     (rank0, rank1), stderr, _ = two_ranks("fails_on_one_rank")
     assert rank0["checksum"] == rank1["checksum"]

@@ -1,7 +1,7 @@
 """
 Run by `test_distributed.py` on two processes: trains with groups that straddle the ranks and writes down what each rank
-saw. Rank 1 never has anything to judge in the mode `one_sided`. The modes of `WITHOUT_JUDGE` ask no judge, and take completions
-that are the same however many processes there are, so that two can be compared with one.
+saw. Rank 1 never has anything to judge in the mode `one_sided`. The modes of `WITHOUT_JUDGE` ask no judge. They and those of
+`BASELINE` take completions that are the same however many processes there are, so that two can be compared with one.
 """
 
 import json
@@ -37,6 +37,16 @@ WITHOUT_JUDGE = {
 }
 # As one_sided, with credit per token
 PER_TOKEN = {"prefix": {"failed_groups": "prefix"}}
+# Of three groups the second failed, half of it on each rank, and the third one is mixed
+BASELINE = {
+    f"baseline_{unit}": {
+        "failed_groups": "prefix",
+        "prefix_baseline": "group",
+        "prefix_unit": unit,
+        "judge_scope": "all_incorrect",
+    }
+    for unit in ("steps", "characters")
+}
 # Every completion of rank 1 is truncated, so half of the second group and the whole third one are
 MASKED = {"masked": {"mask_truncated_completions": True}}
 
@@ -49,6 +59,8 @@ class RecordingJudge(StepJudge):
         self.sizes.append(len(items))
         if mode == "fails_on_one_rank" and rank == 1:
             raise RuntimeError("this rank has lost its judge")
+        if mode in BASELINE:
+            return [Verdict.error(sum(map(len, item.steps)) % len(item.steps)) for item in items]
         return [Verdict.error((len(item.steps[0]) + i) % len(item.steps)) for i, item in enumerate(items)]
 
 
@@ -59,6 +71,8 @@ def outcome(prompts, completions, **kwargs):
     rows = range(rank * len(completions), (rank + 1) * len(completions))
     if mode == "lens":
         return [[1.0, 0.0, float(row % 2)][row // 4] for row in rows]
+    if mode in BASELINE:
+        return [[0.0, 0.0, float(row % 2)][row // 4] for row in rows]
     if mode in ("whole", "live"):
         n_outcomes.append(len(completions))
         return [float(len(n_outcomes) == 1 and row >= 8 and row % 2) for row in rows]
@@ -88,7 +102,7 @@ trainer = SGPOTrainer(
         logging_steps=1,
         log_completions=True,
         failed_group_weight=0.5,
-        **(WITHOUT_JUDGE | PER_TOKEN | MASKED).get(mode, {}),
+        **(WITHOUT_JUDGE | PER_TOKEN | BASELINE | MASKED).get(mode, {}),
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
@@ -139,7 +153,7 @@ def same_completions(prompt_ids, *args, **kwargs):
 
 
 trainer._calculate_rewards, trainer._generate_and_score_completions = record_rewards, record_advantages
-if mode in WITHOUT_JUDGE | MASKED:
+if mode in WITHOUT_JUDGE | BASELINE | MASKED:
     trainer._generate_single_turn = same_completions
 trainer.train()
 checksum = sum(p.double().abs().sum().item() for p in trainer.model.parameters())

@@ -6,10 +6,12 @@ from typing import cast
 
 from trl import GRPOConfig
 
+from trl_sgpo.judges.stepwise import UNITS
 from trl_sgpo.treatments import TREATMENTS
 
 
 JUDGE_SCOPES = ("failed_groups", "all_incorrect")
+PREFIX_BASELINES = ("none", "group")
 
 
 @dataclass
@@ -33,7 +35,7 @@ class SGPOConfig(GRPOConfig):
               judge in the list this is GRPO.
             - `"prefix"`: each token gets its own advantage: `prefix_reward` before the first wrong step,
               `-error_penalty` in that step, and 0 after it, because nobody judged that. There is no group
-              normalisation, so groups of equal scores teach too. A group with verdicts for fewer than half of its
+              normalisation (but see `prefix_baseline`), so groups of equal scores teach too. A group with verdicts for fewer than half of its
               completions, or in which no completion has a right step, stays as GRPO leaves it. With
               `judge_scope="all_incorrect"`, the verified prefix of a wrong completion of a mixed group is spared
               GRPO's blame. `reward_weights` of the judge does not matter. Thinking has credit only if `StepwiseJudge`
@@ -74,8 +76,24 @@ class SGPOConfig(GRPOConfig):
             the paper.
         prefix_reward (`float`, *optional*, defaults to `1.0`):
             Advantage of the tokens of the verified prefix, under `failed_groups="prefix"`.
-        error_penalty (`float`, *optional*, defaults to `0.5`):
-            Minus the advantage of the tokens of the first wrong step, under `failed_groups="prefix"`.
+        error_penalty (`float`, *optional*):
+            Minus the advantage of the tokens of the first wrong step, under `failed_groups="prefix"`. Defaults to 0.5, and
+            to 1 for the centred credit of `prefix_baseline="group"`.
+        prefix_baseline (`str`, *optional*, defaults to `"none"`):
+            What the credit of `failed_groups="prefix"` is compared with. `"none"`: nothing. `"group"`: the completions
+            of the group that are right up to where a step starts, of which a share p gets it right. A right step gets
+            `prefix_reward * (1 - p)`, the first wrong one `-error_penalty * p`, so a step that all or none get right
+            teaches nothing. A failed group in which all get equally far is tied. With `judge_scope="all_incorrect"` the
+            right completions of a mixed group count as right in every step. The wrong ones get this credit in the place
+            of GRPO's blame, if at least half of them have a verdict.
+        prefix_share (`float`, *optional*, defaults to `0.0`):
+            With `prefix_baseline="group"`, the share of the plain credit that is added to the centred one, in [0, 1]: a
+            right step gets `prefix_reward * (1 - p + prefix_share)`. The first wrong one gets
+            `-error_penalty * (p + prefix_share)`, or by default `-(p + 0.5 * prefix_share)`.
+        prefix_unit (`str`, *optional*, defaults to `"steps"`):
+            With `prefix_baseline="group"`, what tells that two completions are at the same place: `"steps"`, their
+            number, or `"characters"`, the share of a completion's characters, for texts whose k-th steps do not
+            correspond.
         exclude_dead_groups (`bool`, *optional*, defaults to `False`):
             Whether groups without any advantage are left out of what the loss divides by (AGPO, arXiv 2503.15952). TRL
             divides by the tokens or rows of all groups. With many dead groups the others then take smaller steps, and
@@ -145,9 +163,34 @@ class SGPOConfig(GRPOConfig):
         default=1.0,
         metadata={"help": "Advantage of the tokens before the first wrong step, with failed_groups='prefix'."},
     )
-    error_penalty: float = field(
-        default=0.5,
-        metadata={"help": "Minus the advantage of the first wrong step's tokens, with failed_groups='prefix'."},
+    error_penalty: float | None = field(
+        default=None,
+        metadata={
+            "help": "Minus the advantage of the first wrong step's tokens, with failed_groups='prefix'. Defaults to 0.5, and to 1 "
+            "for the centred credit of prefix_baseline='group'."
+        },
+    )
+    prefix_baseline: str = field(
+        default="none",
+        metadata={
+            "help": "What the credit of failed_groups='prefix' is compared with: 'none' (nothing) or 'group' (how many of "
+            "its completions get a step right).",
+            "choices": list(PREFIX_BASELINES),
+        },
+    )
+    prefix_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the plain credit that prefix_baseline='group' adds to the centred one, in [0, 1]."
+        },
+    )
+    prefix_unit: str = field(
+        default="steps",
+        metadata={
+            "help": "What tells prefix_baseline='group' that completions are at the same place: 'steps' (their number) or "
+            "'characters' (the share of a completion's characters).",
+            "choices": list(UNITS),
+        },
     )
     exclude_dead_groups: bool = field(
         default=False,
@@ -198,8 +241,24 @@ def _check(args: SGPOConfig) -> None:
         "error_penalty": tokens,
     }.items():
         value = getattr(args, name)
-        if not (value >= 0 and math.isfinite(value)):
+        if (name, value) != ("error_penalty", None) and not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"{name}={value} must be a finite number of at least 0: {why}")
+    for name, choices, advice in (
+        ("prefix_baseline", PREFIX_BASELINES, "Use 'none' for credit that does not depend on the group."),
+        ("prefix_unit", UNITS, "Use 'steps' if the k-th steps of completions correspond."),
+    ):
+        if (value := getattr(args, name)) not in choices:
+            raise ValueError(f"{name}={value!r} is unknown: it must be one of {list(choices)}. {advice}")
+    if not 0 <= args.prefix_share <= 1:
+        raise ValueError(
+            f"prefix_share={args.prefix_share} must lie in [0, 1]: it is the share of the plain credit that is added to the "
+            "centred one. Use 0 for the centred credit alone."
+        )
+    if args.prefix_share > 0 and args.prefix_baseline == "none":
+        raise ValueError(
+            f"prefix_share={args.prefix_share} is added to the credit against a baseline, but prefix_baseline='none' has none: "
+            "the whole credit is the plain one. Set prefix_baseline='group', or leave prefix_share out."
+        )
     if args.failed_groups not in TREATMENTS:
         raise ValueError(
             f"failed_groups={args.failed_groups!r} is unknown: it must be one of {list(TREATMENTS)}. Use 'sgpo' for "

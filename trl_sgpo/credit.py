@@ -18,15 +18,22 @@ Decode = Callable[[Sequence[int]], str]
 class StepTokens(NamedTuple):
     """
     The tokens of a completion that a verdict speaks of, as half-open ranges of positions: the steps before the first
-    wrong one (one range for those of a turn that follow each other), and the first wrong step.
+    wrong one (one range for those of a turn that follow each other), and the first wrong step. `steps` holds the index
+    of the first step of each verified range.
     """
 
     verified: tuple[Span, ...]
     error: Span
+    steps: tuple[int, ...] = ()
 
 
 def locate_steps(
-    decode: Decode, ids: Sequence[int], cut: CutCompletion, first_error: int, by_policy: Sequence[bool] | None = None
+    decode: Decode,
+    ids: Sequence[int],
+    cut: CutCompletion,
+    first_error: int,
+    by_policy: Sequence[bool] | None = None,
+    values: Sequence[float] | None = None,
 ) -> StepTokens | None:
     """
     Finds the verified steps and the first wrong one among a completion's own tokens. `None` if the wrong step is not
@@ -47,10 +54,13 @@ def locate_steps(
             The completion's ids, without padding.
         by_policy (`Sequence[bool]` of length T, *optional*):
             Which tokens the policy wrote. With several turns, each stretch of them is a turn.
+        values (`Sequence[float]`, *optional*):
+            What each step before the first wrong one earns. Only steps that earn the same share a range.
     """
     # One turn may hold what others wrote, if a rollout function has put it there: its text is that of all ids
     runs = [(0, len(ids))] if len(cut.turns) == 1 else _runs(by_policy, len(ids))
     verified: list[Span] = []
+    steps: list[int] = []
     for (offset, turn), (first, last) in zip(cut.turns, runs, strict=False):
         mine = [i for i in range(first_error + 1) if offset <= cut.spans[i][0] < offset + len(turn.text)]
         if not mine:
@@ -60,13 +70,14 @@ def locate_steps(
         found = {i: _place(turn.text, cut.spans[i][0] - offset, cut.spans[i][1] - offset, blocks) for i in mine}
         places = {i: place for i, place in found.items() if place is not None}
         # Joined as characters, because finding a token takes time
-        for start, end in _join_verified(cut, places, first_error, offset + len(turn.text)):
+        for step, start, end in _join_verified(cut, places, first_error, offset + len(turn.text), values):
             stop = last if end is None else first + text.token_after(end)
             verified.append((first + text.token_at(start), stop))
+            steps.append(step)
         if first_error in places:
             start, end = places[first_error]
             error = first + text.token_at(start)
-            return StepTokens(tuple(verified), (error, max(first + text.token_after(end), error + 1)))
+            return StepTokens(tuple(verified), (error, max(first + text.token_after(end), error + 1)), tuple(steps))
     return None
 
 
@@ -138,13 +149,18 @@ def _place(text: str, start: int, end: int, blocks: Sequence[_Block]) -> Span | 
 
 
 def _join_verified(
-    cut: CutCompletion, places: Mapping[int, Span], first_error: int, turn_end: int
-) -> list[tuple[int, int | None]]:
+    cut: CutCompletion,
+    places: Mapping[int, Span],
+    first_error: int,
+    turn_end: int,
+    values: Sequence[float] | None = None,
+) -> list[tuple[int, int, int | None]]:
     """
-    The places of a turn's steps before the first wrong one. Those with only white space between them are one. The end
-    is `None` where the turn ends: that is verified with its last step.
+    The places of a turn's steps before the first wrong one, each with the index of its first step. Those that earn the
+    same and have only white space between them are one. The end is `None` where the turn ends: that is verified with
+    its last step.
     """
-    joined: list[tuple[int, int | None]] = []
+    joined: list[tuple[int, int, int | None]] = []
     for i, (start, end) in places.items():
         if i == first_error:
             break
@@ -155,10 +171,11 @@ def _join_verified(
             stop = places[i + 1][0]
         elif not cut.text[after:turn_end].strip():
             stop = None
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], stop)
+        step, first, last = joined[-1] if joined else (i, start, None)
+        if last == start and (values is None or values[step] == values[i]):
+            joined[-1] = (step, first, stop)
         else:
-            joined.append((start, stop))
+            joined.append((i, start, stop))
     return joined
 
 

@@ -77,6 +77,8 @@ def _coefficients(prefix_reward: float, error_penalty: float) -> dict[str, Any]:
 
 
 PREFIX = _coefficients(1.0, 0.5)
+CENTRED = {"failed_groups": "prefix", "prefix_baseline": "group"}
+TEXT = {**CENTRED, "prefix_unit": "characters"}
 
 
 ARMS = {
@@ -100,6 +102,10 @@ ARMS = {
         Arm("prefix_.3_1", "prefix credit, +0.3 / -1", _coefficients(0.3, 1.0), judge=True),
         Arm("prefix_1_1", "prefix credit, +1 / -1", _coefficients(1.0, 1.0), judge=True),
         Arm("prefix_1_0", "prefix credit, +1 / 0", _coefficients(1.0, 0.0), judge=True),
+        Arm("prefix_centred", "prefix credit against the group", CENTRED, judge=True),
+        Arm("prefix_centred_half", "prefix credit against the group, and half as it is", {**CENTRED, "prefix_share": 0.5}, judge=True),
+        Arm("prefix_centred_text", "prefix credit against the group, by characters", TEXT, judge=True),
+        Arm("prefix_centred_text_half", "prefix credit against the group, by characters, and half as it is", {**TEXT, "prefix_share": 0.5}, judge=True),
         Arm("sign", "NSR: -1 in failed groups", {"failed_groups": "nsr"}),
         Arm("sign_.1", "NSR: -0.1 in failed groups", {"failed_groups": "nsr", "failed_group_weight": 0.1}),
         Arm("ngrpo", "NGRPO's advantages in failed groups", {"failed_groups": "ngrpo", "epsilon": 0.16, "epsilon_high": 0.24}),

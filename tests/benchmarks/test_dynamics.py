@@ -93,9 +93,8 @@ def sampled(arm, p, behind, group_size, n_groups, noise=0.0, kind="uniform", luc
     paid = advantage.unsqueeze(-1).expand(-1, -1, n_steps)
     if arm.startswith("prefix"):
         # One row per step that can be named; the right ones have none
-        rows = prefix_credit(
-            [None, *(StepTokens(((0, r),), (r, r + 1)) for r in range(n_steps))], n_steps, 0.3, 1.0
-        ).double()
+        places = [None, *(StepTokens(((0, r),), (r, r + 1), (0,)) for r in range(n_steps))]
+        rows = prefix_credit(places, [[], *([0.3] * max(r, 1) + [-1.0] for r in range(n_steps))], n_steps).double()
         credit = rows[torch.where(wrong, torch.tensor(named) + 1, 0)]
         paid = torch.where(failed.unsqueeze(-1), credit, paid)
         if arm == "prefix_all_incorrect":

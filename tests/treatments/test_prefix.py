@@ -15,15 +15,17 @@ from trl_sgpo.treatments.prefix import credited_groups, prefix_credit
 
 
 def test_credit_equals_loop():
-    places = [StepTokens(((0, 1), (2, 3)), (3, 4)), None, StepTokens((), (0, 2))]
-    credit = prefix_credit(places, 5, 0.3, 1.0)
-    for row, place in zip(credit.tolist(), places, strict=True):
+    places = [StepTokens(((0, 1), (2, 4)), (4, 5), (0, 2)), None, StepTokens((), (0, 2))]
+    earned = [[0.3, 0.3, 0.7, 0.7, -1.0], [0.3, -1.0], [-0.5]]
+    credit = prefix_credit(places, earned, 6)
+    for row, place, values in zip(credit.tolist(), places, earned, strict=True):
         for t, value in enumerate(row):
             expected = 0.0
-            if place and any(start <= t < end for start, end in place.verified):
-                expected = 0.3
-            elif place and place.error[0] <= t < place.error[1]:
-                expected = -1.0
+            for step, (start, end) in zip(place.steps, place.verified, strict=True) if place else []:
+                if start <= t < end:
+                    expected = values[step]
+            if place and place.error[0] <= t < place.error[1]:
+                expected = values[-1]
             assert value == pytest.approx(expected)
 
 

@@ -1,0 +1,395 @@
+"""Credit against the group's own baseline: its pure functions against naive loops, and real runs against a loop over the table."""
+
+import math
+import random
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from conftest import assert_same_parameters, by_kind, logged, parameters, record_advantages
+from hypothesis import given
+from hypothesis import strategies as st
+from toys import FixedJudge, all_failed, all_mixed, fixed, stepwise, tensor
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_sgpo import SGPOConfig, StepwiseJudge, Verdict
+from trl_sgpo.judges.stepwise import StepScore
+from trl_sgpo.steps import cut_completion, rts_by_characters, rts_by_steps
+from trl_sgpo.treatments.prefix import credited_groups
+from trl_sgpo.treatments.prefix_baseline import centred_credit, step_starts, verified_extent
+
+
+UNITS = ("steps", "characters")
+
+
+def starts_of(lengths, unit):
+    """Where the steps of these lengths start, and where the last one ends."""
+    if unit == "steps" or not lengths:
+        return list(range(len(lengths) + 1))
+    return [Fraction(sum(lengths[:k]), sum(lengths)) for k in range(len(lengths) + 1)]
+
+
+def naive_credit(group, own, unit, reward=1.0, penalty=1.0, share=0.0, plain_penalty=0.0):
+    """
+    What each verified step of a completion earns, and then the first wrong one. `group` holds for each completion the lengths
+    of its steps and the index of its first wrong one, which is infinite if there is none; without a verdict it is None.
+    """
+
+    def right_until(completion, place):
+        lengths, error = completion
+        return error == math.inf or starts_of(lengths, unit)[error] >= place
+
+    def right_beyond(completion, place):
+        lengths, error = completion
+        return error == math.inf or starts_of(lengths, unit)[error] > place
+
+    judged = [completion for completion in group if completion[1] is not None]
+    lengths, error = own
+    places = starts_of(lengths, unit)
+    earned = []
+    for k in range(error + 1):
+        here = [completion for completion in judged if right_until(completion, places[k])]
+        if k < error:
+            p = sum(right_until(completion, places[k + 1]) for completion in here) / len(here)
+            earned.append(reward * (1 - p) + share * reward)
+        else:
+            p = sum(right_beyond(completion, places[k]) for completion in here) / len(here)
+            earned.append(-penalty * p - share * plain_penalty)
+    return earned
+
+
+@st.composite
+def groups_of_completions(draw):
+    def completion():
+        lengths = draw(st.lists(st.integers(1, 9), max_size=6))
+        kinds = [None, math.inf, *(range(len(lengths)) if lengths else [0])]
+        return lengths, draw(st.sampled_from(kinds))
+
+    return [completion() for _ in range(draw(st.integers(1, 8)))]
+
+
+def score_of(lengths, error):
+    if not lengths:
+        return StepScore("error", None, 0, 0.0, 0.0, "", called=False)
+    ends = [sum(lengths[: k + 1]) for k in range(len(lengths))]
+    cut = cut_completion("x" * sum(lengths), lambda text: list(zip([0, *ends], ends, strict=False)))
+    by_characters = rts_by_characters(error, cut.spans)
+    return StepScore("error", error, len(lengths), rts_by_steps(error, len(lengths)), by_characters, "", True, cut)
+
+
+def gathered(scores, right=()):
+    """What all ranks know of a group's scores, in the precision in which they know it."""
+    rows = [[score.rts_steps, score.rts_characters, score.n_steps] if score else [None] * 3 for score in scores]
+    steps, characters, n_steps = tensor(rows).T
+    return SimpleNamespace(rts_steps_PG=steps[None], rts_characters_PG=characters[None], n_steps_PG=n_steps[None])
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@given(group=groups_of_completions())
+def test_credit_equals_a_naive_loop(unit, group):
+    scores = [None if error in (None, math.inf) else score_of(lengths, error) for lengths, error in group]
+    (verified,) = verified_extent(gathered(scores), unit)
+    verified[torch.tensor([error == math.inf for _, error in group])] = torch.inf
+    for score, own in zip(scores, group, strict=True):
+        if score is not None:
+            found = centred_credit(verified, step_starts(score, unit), 0.7, 0.4)
+            assert found.tolist() == pytest.approx(naive_credit(group, own, unit, 0.7, 0.4), abs=1e-6)
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=8))
+def test_the_credit_of_a_step_sums_to_zero(n_verified):
+    verified = torch.tensor(n_verified, dtype=torch.float32)
+    earned = [centred_credit(verified, range(n + 1)).tolist() for n in n_verified]
+    for k in range(max(n_verified) + 1):
+        assert sum(values[k] for values in earned if k < len(values)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@given(lengths=st.lists(st.integers(1, 99), min_size=1, max_size=9), size=st.integers(1, 16), data=st.data())
+def test_where_all_get_equally_far_nothing_is_left(unit, lengths, size, data):
+    """Not even a rounding residue, which Adam would turn into a full-size step."""
+    score = score_of(lengths, data.draw(st.integers(0, len(lengths) - 1)))
+    (verified,) = verified_extent(gathered([score] * size), unit)
+    assert not centred_credit(verified, step_starts(score, unit), 0.3, 0.7).any()
+
+
+def test_a_step_that_all_get_right_earns_nothing():
+    verified = torch.tensor([3.0, 7.0, 4.0, math.nan, math.inf])
+    for n in (3, 7, 4):
+        assert not centred_credit(verified, range(n + 1))[:3].any()
+
+
+@given(st.integers(1, 4_000_000), st.data())
+def test_the_number_of_verified_steps_is_exact(n_steps, data):
+    first_error = data.draw(st.integers(0, n_steps - 1))
+    score = StepScore("error", first_error, n_steps, rts_by_steps(first_error, n_steps), 0.0, "", True)
+    assert verified_extent(gathered([score]), "steps").item() == first_error
+
+
+@given(lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=60), data=st.data())
+def test_the_last_place_is_the_one_that_all_ranks_know(lengths, data):
+    score = score_of(lengths, data.draw(st.integers(0, len(lengths) - 1)))
+    starts = torch.tensor(step_starts(score, "characters"))
+    assert starts[-1] == verified_extent(gathered([score]), "characters").item()
+    assert (starts.diff() >= 0).all()
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_an_empty_completion_and_no_verdict(unit):
+    abstains = StepScore("abstain", None, 3, None, None, "", True)
+    verified = verified_extent(gathered([score_of([], 0), abstains, None]), unit)
+    assert verified[0, 0] == 0
+    assert torch.isnan(verified[0, 1:]).all()
+    assert step_starts(score_of([], 0), unit) == [0.0]
+
+
+def test_a_group_in_which_all_get_equally_far_is_tied():
+    verified = tensor([[2, 2, None], [2, 1, None], [0, 0, 0], [3, None, None]])
+    groups = credited_groups(torch.zeros(4, 3), verified, torch.ones(4, dtype=torch.bool), relative=True)
+    assert groups.rescued_P.tolist() == [False, True, False, False]
+    assert groups.tied_P.tolist() == [True, False, True, False]
+
+
+@pytest.fixture
+def make_trainer(make_trainer, tokenizer):
+    """As everywhere, our trainers with the baseline, and no completion ends before its length: each token is a step."""
+    full_length = {"suppress_tokens": [tokenizer.pad_token_id, tokenizer.eos_token_id]}
+
+    def make(funcs, *classes, **config):
+        ours = {} if classes else {"failed_groups": "prefix", "prefix_baseline": "group"}
+        return make_trainer(funcs, *classes, **{"generation_kwargs": full_length, **ours, **config})
+
+    return make
+
+
+def random_verdicts(items):
+    rng = random.Random(5)
+    return [
+        Verdict.abstain("no idea") if rng.random() < 0.45 else Verdict.error(rng.randrange(5) % len(item.steps))
+        for item in items
+    ]
+
+
+def random_outcome(prompts, completions, **kwargs):
+    """Failed and mixed groups in turn, with a None here and there."""
+    rng = random.Random(5)
+    return [
+        None if rng.random() < 0.1 else float(i // 4 % 2 and (i % 4 == 0 or rng.random() < 0.2))
+        for i in range(len(completions))
+    ]
+
+
+def reference(table, plain, length, config):
+    """The advantages of each token, by a loop over the groups of the completions table."""
+    unit, share = config.get("prefix_unit", "steps"), config.get("prefix_share", 0.0)
+    reward, penalty = config.get("prefix_reward", 1.0), config.get("error_penalty")
+    penalties = (1.0, 0.5) if penalty is None else (penalty, penalty)
+    weight = config.get("failed_group_weight", 1.0)
+    expected = plain.unsqueeze(1).repeat(1, length)
+    kinds = []
+    for i in range(0, len(table), 4):
+        rows = range(i, i + 4)
+        scored = [j for j in rows if not math.isnan(table["random_outcome"][j])]
+        right = [j for j in scored if table["random_outcome"][j] >= 0.5]
+        group, judged = [], []
+        for j in rows:
+            lengths = [len(word) for word in table["completion"][j].split(" ") if word]
+            error = table["judge_first_error"][j]
+            if j in right:
+                group.append((lengths, math.inf))
+            elif table["judge_status"][j] == "error":
+                judged.append(j)
+                group.append((lengths, 0 if math.isnan(error) else int(error)))
+            else:
+                group.append((lengths, None))
+        wrong = [j for j in scored if j not in right]
+        if len(scored) < 2 or not judged or 2 * len(judged) < len(wrong):
+            kinds.append("too few in a mixed group" if right and judged else "left")
+            continue
+        places = {starts_of(lengths, unit)[error] for lengths, error in (group[j - i] for j in judged)}
+        if not right and not share and len(places) == 1:
+            kinds.append("tied")
+            continue
+        if not right and share and max(places) == 0:
+            kinds.append("tied")
+            continue
+        kinds.append("mixed" if right else "rescued")
+        for j in judged:
+            earned = naive_credit(group, group[j - i], unit, reward, penalties[0], share, penalties[1])
+            if right:
+                expected[j] = expected[j].clamp(min=0)
+            for t, value in enumerate(earned):
+                expected[j, t] += value * (1.0 if right else weight)
+    return expected, kinds
+
+
+CONFIGS = [
+    {},
+    {"prefix_share": 0.5},
+    {"prefix_unit": "characters"},
+    {"prefix_unit": "characters", "prefix_share": 1.0, "failed_group_weight": 0.5},
+    {"error_penalty": 0.3, "prefix_reward": 2.0, "prefix_share": 0.25},
+]
+
+
+class TestTrainer:
+    def test_a_worked_example(self, make_trainer):
+        trainer = make_trainer([all_failed, fixed(1, 0, 3, 2)], max_steps=1)
+        rounds = record_advantages(trainer)
+        trainer.train()
+        third = 1 / 3
+        expected = torch.tensor(
+            [[0.25, -2 * third, 0, 0], [-0.75, 0, 0, 0], [0.25, third, 0.5, 0], [0.25, third, -0.5, 0]] * 2
+        )
+        torch.testing.assert_close(rounds[0][:, :4], expected)
+        assert not rounds[0][:, 4:].any()
+        assert logged(trainer, "sgpo/groups/rescued") == [1.0]
+        # Of 6 verified tokens of each group none is right in all completions
+        assert logged(trainer, "sgpo/credit/silent") == [0.0]
+        assert logged(trainer, "sgpo/credit/size") == pytest.approx([expected.abs().sum().item() / (8 * 12)])
+
+    @pytest.mark.parametrize("scope", ["failed_groups", "all_incorrect"])
+    @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(map(str, config.values())) or "default")
+    def test_equals_a_loop_over_the_table(self, make_trainer, scope, config):
+        settings = {"per_device_train_batch_size": 32, "max_steps": 1, "max_completion_length": 8}
+        ours = make_trainer(
+            [random_outcome, stepwise(FixedJudge(random_verdicts))],
+            judge_scope=scope,
+            log_completions=True,
+            **settings,
+            **config,
+        )
+        theirs = make_trainer([random_outcome], GRPOTrainer, GRPOConfig, **settings)
+        found, plain = record_advantages(ours), record_advantages(theirs)
+        ours.train()
+        theirs.train()
+        table = pd.read_parquet(Path(ours.args.output_dir) / "completions" / "completions_00001.parquet")
+        expected, kinds = reference(table, plain[0], 8, config)
+        assert {"rescued", "left"} <= set(kinds)
+        in_mixed_groups = {"mixed", "too few in a mixed group"}
+        assert in_mixed_groups & set(kinds) == (in_mixed_groups if scope == "all_incorrect" else set())
+        torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-6)
+        left = torch.tensor([kind not in ("rescued", "mixed") for kind in kinds for _ in range(4)])
+        assert torch.equal(found[0][left], plain[0][left].unsqueeze(1).expand(-1, 8))  # bit for bit
+        for kind in ("rescued", "tied"):
+            assert logged(ours, f"sgpo/groups/{kind}") == [kinds.count(kind) / 8]
+        failed = torch.tensor([not (table["random_outcome"][i // 4 * 4 :][:4] >= 0.5).any() for i in range(32)])
+        rescued = torch.tensor([kind == "rescued" for kind in kinds for _ in range(4)])
+        assert logged(ours, "sgpo/credit/size") == pytest.approx([expected[rescued].abs().mean().item()], rel=1e-5)
+        silent = [
+            (expected[j, t] == 0).item()
+            for j in range(32)
+            if failed[j] and not math.isnan(table["judge_first_error"][j])
+            for t in range(int(table["judge_first_error"][j]))
+        ]
+        assert logged(ours, "sgpo/credit/silent") == pytest.approx([sum(silent) / len(silent)])
+
+    @pytest.mark.parametrize("unit", UNITS)
+    def test_a_group_in_which_all_get_equally_far_stays_as_grpo_leaves_it(self, make_trainer, unit):
+        """The steps are of equal length, so that their shares of the characters are equal too."""
+
+        def halves(text):
+            return [(0, len(text) // 2), (len(text) // 2, len(text) // 2 * 2)]
+
+        judge = StepwiseJudge(lambda problem, steps: 1, segmenter=halves)
+        trainer = make_trainer([all_failed, judge], prefix_unit=unit, max_steps=1)
+        before = parameters(trainer)
+        trainer.train()
+        assert logged(trainer, "sgpo/groups/tied") == [1.0]
+        assert logged(trainer, "sgpo/credit/silent") == [1.0]
+        assert logged(trainer, "sgpo/credit/size") == []
+        assert_same_parameters(trainer, before)
+
+    def test_with_a_share_of_the_plain_credit_it_teaches(self, make_trainer):
+        trainer = make_trainer([all_failed, fixed(1)], prefix_share=0.5, max_steps=1)
+        rounds = record_advantages(trainer)
+        trainer.train()
+        assert logged(trainer, "sgpo/groups/rescued") == [1.0]
+        assert (rounds[0][:, 0] == 0.5).all()
+        assert (rounds[0][:, 1] == -0.25).all()
+        assert not rounds[0][:, 2:].any()
+
+    def test_ending_at_once_is_blamed(self, make_trainer, tokenizer):
+        ends_often = {
+            "sequence_bias": [[[tokenizer.eos_token_id], 2.0]],
+            "suppress_tokens": [tokenizer.pad_token_id],
+        }
+        for unit in UNITS:
+            trainer = make_trainer(
+                [all_failed, fixed(1)], prefix_unit=unit, max_steps=1, generation_kwargs=ends_often, num_generations=8
+            )
+            outputs, inner = [], trainer._generate_and_score_completions
+            trainer._generate_and_score_completions = lambda inputs, o=outputs, f=inner: o.append(f(inputs)) or o[-1]
+            trainer.train()
+            empty = outputs[0]["completion_mask"].sum(dim=1) == 1
+            assert 0 < empty.sum() < 8
+            assert (outputs[0]["advantages"][empty][:, 0] < 0).all()
+
+    @pytest.mark.parametrize("share", [0.0, 0.5])
+    def test_without_a_failed_group_it_is_grpo(self, make_trainer, share):
+        ours = make_trainer([all_mixed, fixed(0)], prefix_share=share, max_steps=2)
+        ours.train()
+        theirs = make_trainer([all_mixed], GRPOTrainer, GRPOConfig, max_steps=2)
+        theirs.train()
+        assert_same_parameters(ours, theirs)
+
+    def test_no_error_that_stands_for_the_last_step(self, make_trainer):
+        """The last of twelve steps is the wrong one, unless the judge names the first."""
+
+        def first_or_none(items):
+            return [Verdict.error(0) if i % 4 == 0 else Verdict.no_error() for i in range(len(items))]
+
+        judge = stepwise(FixedJudge(first_or_none), no_error="last_step", unit="characters")
+        trainer = make_trainer([all_failed, judge], max_steps=1)
+        rounds = record_advantages(trainer)
+        trainer.train()
+        expected = torch.zeros(8, 12)
+        expected[:, 0] = 0.25
+        expected[::4, 0] = -0.75  # beyond the first step all get equally far
+        torch.testing.assert_close(rounds[0], expected)
+
+    def test_plain_credit_logs_its_size_too(self, make_trainer):
+        trainer = make_trainer([all_failed, fixed(2)], prefix_baseline="none", max_steps=1)
+        trainer.train()
+        assert logged(trainer, "sgpo/credit/size") == pytest.approx([2.5 / 12])
+        assert logged(trainer, "sgpo/credit/silent") == [0.0]
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"loss_type": "grpo"},
+            {"mask_truncated_completions": True},
+            {"exclude_dead_groups": True},
+            {"judge_scope": "all_incorrect", "prefix_unit": "characters"},
+        ],
+        ids=lambda config: "-".join(map(str, config.items())),
+    )
+    def test_trains(self, make_trainer, config):
+        trainer = make_trainer([by_kind, fixed(1, 2)], generation_kwargs=None, **config)
+        trainer.train()
+        assert sum(logged(trainer, "sgpo/judge_calls")) > 0
+        assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            (
+                {"prefix_baseline": "batch"},
+                r"prefix_baseline='batch' is unknown: it must be one of \['none', 'group'\]",
+            ),
+            (
+                {"prefix_unit": "tokens"},
+                r"prefix_unit='tokens' is unknown: it must be one of \['steps', 'characters'\]",
+            ),
+            ({"prefix_baseline": "group", "prefix_share": 1.5}, r"prefix_share=1.5 must lie in \[0, 1\]"),
+            ({"prefix_baseline": "group", "prefix_share": math.nan}, r"prefix_share=nan must lie in \[0, 1\]"),
+            ({"prefix_share": 0.5}, r"prefix_share=0.5 is added to .* but prefix_baseline='none' has none"),
+            ({"prefix_baseline": "group", "error_penalty": -1.0}, "error_penalty=-1.0 must be a finite number"),
+        ],
+    )
+    def test_bad_settings(self, config, message):
+        with pytest.raises(ValueError, match=message):
+            SGPOConfig("out", report_to="none", use_cpu=True, bf16=False, **config)
