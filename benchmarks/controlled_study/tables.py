@@ -38,7 +38,8 @@ BEST_RATES = {(dial, arm): 4e-4 for dial in ("75", "95", "99") for arm in THREE}
     ("95", "grpo"): 2e-4,
     ("99", "grpo"): 1e-4,
 }
-SKIP_BUDGET = {"75": 200_000, "95": 300_000, "99": 450_000}
+ANEW_BUDGET = {"75": 200_000, "95": 300_000, "99": 450_000}
+ANEW = "anew"  # bases made on another machine, and every run that is compared made beside the others
 
 CREDIT_ARMS = ("prefix_.3_1", "prefix_1_1", "prefix_1_0")
 WITHOUT_JUDGE = ("sign", "sign_.1", "ngrpo", "zvp", "lens")
@@ -217,9 +218,9 @@ def _length() -> list[Run]:
 
 def _dead_updates() -> list[Run]:
     return [
-        Run(dial, arm + skip, factor * BEST_RATES[dial, arm], seed, SKIP_BUDGET[dial], stop_at=STOP_AT, beside="skip")
+        Run(dial, arm + skip, factor * BEST_RATES[dial, arm], seed, ANEW_BUDGET[dial], stop_at=STOP_AT, beside=ANEW)
         for seed in SEEDS
-        for dial in SKIP_BUDGET
+        for dial in ANEW_BUDGET
         for arm in THREE
         for factor in (1, 2)
         for skip in ("", "_live")
@@ -229,10 +230,24 @@ def _dead_updates() -> list[Run]:
 def _dead_tokens() -> list[Run]:
     # Those without the option are in the table `dead_updates`
     return [
-        Run(dial, f"{arm}_cut", BEST_RATES[dial, arm], seed, SKIP_BUDGET[dial], stop_at=STOP_AT, beside="skip")
+        Run(dial, f"{arm}_cut", BEST_RATES[dial, arm], seed, ANEW_BUDGET[dial], stop_at=STOP_AT, beside=ANEW)
         for seed in SEEDS
         for dial in ("95", "99")
         for arm in ("grpo", RECOMMENDED)
+    ]
+
+
+def _baseline() -> list[Run]:
+    arms = (
+        RECOMMENDED,
+        *(f"{RECOMMENDED}_{form}" for form in ("centred", "centred_half", "centred_text", "centred_text_half")),
+    )
+    return [
+        Run(dial, arm, factor * BEST_RATES[dial, "sgpo"], seed, ANEW_BUDGET[dial], stop_at=STOP_AT, beside=ANEW)
+        for seed in SEEDS
+        for dial in ANEW_BUDGET
+        for factor in (1, 2, 4)
+        for arm in arms
     ]
 
 
@@ -266,6 +281,7 @@ TABLES = {
     "axes_rare": Table("And if pretraining showed it rarely?", lambda: _axes((0.02,))),
     "length": Table("Does a judge that always blames the last step teach length, and is it noticed?", _length),
     "dead_updates": Table("What does an optimizer step in which nothing teaches do?", _dead_updates),
+    "baseline": Table("Is credit against the group's baseline as fast, and more stable?", _baseline),
     "dead_tokens": Table(
         "Is learning the same if no compute is spent on what has no credit, and how long does it take?", _dead_tokens
     ),
