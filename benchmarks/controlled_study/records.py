@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.controlled_study.settings import COMPLETIONS_PER_UPDATE, LEARNING_RATES, TUNING_SEEDS, Run
+from benchmarks.controlled_study.settings import (
+    COMPLETIONS_PER_UPDATE,
+    LEARNING_RATES,
+    TUNING_CHECK_SEEDS,
+    TUNING_SEEDS,
+    Run,
+)
 
 
 class Records:
@@ -20,7 +26,10 @@ class Records:
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        defaults = {"completions_per_update": COMPLETIONS_PER_UPDATE}  # which the first records do not name
+        defaults = {
+            "completions_per_update": COMPLETIONS_PER_UPDATE,
+            "beside": "",
+        }  # which the first records do not name
         self.runs = {record["key"]: defaults | record for record in self._read("runs.jsonl")}
         self.bases = {record["base"]: record for record in self._read("bases.jsonl")}
 
@@ -49,6 +58,14 @@ class Records:
         cut_off = path.exists() and not path.read_bytes().endswith(b"\n")
         with path.open("a") as file:
             file.write(("\n" if cut_off else "") + json.dumps(record) + "\n")
+
+
+def select(records: Records, **where: Any) -> list[dict[str, Any]]:
+    """The recorded runs with these values, by seed. Tuning is left out, and runs that were made beside others only."""
+    where = {"beside": ""} | where
+    tuning = (*TUNING_SEEDS, *TUNING_CHECK_SEEDS)
+    rows = [r for r in records.runs.values() if r["seed"] not in tuning and not r.get("report")]
+    return sorted((r for r in rows if all(r[k] == v for k, v in where.items())), key=lambda r: r["seed"])
 
 
 def tokens_to(record: dict[str, Any], accuracy: float = 0.5) -> float:

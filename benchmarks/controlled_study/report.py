@@ -11,11 +11,13 @@ import argparse
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.controlled_study.records import Records, area, best_learning_rate, tokens_to
+from benchmarks.controlled_study.cells import markdown, ratio, spread, thousands
+from benchmarks.controlled_study.comparisons import baseline_table, dead_tokens_table, dead_updates_table
+from benchmarks.controlled_study.records import Records, area, best_learning_rate, select, tokens_to
 from benchmarks.controlled_study.settings import (
     ARMS,
     COMPLETIONS_PER_UPDATE,
@@ -51,13 +53,6 @@ DRAWN = ("75", "95", "99")  # below, all curves lie over each other
 Row = dict[str, Any]
 
 
-def select(records: Records, **where: Any) -> list[Row]:
-    """The recorded runs with these values, tuning left out, by seed."""
-    tuning = (*TUNING_SEEDS, *TUNING_CHECK_SEEDS)
-    rows = [r for r in records.runs.values() if r["seed"] not in tuning and not r.get("report")]
-    return sorted((r for r in rows if all(r[k] == v for k, v in where.items())), key=lambda r: r["seed"])
-
-
 def main_runs(records: Records, dial: str, arm: str, judge: str = "exact", **others: Any) -> list[Row]:
     """
     The runs of an arm; where nothing else is said, in groups of eight, updates of the usual size, and at the learning rate that
@@ -68,31 +63,6 @@ def main_runs(records: Records, dial: str, arm: str, judge: str = "exact", **oth
     if tuned is not None:
         where.setdefault("learning_rate", tuned)
     return select(records, dial=dial, arm=arm, judge=judge, **where)
-
-
-def thousands(tokens: float, budget: float) -> str:
-    return f"{tokens / 1000:.0f}k" if math.isfinite(tokens) else f"> {budget / 1000:.0f}k"
-
-
-def spread(values: Sequence[float], show: Any) -> str:
-    """The median, and the smallest and the largest value."""
-    return f"{show(statistics.median(values))} [{show(min(values))}, {show(max(values))}]"
-
-
-def ratio(x: float, y: float, budget_x: float, budget_y: float) -> str:
-    """x over y. For one that did not get there (infinite) its budget stands, and the ratio is a bound."""
-    if y == 0 or (math.isinf(x) and math.isinf(y)):
-        return "-"
-    if math.isinf(x):
-        return f"> {budget_x / y:.1f}"
-    return f"{x / y:.2f}" if math.isfinite(y) else f"< {x / budget_y:.2f}"
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
 
 
 def failed_share(records: Records, dial: str) -> str:
@@ -492,6 +462,9 @@ def main() -> None:
     sections.append(("Training outside of the pretraining: accuracy inside, and entropy", drift_table(records)))
     sections.append(("Diversity: 64 samples for each of 32 problems", probes_table(records)))
     sections.append((TABLES["reports"].question, reports_table(records)))
+    sections.append((TABLES["dead_updates"].question, dead_updates_table(records)))
+    sections.append((TABLES["dead_tokens"].question, dead_tokens_table(records)))
+    sections.append((TABLES["baseline"].question, baseline_table(records)))
     text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections)
     (args.output / "tables.md").write_text(text + "\n")
     print(text)

@@ -237,17 +237,24 @@ def _dead_tokens() -> list[Run]:
     ]
 
 
+FORMS = ("", "_centred", "_centred_half", "_centred_text", "_centred_text_half")  # of prefix credit
+
+
 def _baseline() -> list[Run]:
-    arms = (
-        RECOMMENDED,
-        *(f"{RECOMMENDED}_{form}" for form in ("centred", "centred_half", "centred_text", "centred_text_half")),
-    )
     return [
-        Run(dial, arm, factor * BEST_RATES[dial, "sgpo"], seed, ANEW_BUDGET[dial], stop_at=STOP_AT, beside=ANEW)
+        Run(
+            dial,
+            RECOMMENDED + form,
+            factor * BEST_RATES[dial, "sgpo"],
+            seed,
+            ANEW_BUDGET[dial],
+            stop_at=STOP_AT,
+            beside=ANEW,
+        )
         for seed in SEEDS
         for dial in ANEW_BUDGET
         for factor in (1, 2, 4)
-        for arm in arms
+        for form in FORMS
     ]
 
 
