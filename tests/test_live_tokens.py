@@ -349,7 +349,7 @@ class TestGradients:
         assert max(value.abs().max() for value in vision) > 1e-5
 
     def test_of_a_model_to_which_tools_show_images(self, trainer_for, vision_model):
-        """They stand in the completions, behind the last credit and in rows without any, and their tokens stay."""
+        """They stand in the completions, after the last credit and in rows without any, and their tokens stay."""
         trainer = trainer_for(vision_model)
         (batch,) = make_batches(1, seed=5)
         show_images(batch, [1, 0, 0, 1, 0, 0], where="completion_ids")

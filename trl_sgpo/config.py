@@ -106,7 +106,7 @@ class SGPOConfig(GRPOConfig):
             processes, because each divides by its own tokens.
         skip_dead_tokens (`bool`, *optional*, defaults to `False`):
             Whether forward and backward passes leave out what has no credit: completions without an advantage, tokens
-            behind the last one with an advantage, and padding that all rows of a batch share. An update costs less
+            after the last one with an advantage, and padding that all rows of a batch share. An update costs less
             where groups are dead. The gradient is the same up to rounding, and up to what dropout draws. The metrics
             `entropy` and `clip_ratio/*` speak of the tokens that are left. It needs a run without KL term, entropy
             bonus, entropy quantile and router loss. With `loss_type="vespo"`, `importance_sampling_level="sequence"`

@@ -2,7 +2,7 @@
 Which rows and tokens of a round's batches have credit, and smaller batches that give the same gradient. Pure functions.
 
 A token without an advantage adds nothing to the gradient, but TRL runs forward and backward over it and multiplies the
-result by 0. Attention is causal, so what stands behind the last token with credit can be left out, and rows without
+result by 0. Attention is causal, so what comes after the last token with credit can be left out, and rows without
 credit altogether. The loss is a mean over the batch that was. The advantages are multiplied by what makes the mean over
 the smaller batch equal to it: the policy term of every loss of TRL is linear in a positive factor on the advantages.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Batch = Mapping[str, Any]
 
-# Advantages that are but a rounding residue, one for each row, and 0 in all others. TRL shuffles and splits them with the
+# One number for each row: its advantage if that is only a rounding residue, else 0. TRL shuffles and splits it with the
 # rest of a round
 RESIDUE = "residue"
 
@@ -90,7 +90,7 @@ def live_tokens(batch: Batch) -> Tensor:
 
 
 def tokens_stand_alone(args: "GRPOConfig") -> bool:
-    """Whether no option ties the tokens of a completion together, so that those behind the last credit can be left out."""
+    """Whether no option ties the tokens of a completion together, so that those after the last credit can be left out."""
     return (
         args.loss_type != "vespo"
         and args.importance_sampling_level == "token"
@@ -150,7 +150,7 @@ def smaller_batches(
 
     Rows with credit are sorted by where their credit ends and spread evenly, so that rows of like length share a batch.
     The places that are left over are filled with rows without credit: every rank needs the same number of rows in every
-    micro-batch, because TRL gathers one number per row.
+    micro-batch, because TRL gathers one number per row. Rows take their images along.
 
     Args:
         batches (`Sequence[dict]`):
@@ -161,7 +161,7 @@ def smaller_batches(
         loss_type (`str`):
             TRL's `loss_type`, which says what the mean is taken over.
         cut_tokens (`bool`):
-            Whether tokens behind the last credit may be left out, and not only padding.
+            Whether tokens after the last credit may be left out, and not only padding.
         cut_right, cut_left (`bool`):
             Whether anything may be taken off that side of the batch.
         multiple (`int`, *optional*):
@@ -272,7 +272,7 @@ def _take(value: Any, rows: list[int]) -> Any:
 
 
 def _cut_right(batch: dict[str, Any], end: int, multiple: int) -> None:
-    """Takes off what stands behind the first `end` tokens of the completions, at least one of them, in place."""
+    """Takes off what comes after the first `end` tokens of the completions, at least one of them, in place."""
     length = batch["completion_ids"].shape[1]
     n = length - min(length, -(-max(1, end) // multiple) * multiple)
     for name in (*_OF_COMPLETION, *_OF_BOTH):

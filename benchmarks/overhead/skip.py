@@ -42,7 +42,7 @@ def dead_rows(share):
 
 
 def prefix_credit():
-    """1 on the right steps, -0.5 on the first wrong one, 0 behind it."""
+    """1 on the right steps, -0.5 on the first wrong one, 0 after it."""
     advantages_BT = torch.zeros(N_ROWS, LENGTH)
     size = LENGTH // N_STEPS
     for row_T in advantages_BT:
