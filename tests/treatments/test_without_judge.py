@@ -169,7 +169,7 @@ class TestTraining:
         assert "judge_status" not in table.columns
         log = trainer.state.log_history[0]
         assert log["sgpo/groups/failed"] == 1
-        assert not [key for key in log if "rescued" in key or "judge" in key or "dead" in key]
+        assert not [key for key in log if "rescued" in key or "judge" in key or "groups/dead" in key]
 
     @pytest.mark.parametrize("name", NAMES)
     def test_it_is_added_to_what_the_rewards_give_failed_groups_only(self, make_trainer, name):
