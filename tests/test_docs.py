@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+import tomllib
 from contextlib import redirect_stdout, suppress
 from dataclasses import fields
 from itertools import takewhile
@@ -87,6 +88,14 @@ def test_the_navigation_names_every_page():
     assert all((docs / name).is_file() or (ROOT / name).is_file() for name in named)
     records = {page.relative_to(ROOT).as_posix() for page in PAGES if page.is_relative_to(ROOT / "benchmarks")}
     assert records <= set(named)
+
+
+def test_the_addresses_of_the_repository_agree():
+    """Of the package's page, of the site and of the citation; none has one as long as the repository has none."""
+    package = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"].get("Repository")
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text()).get("repo_url")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text()).get("repository-code")
+    assert package == site == citation
 
 
 def whole_help(command: str) -> str:

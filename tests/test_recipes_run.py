@@ -51,6 +51,15 @@ def test_quickstart(base, tmp_path):
         assert f"model_name: {arm}-seed0" in (tmp_path / f"{arm}-seed0" / "README.md").read_text()
 
 
+def test_quickstart_without_matplotlib(base, tmp_path):
+    """It says at once that there will be no picture, and does the rest."""
+    script = "import runpy, sys; sys.modules['matplotlib'] = None; runpy.run_path('recipes/quickstart/run.py', run_name='__main__')"
+    printed = run("-c", script, tokens=100, output=tmp_path)
+    assert printed.startswith("No curves will be drawn, because matplotlib is not installed")
+    assert "SGPO 0" in printed
+    assert not (tmp_path / "curves.png").exists()
+
+
 def test_judge(base, tmp_path):
     """The data, the judge, and a policy that it judges."""
     run("recipes/judge/make_data.py", base=base, output=tmp_path, rows=64, **{"test-rows": 8})

@@ -561,6 +561,9 @@ class TestLogs:
         trainer.create_model_card(model_name="tiny")
         text = (tmp_path / "run" / "README.md").read_text()
         assert "trained with SGPO" in text
+        assert "a fine-tuned version of a local model." in text
+        assert 'pipeline("text-generation", model="run"' in text
+        assert "None" not in text
         assert "papers/2505.11595" in text
         assert "@article{chen2026stepwise" in text
         assert "conftest.first_long_word" in text

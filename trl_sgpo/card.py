@@ -25,3 +25,9 @@ def describe_run(treatment: Treatment, judge: StepwiseJudge | None, args: "SGPOC
         + f"were judged step by step by `{judge!r}` (treatment `{treatment.name}`)"
         + (f" during the first {args.judge_until:.0%} of the updates." if args.judge_until < 1 else ".")
     )
+
+
+def without_none(text: str, name: str) -> str:
+    """The text of a card in which TRL's template names "None" what has no name on the Hub: the base model, the model itself."""
+    text = text.replace("[None](https://huggingface.co/None)", "a local model", 1)
+    return text.replace('model="None"', f'model="{name}"', 1)

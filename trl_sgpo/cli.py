@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"trl-sgpo {__version__}")
     parser.add_argument("command", choices=list(COMMANDS), help=argparse.SUPPRESS)
     argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
     command = parser.parse_args(argv[:1]).command
     try:
         if command == "train":

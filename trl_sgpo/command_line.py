@@ -36,10 +36,10 @@ def parse(parser: "TrlParser", module: str, argv: Sequence[str] | None = None) -
     return tuple(configs)
 
 
-def find_checkpoint(args: "TrainingArguments") -> str | bool | None:
+def find_checkpoint(args: "TrainingArguments") -> str | None:
     """
-    What `train(resume_from_checkpoint=...)` is given, checked before any model is loaded: a checkpoint's folder, True
-    for the latest one in `output_dir`, or None. On a command line all of them are words.
+    The folder of the checkpoint that training goes on from, found before any model is loaded: the given one, or for `true`
+    the latest one in `output_dir`. None if training begins anew.
     """
     from transformers.hf_argparser import string_to_bool
     from transformers.trainer_utils import get_last_checkpoint
@@ -54,13 +54,16 @@ def find_checkpoint(args: "TrainingArguments") -> str | bool | None:
             f"resume_from_checkpoint={given!r} is no folder. Give a checkpoint's folder, such as "
             f"{args.output_dir}/checkpoint-500, or true for the latest one in output_dir."
         ) from None
+    if not latest:
+        return None
     folder = Path(str(args.output_dir))
-    if latest and (not folder.is_dir() or get_last_checkpoint(str(folder)) is None):
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if found is None:
         raise ValueError(
             f"resume_from_checkpoint={given!r} asks for the latest checkpoint, and output_dir={str(folder)!r} holds none. "
             "Check output_dir, or leave resume_from_checkpoint out to begin anew."
         )
-    return latest or None
+    return found
 
 
 def _launch_options() -> dict[str, bool]:

@@ -58,7 +58,8 @@ def load_judge(judge: str, judge_args: dict[str, Any] | str | None = None) -> "S
     (class or instance), or a ready [`StepwiseJudge`]. `judge_args`, a mapping or JSON, go to the constructor of a
     class. A `ValueError` says what cannot be imported or does not fit.
     """
-    arguments = as_mapping(judge_args, "judge_args", '{"model": "Qwen/Qwen2.5-7B-Instruct"}')
+    example = '{"model": "Qwen/Qwen2.5-7B-Instruct"}'
+    arguments = as_mapping(judge_args, "judge_args", example)
     found = load_object(JUDGE_NAMES.get(judge, judge), "judge")
     if not isinstance(found, type):
         if arguments:
@@ -70,7 +71,10 @@ def load_judge(judge: str, judge_args: dict[str, Any] | str | None = None) -> "S
     try:
         return found(**arguments)
     except TypeError as error:
-        raise ValueError(f"judge_args={judge_args!r} do not fit judge={judge!r}: {error}.") from error
+        raise ValueError(
+            f"judge_args={judge_args!r} do not fit judge={judge!r}: {error}. Give what its constructor takes, written like "
+            f"'{example}'."
+        ) from error
 
 
 def load_stepwise_judge(

@@ -23,7 +23,7 @@ from trl.trainer.utils import get_config_model_id
 
 from trl_sgpo import __version__
 from trl_sgpo.arguments import check_counts, check_datasets, check_judge_columns, check_names, known_columns
-from trl_sgpo.card import describe_run
+from trl_sgpo.card import describe_run, without_none
 from trl_sgpo.config import SGPOConfig, with_own_fields
 from trl_sgpo.judges import StepwiseJudge
 from trl_sgpo.judges.stepwise import take_judge
@@ -334,4 +334,5 @@ class SGPOTrainer(GRPOTrainer):
         described = describe_run(self.treatment, self.stepwise_judge, self._settings)
         versions = "### Framework versions\n\n"
         card.text = card.text.replace(versions, f"{described}\n\n{versions}- TRL-SGPO: {__version__}\n", 1)
+        card.text = without_none(card.text, path.parent.name)
         card.save(path)

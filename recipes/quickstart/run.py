@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,11 @@ def study(args: argparse.Namespace) -> tuple[Evaluation, list[dict]]:
     console = Console()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    draws = find_spec("matplotlib") is not None
+    if not draws:
+        console.print(
+            "No curves will be drawn, because matplotlib is not installed: pip install 'trl-sgpo[plots]'", markup=False
+        )
 
     base_path = load_or_pretrain(args.output / "base", BASE)
     problems = args.output / "problems.jsonl"
@@ -200,8 +206,9 @@ def study(args: argparse.Namespace) -> tuple[Evaluation, list[dict]]:
 
     runs = [train(arm, seed, args, base_path, problems, prompts) for seed in args.seeds for arm in ARMS]
     show_table(runs, base, console)
-    draw(runs, args.output / "curves.png")
-    console.print(f"Learning curves: {args.output / 'curves.png'}")
+    if draws:
+        draw(runs, args.output / "curves.png")
+        console.print(f"Learning curves: {args.output / 'curves.png'}")
     console.print(f"Trained models with their cards: {args.output}/<arm>-seed<n>")
     return base, runs
 

@@ -159,7 +159,10 @@ def test_runs_are_recorded_and_shown(tmp_path, monkeypatch, capsys):
     report.main()
     printed = capsys.readouterr().out
     assert "| prefix credit | 0.001 | > 2k" in printed
-    assert "| 95 | SGPO, as in the paper | 2k: 0.00 | Unknown, because the probe has only 2 prompts" in printed
+    assert (
+        "| 95 | SGPO, as in the paper | 2k: 0.00 | Sharpened or expanded? Unknown, because the probe has only 2 prompts"
+        in printed
+    )
     assert "Nothing is learnt: none of the 16 logged groups teaches" in printed
     assert (tmp_path / "results" / "curves_95.png").stat().st_size > 0
 

@@ -4,8 +4,9 @@ import pytest
 from solutions_to_learn import PROBLEMS, solution, write_solutions
 from toys import write_rows
 
+from trl_sgpo.judge_evaluation.data import Row
 from trl_sgpo.judge_training.arguments import JudgeTrainArguments
-from trl_sgpo.judge_training.data import read_data, same_problem
+from trl_sgpo.judge_training.data import ask_in_batches, read_data, same_problem
 
 
 @pytest.fixture
@@ -77,3 +78,16 @@ class TestData:
     def test_bad_arguments(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             JudgeTrainArguments(**{"data": ["x"], **arguments})
+
+
+def test_a_bar_shows_how_many_are_judged(capsys):
+    rows = [Row(str(i), "f", "s", f"p{i}", ("a",), 0, None, None, {}) for i in range(5)]
+    batches = []
+
+    def judge(items):
+        batches.append(len(items))
+        return [item.problem for item in items]
+
+    assert ask_in_batches(judge, rows, batch_size=2) == ["p0", "p1", "p2", "p3", "p4"]
+    assert batches == [2, 2, 1]
+    assert "judging the dev data: 100%" in capsys.readouterr().err

@@ -381,7 +381,7 @@ def test_integers_of_other_libraries_are_steps(answer):
 
 def test_a_step_that_is_not_there():
     (verdict,) = ask(CallableJudge(lambda problem, steps: 2), [ITEM])
-    assert verdict.reason == "first_error=2 is not the index of one of 2 steps"
+    assert verdict.reason == "first_error=2 is not the 0-based index of one of 2 steps"
 
 
 def test_name():

@@ -67,7 +67,10 @@ BROKEN = {
     "one long": (lambda items: [Verdict.error(0)] * (len(items) + 1), "the judge gave 4 verdicts for 3 items"),
     "no list": (lambda items: None, "TypeError: 'NoneType' object is not iterable"),
     "no verdicts": (lambda items: [0] * len(items), "the judge returned int, not a Verdict"),
-    "no step": (lambda items: [Verdict.error(9)] * len(items), "first_error=9 is not the index of one of 4 steps"),
+    "no step": (
+        lambda items: [Verdict.error(9)] * len(items),
+        "first_error=9 is not the 0-based index of one of 4 steps",
+    ),
     "half a verdict": (lambda items: [Verdict("error")] * len(items), "first_error=None is of type NoneType"),
     "mixed up": (lambda items: [Verdict.error(0, 7)] * len(items), "the judge saw 7 steps where there are 4"),
 }

@@ -158,6 +158,21 @@ class TestQuestion:
         assert list(schema["properties"]) == schema["required"] == ["analysis", "first_error_step"]
         assert JudgePrompt().ask(JudgeItem("P", ("a",), known_wrong=False)).choices == ("1", "none")
 
+    @pytest.mark.parametrize(
+        ("n_steps", "known_wrong", "left_out", "choices"),
+        [
+            (1, True, False, "the number of a step"),
+            (1, False, False, "the number of a step or none"),
+            (3, True, False, "the number of a step, 1 to 3"),
+            (3, False, False, "the number of a step, 1 to 3, or none"),
+            (3, False, True, "the number of a step, 1 to 3, or none or later"),
+        ],
+    )
+    def test_the_choices_in_words(self, n_steps, known_wrong, left_out, choices):
+        item = JudgeItem("P", (*("a",) * n_steps, *("b" * 99,) * left_out), known_wrong=known_wrong)
+        for as_json, whole in ((True, f"a string that is {choices}. If"), (False, f"where k is {choices}:\n")):
+            assert whole in user_text(item, as_json=as_json, max_characters=90)
+
     def test_fingerprint(self):
         assert JudgePrompt().fingerprint == JudgePrompt().fingerprint
         assert len({JudgePrompt(**change).fingerprint for change in ({}, {"rules": "x"}, {"version": "x"})}) == 3

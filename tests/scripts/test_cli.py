@@ -48,6 +48,12 @@ def test_help_of_a_command_has_its_name(command, capsys):
     assert f"usage: trl-sgpo {command} " in capsys.readouterr().out
 
 
+def test_no_command_gets_the_help(capsys):
+    assert cli.main([]) == 2
+    shown = capsys.readouterr().err
+    assert all(f"\n  {name} " in shown for name in cli.COMMANDS)
+
+
 def test_an_unknown_command(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["trian"])

@@ -109,8 +109,10 @@ def test_what_is_known_is_parsed(monkeypatch):
 class TestCheckpoint:
     @pytest.mark.parametrize("given", ["true", "True", "yes", "1", True])
     def test_the_latest_one(self, folder, given):
-        (folder / "out" / "checkpoint-3").mkdir(parents=True)
-        assert find_checkpoint(SimpleNamespace(resume_from_checkpoint=given, output_dir="out")) is True
+        for step in (3, 20):
+            (folder / "out" / f"checkpoint-{step}").mkdir(parents=True)
+        found = find_checkpoint(SimpleNamespace(resume_from_checkpoint=given, output_dir="out"))
+        assert found == "out/checkpoint-20"
 
     @pytest.mark.parametrize("given", ["false", "False", "no", "0", False, None])
     def test_none(self, folder, given):
@@ -149,7 +151,7 @@ class TestCheckpoint:
         given = parse(judge_train.make_parser(), "trl_sgpo.scripts.judge_train", [*CPU, *words, "true"])
         expected = InterruptedError if kind == "discriminative" else ValueError
         with pytest.raises(
-            expected, match="True" if kind == "discriminative" else "does not go with kind='generative'"
+            expected, match="out/checkpoint-3" if kind == "discriminative" else "does not go with kind='generative'"
         ):
             judge_train.run(*given)
         given = parse(judge_train.make_parser(), "trl_sgpo.scripts.judge_train", [*CPU, *words, "false"])
@@ -200,4 +202,4 @@ class TestRewardsOfTheScript:
     def test_the_checkpoint(self, given_to_the_trainer, folder, given):
         (folder / "out" / "checkpoint-3").mkdir(parents=True)
         args = given_to_the_trainer("--resume_from_checkpoint", given)["args"]
-        assert args.resume_from_checkpoint is (True if given == "true" else None)
+        assert args.resume_from_checkpoint == ("out/checkpoint-3" if given == "true" else None)

@@ -103,7 +103,7 @@ def test_a_run(hub, tmp_path, make_model, tokenizer):
     assert "my_parts.judge" in card.text
     assert "arxiv.org" in card.text or "huggingface.co/papers/2505.11595" in card.text
     assert private_things(files, tmp_path) == {}
-    assert "Model pushed to" in result.stdout
+    assert f"Model pushed to {hub.url}/me/tiny-sgpo." in result.stdout
 
 
 def test_a_judge(hub, tmp_path, make_model, tokenizer):

@@ -115,6 +115,8 @@ def test_gsm8k_questions_from_a_path(workplace, gsm8k_path):
     assert "gsm8k.jsonl" not in card  # a local path is no dataset of the Hub
     resumed = run(*common, "--max_steps", 4, "--resume_from_checkpoint", "true", cwd=workplace)
     assert resumed.returncode == 0, resumed.stderr[-4000:]
+    assert "Training goes on from out/checkpoint-3." in resumed.stdout
+    assert "goes on" not in result.stdout
     assert json.loads((workplace / "out" / "trainer_state.json").read_text())["global_step"] == 4
 
 
@@ -177,6 +179,7 @@ class TestLoading:
             ("my_judges.Own", "{index: 3", "is not valid JSON"),
             ("my_judges.Own", "[3]", "is no mapping of names to values"),
             ("my_judges.Own", {"place": 3}, "do not fit judge='my_judges.Own'"),
+            ("openai", None, "argument: 'model'. Give what its constructor takes, written like '{\"model\":"),
             ("my_judges.by_length", {"index": 3}, "is not a class, so there is no constructor"),
         ],
     )

@@ -1,11 +1,11 @@
 """The results of an evaluation of a judge as tables for the terminal."""
 
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trl_sgpo.judge_evaluation.robustness import RTS_UNITS, SHAPES
+from trl_sgpo.terminal import print_table
 
 
 # Title, head of the first column, and for each further column its head, the key of its scores and their format (`_cell`)
@@ -21,18 +21,22 @@ _STANDARD = (
     ("rows", "n", ""),
 )
 _KNOWN_WRONG = (
-    "Known-wrong mode: where is the first error? (RTS of the answered rows; best constant for them)",
+    "Known-wrong mode: where is the first error?",
     "subset",
     ("exact", "acc_error", "% interval"),
     ("within 1", "acc_error_within_1", "%"),
+    ("answered", "coverage", "%"),
+    ("rows", "n", ""),
+)
+_RTS = (
+    "Known-wrong mode: error of the RTS, of the answered rows and of all (best constants for them)",
+    "subset",
     ("RTS MAE", "rts_mae", ".3f interval"),
     ("constant", "rts_mae_constant", ".3f"),
     ("as a step", "rts_mae_constant_step", ".3f"),
     ("bias", "rts_bias", "+.3f"),
-    ("answered", "coverage", "%"),
     ("MAE of all", "rts_mae_all", ".3f"),
     ("constant", "rts_mae_constant_all", ".3f"),
-    ("rows", "n", ""),
 )
 _GROUPS = (
     "Groups: are wrong solutions of one problem in the right order? (chance: 50, 0)",
@@ -70,7 +74,7 @@ def tables(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[s
     standard, known, groups = results["standard"], results["known_wrong"], results["groups"]
     parts = [*standard["subsets"].items(), ("mean of the subsets", standard)]
     shown = [_table(_STANDARD, [*parts, ("all rows", {**standard["pooled"], "n": standard["n"]})])]
-    shown.append(_table(_KNOWN_WRONG, [*known["subsets"].items(), ("all rows", known)]))
+    shown += [_table(spec, [*known["subsets"].items(), ("all rows", known)]) for spec in (_KNOWN_WRONG, _RTS)]
     if groups["n_groups"]:
         shown.append(_table(_GROUPS, [*groups["subsets"].items(), ("all groups", groups)]))
     if "robustness" in results:
@@ -114,26 +118,10 @@ def _shifts(shape: Mapping[str, Any]) -> dict[str, str]:
 
 
 def show(results: Mapping[str, Any]) -> None:
-    """Prints the tables, with rich if it is installed."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        for title, header, cells in tables(results):
-            widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-            print(f"\n{title}")
-            for line in (header, *cells):
-                print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    else:
-        # Into a file or a pipe there is no width to fit into, and no reason to cut anything off
-        console = Console(width=None if sys.stdout.isatty() else 200)
-        for title, header, cells in tables(results):
-            table = Table(title=title, title_justify="left", title_style="bold")
-            for i, name in enumerate(header):
-                table.add_column(name, justify="right" if i else "left")
-            for line in cells:
-                table.add_row(*line)
-            console.print(table)
+    """Prints the tables, and what else is to be known of the evaluation."""
+    for title, header, cells in tables(results):
+        print_table(title, header, cells)
+    print()
     data, cost = results["data"], results["cost"]
     if "robustness" in results:
         cut = results["robustness"]["shapes"]["stop_before_error"]

@@ -3,8 +3,9 @@
 import random
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from trl_sgpo.judge_evaluation.data import Row, read_rows
 
@@ -12,6 +13,8 @@ from trl_sgpo.judge_evaluation.data import Row, read_rows
 if TYPE_CHECKING:
     from trl_sgpo.judge_training.arguments import JudgeTrainArguments
     from trl_sgpo.judges import JudgeItem
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -69,3 +72,17 @@ def as_item(row: Row, known_wrong: bool = False) -> "JudgeItem":
     from trl_sgpo.judges import JudgeItem
 
     return JudgeItem(row.problem, row.steps, known_wrong=known_wrong)
+
+
+def ask_in_batches(
+    ask: "Callable[[list[JudgeItem]], list[Answer]]", rows: Sequence[Row], batch_size: int = 64
+) -> list[Answer]:
+    """What `ask` gives for the rows, in their order. A bar shows how many are done."""
+    from tqdm.auto import tqdm
+
+    answers: list[Answer] = []
+    with tqdm(total=len(rows), desc="judging the dev data", unit="solution") as bar:
+        for start in range(0, len(rows), batch_size):
+            answers += ask([as_item(row) for row in rows[start : start + batch_size]])
+            bar.update(len(answers) - bar.n)
+    return answers

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification, Trainer
 
 from trl_sgpo.judge_evaluation.metrics import ABSTAIN, NO_ERROR, first_error_f1
-from trl_sgpo.judge_training.data import JudgeData, as_item, same_problem
+from trl_sgpo.judge_training.data import JudgeData, as_item, ask_in_batches, same_problem
 from trl_sgpo.judges.prm import PRMEncoder, PRMJudge, PRMSpec, best_threshold, verdict_from_scores
 
 
@@ -218,7 +218,7 @@ def calibrate(folder: Path, dev: Sequence["Row"], use_cpu: bool, max_tokens_per_
     Otherwise the choice of the threshold would flatter them.
     """
     judge = PRMJudge(folder, device="cpu" if use_cpu else None, max_tokens_per_batch=max_tokens_per_batch)
-    pairs = list(zip(dev, judge.scores([as_item(row) for row in dev]), strict=True))
+    pairs = list(zip(dev, ask_in_batches(judge.scores, dev), strict=True))
     rows = [(row, own) for row, own in pairs if not any(map(math.isnan, own))]
     if not rows:
         raise ValueError(f"none of the {len(dev)} dev solutions fits into the model, so no threshold can be found.")

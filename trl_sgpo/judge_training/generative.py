@@ -8,6 +8,7 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accelerate import PartialState
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
 from trl_sgpo.judge_evaluation.metrics import first_error_f1, verdict_index
-from trl_sgpo.judge_training.data import JudgeData, as_item
+from trl_sgpo.judge_training.data import JudgeData, as_item, ask_in_batches
 from trl_sgpo.judges.base import StepJudge, ask
 from trl_sgpo.judges.generative import GenerativeJudge, QuestionLayout
 from trl_sgpo.judges.prompt import JudgePrompt
@@ -229,6 +230,6 @@ def train_generative(
 
 def evaluate_generative(judge: StepJudge, dev: Sequence["Row"]) -> dict[str, Any]:
     """The numbers of a judge on the dev data. It is not told which solutions are wrong."""
-    verdicts = ask(judge, [as_item(row) for row in dev])
+    verdicts = ask_in_batches(partial(ask, judge), dev)
     predicted = [verdict_index(verdict.status, verdict.first_error) for verdict in verdicts]
     return {**first_error_f1(predicted, [row.label for row in dev]), "dev_rows": len(dev)}

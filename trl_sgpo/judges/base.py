@@ -165,5 +165,5 @@ def _check(verdict: Any, n_steps: int) -> Verdict:
         kind = "a bool" if first_error is not None else f"of type {type(given).__name__}"
         return Verdict.abstain(f"first_error={given!r} is {kind}, and the index of a step is an integer")
     if not 0 <= first_error < n_steps:
-        return Verdict.abstain(f"first_error={given!r} is not the index of one of {n_steps} steps")
+        return Verdict.abstain(f"first_error={given!r} is not the 0-based index of one of {n_steps} steps")
     return Verdict.error(first_error, n_steps, verdict.confidence, reason)

@@ -121,7 +121,7 @@ class JudgePrompt:
     ```
     """
 
-    version: str = "3"
+    version: str = "4"
     rules: str = RULES
     known_wrong: str = KNOWN_WRONG
     unknown: str = UNKNOWN
@@ -192,9 +192,10 @@ class JudgePrompt:
             parts.append(self.left_out.format(left_out=left_out))
         parts.append(self.known_wrong if item.known_wrong else self.unknown)
         words = ([] if item.known_wrong else [NONE]) + ([LATER] if left_out else [])
-        number = "the number of a step" if n_shown == 1 else f"the number of a step, 1 to {n_shown},"
+        number = "the number of a step" if n_shown == 1 else f"the number of a step, 1 to {n_shown}"
         form = self.json_answer if as_json else self.text_answer
-        parts.append(form.replace("{choices}", " or ".join([number, *words])))
+        comma = "," if words and n_shown > 1 else ""
+        parts.append(form.replace("{choices}", " or ".join([number + comma, *words])))
         messages = [{"role": "system", "content": self.rules}, {"role": "user", "content": "\n\n".join(parts)}]
         choices = (*(str(i + 1) for i in range(n_shown)), *words)
         return Question(messages, choices, len(item.steps))

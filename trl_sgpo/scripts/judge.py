@@ -127,20 +127,22 @@ def show(
     judge: "StepwiseJudge", score: "StepScore", item: "JudgeItem | None", seconds: float, with_request: bool
 ) -> None:
     """Prints the request, the steps with the verdict, and what it is worth."""
+    from trl_sgpo.terminal import fitted
+
     if item is not None and with_request:
         for name, text in requests(judge.judge, item):
             print(f"Asked of {name}:\n\n{text}\n")
     steps = item.steps if item is not None else ()
-    print(f"{len(steps)} steps:")
+    print(f"{len(steps)} step{'s' if len(steps) != 1 else ''}:")
     for i, (mark, step) in enumerate(zip(_marks(score, len(steps)), steps, strict=True), start=1):
         for number, line in enumerate(step.strip().splitlines()):
-            print(f"{i:>4}  {mark:<5}  {line}" if number == 0 else f"{'':13}{line}")
+            print(fitted(line, f"{i:>4}  {mark:<5}  " if number == 0 else " " * 13, " " * 13))
     verdict = {"no_error": "no error", "abstain": "the judge abstains"}.get(score.status, "the completion is empty")
     if score.first_error is not None:
         verdict = f"step {score.first_error + 1} is the first wrong one"
     print(f"\nVerdict: {verdict} ({seconds:.1f} s)")
     if score.reason:
-        print(f"Reason: {score.reason}")
+        print(fitted(score.reason, "Reason: ", " " * 8))
     if score.rts_steps is None or score.rts_characters is None:
         print("RTS: none, so this completion gets its group's mean")
         return

@@ -25,6 +25,7 @@ steps, and nothing else of the row without `--reference` or `--columns`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
@@ -96,7 +97,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trl_sgpo.scri
 
     (args,) = make_parser(prog).parse_args_and_config(argv, fail_with_unknown_args=True)
     show(evaluate(args))
-    print(f"Written to {args.output}: results.json, verdicts.jsonl, judge.png")
+    names = ("results.json", "verdicts.jsonl", "judge.png")
+    print(f"Written to {args.output}: {', '.join(name for name in names if (Path(args.output) / name).exists())}")
 
 
 if __name__ == "__main__":

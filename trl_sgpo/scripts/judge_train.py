@@ -22,7 +22,7 @@ so are the problems of `--exclude`, on which the judge will be evaluated. All ar
 
 from collections.abc import Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from trl_sgpo.command_line import find_checkpoint, parse
 from trl_sgpo.judge_training.arguments import JudgeTrainArguments
@@ -51,12 +51,14 @@ def run(arguments: JudgeTrainArguments, training_args: "SFTConfig", model_args: 
         raise ValueError(
             "model_name_or_path is missing. Name the model that becomes the judge: a name on the Hub, or a folder."
         )
-    training_args.resume_from_checkpoint = cast(Any, find_checkpoint(training_args))
+    training_args.resume_from_checkpoint = find_checkpoint(training_args)
     if training_args.resume_from_checkpoint and arguments.kind == "generative":
         raise ValueError(
             f"resume_from_checkpoint={training_args.resume_from_checkpoint!r} does not go with kind='generative', because "
             "each round trains on critiques that are sampled anew. Leave it out."
         )
+    if training_args.resume_from_checkpoint and training_args.process_index == 0:
+        print(f"Training goes on from {training_args.resume_from_checkpoint}.")
     start = perf_counter()
     push, training_args.push_to_hub = training_args.push_to_hub, False  # once, at the end, with its numbers
     data = read_data(arguments, training_args.seed)

@@ -9,7 +9,6 @@ missing. The pictures need the extra `plots`. Without it the page has its words 
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -150,52 +149,26 @@ def _token_counter(name: str) -> Callable[[list[str]], Sequence[int]]:
 
 
 def show(summary: dict[str, Any]) -> None:
-    """Prints the findings and the comparison, with rich if it is installed."""
+    """Prints the comparison and the findings."""
     from trl_sgpo.analysis.report import tables
     from trl_sgpo.analysis.report.diagnosis import LOSS_IS_ZERO
+    from trl_sgpo.terminal import fitted, print_table
 
-    possible = (tables.comparison(summary), tables.group_shares(summary), tables.judge_cost(summary))
-    shown = [table for table in possible if table]
-    try:
-        from rich.box import SIMPLE
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        for table in shown:
-            lines = [table.header, *table.rows]
-            widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-            print(f"\n{table.title}")
-            for line in lines:
-                print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    else:
-        # Into a file or a pipe there is no width to fit into
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        for table in shown:
-            grid = Table(
-                title=table.title,
-                title_justify="left",
-                title_style="bold",
-                box=SIMPLE,
-                caption=table.note or None,
-                caption_justify="left",
-            )
-            for i, cell in enumerate(table.header):
-                grid.add_column(cell, justify="right" if i else "left")
-            for row in table.rows:
-                grid.add_row(*row)
-            console.print(grid)
-    print(LOSS_IS_ZERO)
+    for table in (tables.comparison(summary), tables.group_shares(summary), tables.judge_cost(summary)):
+        if table:
+            print_table(table.title, table.header, table.rows, table.note)
+    print()
+    print(fitted(LOSS_IS_ZERO))
     for run in summary["runs"]:
-        print(f"{run['name']}: {run['finding']}")
-        for caveat in run["finding"].caveats:
-            print(f"  {caveat}")
-        print(f"  {run['diagnosis']['answer']}")
+        print(fitted(f"{run['name']}: {run['finding']}", others="  "))
+        for text in (*run["finding"].caveats, run["diagnosis"]["answer"]):
+            print(fitted(text, "  ", "  "))
         for text in run["diagnosis"]["advice"]:
-            print(f"  - {text}")
+            print(fitted(text, "  - ", "    "))
     if summary["missing"]:
         print("What is missing, and why:")
         for text in summary["missing"]:
-            print(f"  - {text}")
+            print(fitted(text, "  - ", "    "))
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m trl_sgpo.scripts.report") -> None:
@@ -207,7 +180,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m trl_sgpo.scri
     except (NoRunError, ValueError) as error:
         raise SystemExit(f"No report: {error}") from None
     show(summary)
-    print(f"Written to {args.output}: index.html, summary.json and the pictures")
+    written = "index.html, summary.json and the pictures" if find_spec("matplotlib") else "index.html and summary.json"
+    print(f"Written to {args.output}: {written}")
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def make_trainer(
     from trl_sgpo.command_line import find_checkpoint
     from trl_sgpo.loading import load_stepwise_judge
 
-    training_args.resume_from_checkpoint = cast(Any, find_checkpoint(training_args))
+    training_args.resume_from_checkpoint = find_checkpoint(training_args)
     reward_funcs = _reward_functions(script_args)
     if script_args.judge:
         if len(training_args.reward_weights or ()) == len(reward_funcs) > 0:
@@ -156,9 +156,13 @@ def make_trainer(
 
 def train_and_save(trainer: "SGPOTrainer", dataset_name: str | None = None) -> None:
     """Trains, and saves the model with its card to `output_dir`; pushes it if the arguments say so."""
+    from huggingface_hub.constants import ENDPOINT
+
     args = trainer.args
     if dataset_name and Path(dataset_name).exists():
         dataset_name = None  # a path on this machine is not the Hub's name that a card links to
+    if args.resume_from_checkpoint:
+        trainer.accelerator.print(f"Training goes on from {args.resume_from_checkpoint}.")
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_state()
     trainer.save_model(args.output_dir)
@@ -166,7 +170,7 @@ def train_and_save(trainer: "SGPOTrainer", dataset_name: str | None = None) -> N
     trainer.accelerator.print(f"Model saved to {args.output_dir}.")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
-        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
+        trainer.accelerator.print(f"Model pushed to {ENDPOINT}/{trainer.hub_model_id}.")
 
 
 def main() -> None:

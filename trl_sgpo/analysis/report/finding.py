@@ -65,7 +65,7 @@ class Finding:
 
 def unknown(reason: str, evidence: tuple[str, ...] = ()) -> Finding:
     """The finding if there is no basis for one."""
-    return Finding("unknown", f"Unknown, because {reason}", evidence)
+    return Finding("unknown", f"Sharpened or expanded? Unknown, because {reason}", evidence)
 
 
 def decide(e: Evidence) -> Finding:

@@ -80,8 +80,9 @@ def _sections(summary: Mapping[str, Any], figures: Mapping[str, Sequence[Figure]
         }
         for run in summary["runs"]
     ]
+    numbers = tables.comparison(summary)
     sections = [
-        section("numbers", "In numbers", tables=[tables.comparison(summary)]),
+        section("numbers", numbers.title if numbers else "", tables=[numbers]),
         section(
             "groups",
             "My loss is 0: is it broken?",
