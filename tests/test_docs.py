@@ -4,6 +4,7 @@ itself is not needed: `make docs` builds the site with it. `python tests/test_do
 """
 
 import io
+import json
 import os
 import re
 import shlex
@@ -23,6 +24,7 @@ PATTERNS = (
     "README.md",
     "CONTRIBUTING.md",
     "docs/**/*.md",
+    "docs/*/*.ipynb",
     "benchmarks/README.md",
     "benchmarks/*/README.md",
     "recipes/*/README.md",
@@ -38,10 +40,18 @@ HELP = re.compile(r"(<!-- help: ?([\w-]*) -->\n```text\n)(.*?)(```\n)", re.DOTAL
 WIDTH = 88
 
 
+def text_of(page: Path) -> str:
+    """The words of a page; of a notebook, those of its Markdown cells."""
+    if page.suffix != ".ipynb":
+        return page.read_text()
+    cells = json.loads(page.read_text())["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors that both GitHub and mkdocs give the headings of a page; a heading for which they differ has none."""
     found = set()
-    for heading in HEADING.findall(FENCED.sub("", page.read_text())):
+    for heading in HEADING.findall(FENCED.sub("", text_of(page))):
         words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower().replace("`", "")
         github = re.sub(r"[^\w\- ]", "", words).strip().replace(" ", "-")
         mkdocs = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", words).strip())
@@ -51,7 +61,7 @@ def anchors(page: Path) -> set[str]:
 
 def broken_links(page: Path) -> list[str]:
     found = []
-    for target in LINK.findall(FENCED.sub("", page.read_text())):
+    for target in LINK.findall(FENCED.sub("", text_of(page))):
         if target.startswith(("http://", "https://", "mailto:")):
             continue
         path, _, anchor = target.partition("#")
@@ -84,8 +94,9 @@ def test_the_navigation_names_every_page():
     named = list(leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
     docs = ROOT / "docs"
     assert len(named) == len(set(named))
-    assert {page.relative_to(docs).as_posix() for page in docs.rglob("*.md")} <= set(named)
-    assert all((docs / name).is_file() or (ROOT / name).is_file() for name in named)
+    notebooks = {page.relative_to(docs).with_suffix(".md").as_posix() for page in docs.glob("*/*.ipynb")}
+    assert {page.relative_to(docs).as_posix() for page in docs.rglob("*.md")} | notebooks <= set(named)
+    assert all((docs / name).is_file() or (ROOT / name).is_file() or name in notebooks for name in named)
     records = {page.relative_to(ROOT).as_posix() for page in PAGES if page.is_relative_to(ROOT / "benchmarks")}
     assert records <= set(named)
 
@@ -153,7 +164,7 @@ def commands() -> list[tuple[str, str, list[str]]]:
     """Every call of `trl-sgpo` in a block of shell commands: the page, the command, its options."""
     found = []
     for page in PAGES:
-        for block in re.findall(r"^```bash\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+        for block in re.findall(r"^```bash\n(.*?)^```$", text_of(page), re.DOTALL | re.MULTILINE):
             words = ["", *shlex.split(block.replace("\\\n", " ").replace("\n", " ; "))]
             for start in [
                 i for i, word in enumerate(words) if word == "trl-sgpo" and words[i - 1] not in ("install", "cd")
