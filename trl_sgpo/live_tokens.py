@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
+from trl_sgpo.rounds import own_tokens
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,12 +63,6 @@ _RELATIVE_LAYERS = {
     "linear_attention",
     "conv",
 }
-
-
-def own_tokens(batch: Batch) -> Tensor:
-    """Which tokens the policy wrote and the loss counts, boolean, shape `(B, T)`."""
-    mask_BT, tool_mask_BT = batch["completion_mask"], batch.get("tool_mask")
-    return (mask_BT if tool_mask_BT is None else mask_BT * tool_mask_BT).bool()
 
 
 def live_tokens(batch: Batch) -> Tensor:
@@ -130,10 +126,9 @@ def padding_can_go(model: "PreTrainedModel") -> tuple[bool, bool]:
     return True, relative and not stays
 
 
-def count_live_rows(batches: Sequence[Batch], size: int) -> list[int]:
-    """How many rows with credit each block of `size` micro-batches holds."""
-    live = torch.stack([live_tokens(batch).any(dim=1).sum() for batch in batches])
-    return live.view(-1, size).sum(dim=1).tolist()
+def count_live_rows(batches: Sequence[Batch]) -> Tensor:
+    """How many rows with credit each micro-batch holds, shape `(N,)`."""
+    return torch.stack([live_tokens(batch).any(dim=1).sum() for batch in batches])
 
 
 def smaller_batches(

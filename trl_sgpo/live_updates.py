@@ -6,13 +6,12 @@
 import math
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 from trl import GRPOTrainer
 
 from trl_sgpo.live_tokens import RESIDUE, count_live_rows, padding_can_go, smaller_batches, tokens_stand_alone
-from trl_sgpo.treatments.dead_groups import LOSS_DENOMINATORS
+from trl_sgpo.treatments.dead_groups import check_loss_type
 
 
 if TYPE_CHECKING:
@@ -42,11 +41,7 @@ def check_skipping(args: "SGPOConfig") -> None:
                 "quantile is taken over all tokens of the batch, dead ones included. Set top_entropy_quantile=1.0, or leave "
                 "skip_dead_tokens out."
             )
-        if args.loss_type not in LOSS_DENOMINATORS:
-            raise ValueError(
-                f"skip_dead_tokens=True cannot be combined with loss_type={args.loss_type!r}: it is not known what that "
-                f"loss divides by. Use one of {sorted(LOSS_DENOMINATORS)}, or leave skip_dead_tokens out."
-            )
+        check_loss_type(args.loss_type, "skip_dead_tokens")
     if args.skip_dead_updates:
         if getattr(args, "deepspeed_plugin", None) is not None:
             raise ValueError(
@@ -98,17 +93,15 @@ class LiveUpdates(TrainerCallback):
         size = math.gcd(len(batches), self._trainer.args.gradient_accumulation_steps)
         if self._trainer.loss_type == "bnpo":
             size = 1
-        # One gather for both: the rows with credit of each micro-batch, and of each block of them
-        counts = [*count_live_rows(batches, 1), *count_live_rows(batches, size)]
-        numbers = torch.tensor(counts, device=self._trainer.accelerator.device)
-        largest = self._trainer.accelerator.gather(numbers).view(-1, len(counts)).amax(dim=0).tolist()
+        # On each of R ranks, for K blocks of S micro-batches
+        n_live_RKS = self._trainer.accelerator.gather(count_live_rows(batches)).view(-1, len(batches) // size, size)
         for batch in batches:
             batch.pop(RESIDUE, None)
-        self._live = [n > 0 for n in largest[: len(batches)]]
+        self._live = (n_live_RKS > 0).any(dim=0).flatten().tolist()
         self._batches = batches
         if self._skip_tokens:
             self._batches = []
-            for block, n_live in enumerate(largest[len(batches) :]):
+            for block, n_live in enumerate(n_live_RKS.sum(dim=2).amax(dim=0).tolist()):
                 self._batches += smaller_batches(
                     batches[block * size : (block + 1) * size],
                     n_live,

@@ -168,8 +168,8 @@ class Round:
     @property
     def own_BT(self) -> Tensor:
         """Which tokens of this rank's completions the policy wrote and the loss counts, boolean, shape `(B, T)`."""
-        mask_BT, tool_mask_BT = self._of_output("completion_mask"), self.tool_mask_BT
-        return (mask_BT if tool_mask_BT is None else mask_BT * tool_mask_BT).bool()
+        assert self.output is not None, "TRL's output is there after super only"
+        return own_tokens(self.output)
 
     @property
     def tool_mask_BT(self) -> Tensor | None:
@@ -201,6 +201,12 @@ class Round:
         own_BT, plain_B = self.own_BT, self.advantages_B
         mean_B = (advantages * own_BT).sum(dim=1) / own_BT.sum(dim=1).clamp(min=1)
         return torch.where((advantages != plain_B.unsqueeze(1)).any(dim=1), mean_B, plain_B)
+
+
+def own_tokens(output: Mapping[str, Any]) -> Tensor:
+    """Which tokens of a batch the policy wrote and the loss counts, boolean, shape `(B, T)`."""
+    mask_BT, tool_mask_BT = output["completion_mask"], output.get("tool_mask")
+    return (mask_BT if tool_mask_BT is None else mask_BT * tool_mask_BT).bool()
 
 
 def ask_judge(

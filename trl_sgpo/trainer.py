@@ -149,7 +149,7 @@ class SGPOTrainer(GRPOTrainer):
         self.treatment, setting = choose_treatment(treatment, self._settings, self.stepwise_judge)
         self.treatment.setup(self._settings)
         if self._settings.exclude_dead_groups:
-            check_loss_type(self._settings.loss_type)
+            check_loss_type(self._settings.loss_type, "exclude_dead_groups")
         check_skipping(self._settings)
         self._check_judge(setting)
         check_counts(funcs, self.judge_index, self._settings.reward_weights, reward_processing_classes)

@@ -18,12 +18,12 @@ LOSS_DENOMINATORS = {
 }
 
 
-def check_loss_type(loss_type: str) -> None:
-    """Raises a `ValueError` for a loss of which it is not known what it divides by."""
+def check_loss_type(loss_type: str, option: str) -> None:
+    """Raises a `ValueError` for a loss of which it is not known what it divides by, as the `option` has to know."""
     if loss_type not in LOSS_DENOMINATORS:
         raise ValueError(
-            f"exclude_dead_groups=True cannot be combined with loss_type={loss_type!r}: it is not known what that "
-            f"loss divides by. Use one of {sorted(LOSS_DENOMINATORS)}, or leave exclude_dead_groups out."
+            f"{option}=True cannot be combined with loss_type={loss_type!r}: it is not known what that loss divides by. Use "
+            f"one of {sorted(LOSS_DENOMINATORS)}, or leave {option} out."
         )
 
 
