@@ -105,7 +105,7 @@ ARMS = {
         Arm("prefix_centred", "prefix credit against the group", CENTRED, judge=True),
         Arm("prefix_centred_half", "prefix credit against the group, and half as it is", {**CENTRED, "prefix_share": 0.5}, judge=True),
         Arm("prefix_centred_text", "prefix credit against the group, by characters", TEXT, judge=True),
-        Arm("prefix_centred_text_half", "prefix credit against the group, by characters, and half as it is", {**TEXT, "prefix_share": 0.5}, judge=True),
+        Arm("prefix_centred_all_incorrect", "prefix credit against the group, also in mixed groups", {**CENTRED, "judge_scope": "all_incorrect"}, judge=True),
         Arm("sign", "NSR: -1 in failed groups", {"failed_groups": "nsr"}),
         Arm("sign_.1", "NSR: -0.1 in failed groups", {"failed_groups": "nsr", "failed_group_weight": 0.1}),
         Arm("ngrpo", "NGRPO's advantages in failed groups", {"failed_groups": "ngrpo", "epsilon": 0.16, "epsilon_high": 0.24}),

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from benchmarks.controlled_study.records import tuning_runs
 from benchmarks.controlled_study.settings import (
     AXIS_LEARNING_RATE,
     AXIS_NOISE,
     AXIS_SEEDS,
+    EXPOSURES,
     LEARNING_RATES,
     OTHER_BASES,
     SEEDS,
@@ -39,6 +41,8 @@ BEST_RATES = {(dial, arm): 4e-4 for dial in ("75", "95", "99") for arm in THREE}
     ("99", "grpo"): 1e-4,
 }
 ANEW_BUDGET = {"75": 200_000, "95": 300_000, "99": 450_000}
+FORMS = ("", "_centred", "_centred_half", "_centred_text")  # of prefix credit
+ERRING = ("random:0.2", "random:0.4", "early:1", "late:1")  # judges
 ANEW = "anew"  # bases made on another machine, and every run that is compared made beside the others
 
 CREDIT_ARMS = ("prefix_.3_1", "prefix_1_1", "prefix_1_0")
@@ -216,45 +220,71 @@ def _length() -> list[Run]:
     return [Run("95", arm, COMMON_RATE, s, LENGTH_BUDGET, judge=BLAMES_LAST) for s in SEEDS[:3] for arm in arms]
 
 
+def _anew(dial: str, arm: str, seed: int, factor: float = 1, **others: Any) -> Run:
+    """A run on a base that was made anew, at a multiple of its method's best learning rate."""
+    method = arm.split("_")[0]
+    of_prefix = {"stop_at": 0.8, "probe": True} if method == RECOMMENDED else {"stop_at": STOP_AT}
+    rate = factor * BEST_RATES[dial, method]
+    return Run(dial, arm, rate, seed, ANEW_BUDGET[dial], beside=ANEW, **(of_prefix | others))
+
+
 def _dead_updates() -> list[Run]:
+    # A run in which no update is dead is the same with the option: there one seed is run both ways
     return [
-        Run(dial, arm + skip, factor * BEST_RATES[dial, arm], seed, ANEW_BUDGET[dial], stop_at=STOP_AT, beside=ANEW)
+        _anew(dial, arm + skip, seed, factor)
         for seed in SEEDS
         for dial in ANEW_BUDGET
         for arm in THREE
         for factor in (1, 2)
         for skip in ("", "_live")
+        if arm == "grpo" or seed == SEEDS[0] or not skip
     ]
 
 
 def _dead_tokens() -> list[Run]:
-    # Those without the option are in the table `dead_updates`
+    # Both of a pair, one after the other, so that the machine is the same for both
     return [
-        Run(dial, f"{arm}_cut", BEST_RATES[dial, arm], seed, ANEW_BUDGET[dial], stop_at=STOP_AT, beside=ANEW)
+        _anew(dial, arm + cut, seed)
         for seed in SEEDS
         for dial in ("95", "99")
         for arm in ("grpo", RECOMMENDED)
+        for cut in ("", "_cut")
     ]
-
-
-FORMS = ("", "_centred", "_centred_half", "_centred_text", "_centred_text_half")  # of prefix credit
 
 
 def _baseline() -> list[Run]:
     return [
-        Run(
-            dial,
-            RECOMMENDED + form,
-            factor * BEST_RATES[dial, "sgpo"],
-            seed,
-            ANEW_BUDGET[dial],
-            stop_at=STOP_AT,
-            beside=ANEW,
-        )
+        _anew(dial, RECOMMENDED + form, seed, factor)
         for seed in SEEDS
         for dial in ANEW_BUDGET
         for factor in (1, 2, 4)
         for form in FORMS
+    ]
+
+
+def _baseline_judges() -> list[Run]:
+    return [
+        _anew("95", RECOMMENDED + form, seed, judge=judge) for seed in SEEDS for judge in ERRING for form in FORMS[:3]
+    ]
+
+
+def _baseline_mixed() -> list[Run]:
+    return [
+        _anew(dial, f"{RECOMMENDED}{form}_all_incorrect", seed)
+        for seed in SEEDS
+        for dial in ANEW_BUDGET
+        for form in FORMS[:2]
+    ]
+
+
+def _baseline_axes() -> list[Run]:
+    axes = [axis for axis in AXES if axis != "representation"]
+    return [
+        Run(f"{axis}@{exposure:g}", RECOMMENDED + form, AXIS_LEARNING_RATE, seed, 200_000, beside=ANEW)
+        for seed in AXIS_SEEDS
+        for exposure in EXPOSURES[1:]
+        for axis in axes
+        for form in FORMS[:3]
     ]
 
 
@@ -289,6 +319,9 @@ TABLES = {
     "length": Table("Does a judge that always blames the last step teach length, and is it noticed?", _length),
     "dead_updates": Table("What does an optimizer step in which nothing teaches do?", _dead_updates),
     "baseline": Table("Is credit against the group's baseline as fast, and more stable?", _baseline),
+    "baseline_judges": Table("And under a judge with errors?", _baseline_judges),
+    "baseline_mixed": Table("And if wrong completions of mixed groups are judged too?", _baseline_mixed),
+    "baseline_axes": Table("And outside of what pretraining showed?", _baseline_axes),
     "dead_tokens": Table(
         "Is learning the same if no compute is spent on what has no credit, and how long does it take?", _dead_tokens
     ),

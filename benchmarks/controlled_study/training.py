@@ -203,8 +203,8 @@ def diversity(prompts: Sequence[str], texts: Sequence[Sequence[str]], entropies:
     verified = np.minimum(verified, correct)
     n = np.full(len(prompts), SAMPLES_PER_PROBE)
     return {
-        "pass": {k: round(float(pass_at_k(n, correct, k).mean()), 4) for k in (1, 8, 64)},
-        "verified_pass": {k: round(float(pass_at_k(n, verified, k).mean()), 4) for k in (1, 8, 64)},
+        "pass": {k: round(float(pass_at_k(n, correct, k).mean()), 4) for k in (1, 8, 32, 64)},
+        "verified_pass": {k: round(float(pass_at_k(n, verified, k).mean()), 4) for k in (1, 8, 32, 64)},
         "distinct": round(statistics.fmean(len(set(t)) for t in texts), 2),
         "entropy": round(statistics.fmean(entropies), 4),
     }
