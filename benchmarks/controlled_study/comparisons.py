@@ -9,14 +9,14 @@ from typing import Any
 from benchmarks.controlled_study.cells import markdown, spread, thousands
 from benchmarks.controlled_study.records import Records, area, select, tokens_to
 from benchmarks.controlled_study.settings import ARMS
-from benchmarks.controlled_study.tables import ANEW, ANEW_BUDGET, BEST_RATES, FORMS, RECOMMENDED, THREE
+from benchmarks.controlled_study.tables import ANEW, ANEW_BUDGET, BEST_RATES, FORMS, RECOMMENDED, TABLES, THREE
 
 
 Row = dict[str, Any]
 
 
-def anew(records: Records, dial: str, arm: str, rate: float) -> list[Row]:
-    return select(records, dial=dial, arm=arm, learning_rate=rate, beside=ANEW)
+def anew(records: Records, dial: str, arm: str, rate: float, judge: str = "exact") -> list[Row]:
+    return select(records, dial=dial, arm=arm, learning_rate=rate, judge=judge, beside=ANEW)
 
 
 def collapsed(runs: Sequence[Row]) -> str:
@@ -29,18 +29,27 @@ def last(runs: Sequence[Row], name: str, digits: int) -> str:
     return spread([r["curve"][-1][name] for r in runs if name in r["curve"][-1]], lambda x: f"{x:.{digits}f}")
 
 
+def no_dead_update(run: Row) -> bool:
+    return not any(point["dead_updates"] for point in run["curve"][1:])
+
+
 def dead_updates_table(records: Records) -> str:
-    """Optimizer steps in which nothing teaches: taken, and left out. Ratios are medians over the seeds' own ratios."""
+    """
+    Optimizer steps in which nothing teaches: taken, and left out. Ratios are medians over the seeds' own ratios. A run without
+    a dead update stands for both of its pair.
+    """
     rows = []
     for dial, arm, factor in itertools.product(ANEW_BUDGET, THREE, (1, 2)):
         rate, budget = factor * BEST_RATES[dial, arm], ANEW_BUDGET[dial]
-        pairs = [anew(records, dial, arm + skip, rate) for skip in ("", "_live")]
-        seeds = set.intersection(*({r["seed"] for r in runs} for runs in pairs))
-        pairs = [[r for r in runs if r["seed"] in seeds] for runs in pairs]
+        taken = {r["seed"]: r for r in anew(records, dial, arm, rate)}
+        left_out = {seed: r for seed, r in taken.items() if no_dead_update(r)}
+        left_out |= {r["seed"]: r for r in anew(records, dial, f"{arm}_live", rate)}
+        seeds = sorted(taken.keys() & left_out)
         if not seeds:
             continue
-        taken, left_out = ([tokens_to(r) for r in runs] for runs in pairs)
-        both = [b / a for a, b in zip(taken, left_out, strict=True) if math.isfinite(a) and math.isfinite(b)]
+        pairs = [[runs[seed] for seed in seeds] for runs in (taken, left_out)]
+        speeds = [[tokens_to(r) for r in runs] for runs in pairs]
+        both = [b / a for a, b in zip(*speeds, strict=True) if math.isfinite(a) and math.isfinite(b)]
         dead = [statistics.fmean(p["dead_updates"] for p in r["curve"][1:]) for r in pairs[0]]
         rows.append(
             [
@@ -48,7 +57,7 @@ def dead_updates_table(records: Records) -> str:
                 ARMS[arm].label,
                 f"{rate:g}",
                 spread(dead, lambda x: f"{x:.2f}"),
-                *(spread(speeds, lambda t, budget=budget: thousands(t, budget)) for speeds in (taken, left_out)),
+                *(spread(some, lambda t, budget=budget: thousands(t, budget)) for some in speeds),
                 f"{spread(both, lambda x: f'{x:.2f}')} ({len(both)})" if both else "-",
                 *(spread([area(r, budget) for r in runs], lambda a: f"{a:.3f}") for runs in pairs),
                 *(collapsed(runs) for runs in pairs),
@@ -98,13 +107,41 @@ def baseline_table(records: Records) -> str:
                     ARMS[f"{RECOMMENDED}{form}"].label,
                     *(
                         spread([tokens_to(r, goal) for r in runs], lambda t, b=budget: thousands(t, b))
-                        for goal in (0.5, 0.75)
+                        for goal in (0.5, 0.8)
                     ),
                     spread([area(r, budget) for r in runs], lambda a: f"{a:.3f}"),
                     last(runs, "accuracy", 2),
+                    spread([r["probes"]["end"]["pass"]["32"] for r in runs], lambda x: f"{x:.2f}"),
                     last(runs, "entropy", 2),
                     collapsed(runs),
                 ]
             )
-    header = ["dial", "learning rate", "credit", "tokens to 50 %", "tokens to 75 %", "mean accuracy"]
-    return markdown([*header, "accuracy at the end", "entropy at the end", "collapsed"], rows)
+    header = ["dial", "learning rate", "credit", "tokens to 50 %", "tokens to 80 %", "mean accuracy"]
+    return markdown([*header, "accuracy at the end", "pass@32 at the end", "entropy at the end", "collapsed"], rows)
+
+
+def baseline_elsewhere_table(records: Records) -> str:
+    """The same forms of credit at one learning rate: under judges with errors, in mixed groups, outside of the pretraining."""
+    rows = []
+    for name in ("baseline_judges", "baseline_mixed", "baseline_axes"):
+        cases = dict.fromkeys(
+            (run.dial, run.judge, run.arm, run.learning_rate, run.tokens) for run in TABLES[name].runs()
+        )
+        for dial, judge, arm, rate, budget in cases:
+            runs = anew(records, dial, arm, rate, judge=judge)
+            if runs:
+                rows.append(
+                    [
+                        dial,
+                        judge,
+                        ARMS[arm].label,
+                        spread([tokens_to(r) for r in runs], lambda t, b=budget: thousands(t, b)),
+                        spread([area(r, budget) for r in runs], lambda a: f"{a:.3f}"),
+                        last(runs, "accuracy", 2),
+                        last(runs, "entropy", 2),
+                        collapsed(runs),
+                        str(len(runs)),
+                    ]
+                )
+    header = ["dial", "judge", "credit", "tokens to 50 %", "mean accuracy", "accuracy at the end"]
+    return markdown([*header, "entropy at the end", "collapsed", "seeds"], rows)

@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.controlled_study.cells import markdown, ratio, spread, thousands
-from benchmarks.controlled_study.comparisons import baseline_table, dead_tokens_table, dead_updates_table
+from benchmarks.controlled_study.comparisons import (
+    baseline_elsewhere_table,
+    baseline_table,
+    dead_tokens_table,
+    dead_updates_table,
+)
 from benchmarks.controlled_study.records import Records, area, best_learning_rate, select, tokens_to
 from benchmarks.controlled_study.settings import (
     ARMS,
@@ -465,6 +470,10 @@ def main() -> None:
     sections.append((TABLES["dead_updates"].question, dead_updates_table(records)))
     sections.append((TABLES["dead_tokens"].question, dead_tokens_table(records)))
     sections.append((TABLES["baseline"].question, baseline_table(records)))
+    elsewhere = baseline_elsewhere_table(records)
+    sections.append(
+        ("And under a judge with errors, in mixed groups, and outside of what pretraining showed?", elsewhere)
+    )
     text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections)
     (args.output / "tables.md").write_text(text + "\n")
     print(text)
