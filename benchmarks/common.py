@@ -1,9 +1,11 @@
-"""The two halves of a record: where it comes from (commit, versions, hardware), and the file that it is written to."""
+"""What all records share: where they come from (commit, versions, hardware), their files, and the processes that make them."""
 
 import json
+import multiprocessing
+import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -74,3 +76,43 @@ def write_results(path: Path, record: Mapping[str, Any]) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(lines(jsonable(record), depth=2) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines. A line that was cut off by an interruption is left out: its run is made again."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Adds a record to a file of JSON lines, and ends a line before it that was cut off."""
+    cut_off = path.exists() and not path.read_bytes().endswith(b"\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(("\n" if cut_off else "") + json.dumps(record) + "\n")
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def in_processes(
+    work: Callable[[Any], dict[str, Any]], tasks: Sequence[Any], workers: int, threads: int = 1
+) -> Iterator[dict[str, Any]]:
+    """
+    The records that `work` makes of the tasks, as they come. Each runs in a process of its own, several at a time, with one
+    torch thread by default: two torch processes that share two cores slow each other down many times otherwise.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, _set_threads, (threads,), maxtasksperchild=8) as pool:
+        yield from pool.imap_unordered(work, tasks)

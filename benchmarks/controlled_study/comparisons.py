@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.controlled_study.cells import markdown, spread, thousands
-from benchmarks.controlled_study.records import Records, area, select, tokens_to
+from benchmarks.cells import markdown, spread, thousands
+from benchmarks.controlled_study.records import Records, select
 from benchmarks.controlled_study.settings import ARMS
 from benchmarks.controlled_study.tables import ANEW, ANEW_BUDGET, BEST_RATES, FORMS, RECOMMENDED, TABLES, THREE
+from benchmarks.curves import area, tokens_to
 
 
 Row = dict[str, Any]

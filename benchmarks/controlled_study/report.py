@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.controlled_study.cells import markdown, ratio, spread, thousands
+from benchmarks.cells import markdown, ratio, spread, thousands
 from benchmarks.controlled_study.comparisons import (
     baseline_elsewhere_table,
     baseline_table,
     dead_tokens_table,
     dead_updates_table,
 )
-from benchmarks.controlled_study.records import Records, area, best_learning_rate, select, tokens_to
+from benchmarks.controlled_study.records import Records, best_learning_rate, select
 from benchmarks.controlled_study.settings import (
     ARMS,
     COMPLETIONS_PER_UPDATE,
@@ -48,6 +48,7 @@ from benchmarks.controlled_study.tables import (
     TUNING_BUDGET,
     WITHOUT_JUDGE,
 )
+from benchmarks.curves import area, tokens_to
 from trl_sgpo.tasks.rewrite_chain import AXES
 
 

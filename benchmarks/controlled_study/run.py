@@ -10,14 +10,13 @@ where it stopped. `report.py` makes the tables and pictures.
 """
 
 import argparse
-import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import provenance
+from benchmarks.common import in_processes, provenance
 from benchmarks.controlled_study.records import Records, best_learning_rate
 from benchmarks.controlled_study.settings import ARMS, DIALS, TUNING_SEEDS, Run, base_folder
 from benchmarks.controlled_study.tables import TABLES
@@ -39,29 +38,20 @@ def _work(task: tuple[str, Any, Path, dict[str, Any]]) -> dict[str, Any]:
         return {"key": what.key, "error": f"{type(error).__name__}: {error}"}
 
 
-def _quiet_worker() -> None:
-    """One thread each: two torch processes that share two cores slow each other down many times otherwise."""
-    import torch
-
-    torch.set_num_threads(1)
-
-
 def execute(kind: str, what: Sequence[Any], folder: Path, records: Records, workers: int) -> None:
     from tqdm.auto import tqdm
 
     made_with = provenance(("trl", "transformers", "torch"), threads=1)
     tasks = [(kind, item, folder, made_with) for item in what]
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, _quiet_worker, maxtasksperchild=8) as pool:
-        bar = tqdm(pool.imap_unordered(_work, tasks), total=len(tasks), unit="run")
-        for record in bar:
-            name = record.get("key", f"base {record.get('base')}")
-            if "error" in record:
-                bar.write(f"FAILED {name}: {record['error']}")
-                continue
-            records.append(record)
-            last = record["curve"][-1]["accuracy"] if "curve" in record else record["accuracy"]
-            bar.set_postfix_str(f"{name}: {last:.2f}")
+    bar = tqdm(in_processes(_work, tasks, workers), total=len(tasks), unit="run")
+    for record in bar:
+        name = record.get("key", f"base {record.get('base')}")
+        if "error" in record:
+            bar.write(f"FAILED {name}: {record['error']}")
+            continue
+        records.append(record)
+        last = record["curve"][-1]["accuracy"] if "curve" in record else record["accuracy"]
+        bar.set_postfix_str(f"{name}: {last:.2f}")
 
 
 def wanted(table: str, records: Records, args: argparse.Namespace) -> Iterator[Run]:
@@ -97,7 +87,6 @@ def main() -> None:
         parser.error(f"--arms {retired[0]}: the package has lost the option that it tried. Its recorded runs stay.")
     if args.tokens_factor != 1 and args.output == HERE / "results":
         parser.error("--tokens-factor shortens the runs: give --output, so that they do not mix with the full ones.")
-    os.environ["OMP_NUM_THREADS"] = "1"
     records = Records(args.output)
     for table in ["bases", *TABLES] if "all" in args.tables else args.tables:
         runs: list[Run] = [] if table == "bases" else list(wanted(table, records, args))

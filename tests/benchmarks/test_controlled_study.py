@@ -11,8 +11,9 @@ import pytest
 
 from benchmarks.controlled_study import report, settings, tables, training
 from benchmarks.controlled_study.noisy_judges import noisy_judge
-from benchmarks.controlled_study.records import Records, area, best_learning_rate, tokens_to
+from benchmarks.controlled_study.records import Records, best_learning_rate
 from benchmarks.controlled_study.settings import ARMS, Run
+from benchmarks.curves import area, tokens_to
 from trl_sgpo import SGPOConfig
 from trl_sgpo.tasks.rewrite_chain import first_wrong_block, sample_problem
 

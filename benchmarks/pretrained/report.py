@@ -1,0 +1,144 @@
+"""
+Tables of what has been recorded.
+
+    python -m benchmarks.pretrained.report
+
+Between seeds: the median, the smallest and the largest value. Of one model: a bootstrap interval of 95 % over problems. Two
+methods are compared by problem: the difference of their rates on the same problems, over all seeds that both have.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.cells import markdown, ratio, spread, thousands
+from benchmarks.common import read_lines
+from benchmarks.curves import area, tokens_to
+from benchmarks.pretrained.settings import ARMS, BUDGET, GSM8K_RATE, LEARNING_RATES, MAIN, TABLES, TUNING_SEED
+from trl_sgpo.analysis.metrics import mean_estimate
+
+
+HERE = Path(__file__).parent
+GOALS = (0.1, 0.2, 0.3)  # accuracies that tokens are counted to
+
+Row = dict[str, Any]
+
+
+def best_rate(runs: Sequence[Row], arm: str) -> float | None:
+    """The learning rate with the largest mean accuracy over the tuning run. Methods that were not tuned take prefix credit's."""
+    tuned = [r for r in runs if r["task"] == "chains" and r["seed"] == TUNING_SEED]
+    tuned = [
+        r for r in tuned if r["arm"] == (arm if arm in MAIN else "prefix") and r["learning_rate"] in LEARNING_RATES
+    ]
+    return max(tuned, key=lambda r: area(r, r["tokens"]))["learning_rate"] if tuned else None
+
+
+def runs_of(runs: Sequence[Row], task: str, arm: str) -> list[Row]:
+    """The runs of a method at its learning rate, by seed."""
+    rate = best_rate(runs, arm) if task == "chains" else GSM8K_RATE
+    found = [r for r in runs if (r["task"], r["arm"], r["learning_rate"]) == (task, arm, rate)]
+    return sorted((r for r in found if r["seed"] != TUNING_SEED), key=lambda r: r["seed"])
+
+
+def rates(run: Row) -> np.ndarray:
+    """The share of right samples of each held-out problem, at the end."""
+    return np.array(run["end"]["right"]) / run["end"]["samples"]
+
+
+def difference(runs: Sequence[Row], others: Sequence[Row]) -> str:
+    """The difference of accuracies at the end, paired by problem, over the seeds that both have."""
+    found = {r["seed"]: rates(r) for r in others}
+    pairs = [rates(r) - found[r["seed"]] for r in runs if r["seed"] in found]
+    return f"{mean_estimate(np.mean(pairs, axis=0))}" if pairs else "-"
+
+
+def bases_table(bases: Sequence[Row]) -> str:
+    rows = []
+    for base in bases:
+        for label in ("published", "base"):
+            m = base[label]
+            failed = f"{base['groups']['failed']:.0%}" if label == "base" else ""
+            cells = [f"{m[kind][name]:.3f}" for kind in ("greedy", "sampled") for name in ("accuracy", "lenient")]
+            rows.append([base["task"], label, *cells, f"{m['sampled']['right_lines']:.2f}", failed, base["weights"]])
+    header = ["task", "model", "greedy, strict", "lenient", "sampled, strict", "lenient", "right leading lines"]
+    return markdown([*header, "failed groups of 8", "weights"], rows)
+
+
+def tune_table(runs: Sequence[Row]) -> str:
+    rows = []
+    for arm in MAIN:
+        found = {r["learning_rate"]: r for r in runs if r["arm"] == arm and r["seed"] == TUNING_SEED}
+        cells = [
+            f"{area(found[rate], found[rate]['tokens']):.3f}" if rate in found else "-" for rate in LEARNING_RATES
+        ]
+        if found:
+            rows.append([ARMS[arm].label, *cells])
+    return markdown(["method", *(f"mean accuracy at {rate:g}" for rate in LEARNING_RATES)], rows)
+
+
+def task_table(runs: Sequence[Row], task: str) -> str:
+    grpo = runs_of(runs, task, "grpo")
+    rows = []
+    for arm, about in ARMS.items():
+        found = runs_of(runs, task, arm)
+        if not found:
+            continue
+        budget = min(r["tokens"] for r in found)
+        ends = [r["end"]["sampled"] for r in found]
+        last = [r["curve"][-1] for r in found]
+        reached = [[tokens_to(r, GOALS[0]) for r in some] for some in (found, grpo)]
+        cells = [
+            spread([area(r, budget) for r in found], lambda x: f"{x:.3f}"),
+            spread(reached[0], lambda t, budget=budget: thousands(t, budget)),
+            ratio(*(statistics.median(some) if some else math.inf for some in reached), budget, BUDGET[task]),
+            *(
+                spread([e[name] for e in ends], lambda x: f"{x:.3f}")
+                for name in ("accuracy", "lenient", "right_lines")
+            ),
+            difference(found, grpo) if arm != "grpo" else "",
+            *(
+                spread([p[name] for p in last if name in p] or [math.nan], lambda x: f"{x:.2f}")
+                for name in ("failed", "entropy")
+            ),
+            spread([e["length"] for e in ends], lambda x: f"{x:.0f}"),
+            spread([r["end"]["pass"]["32"] for r in found], lambda x: f"{x:.2f}")
+            if "pass" in found[0]["end"]
+            else "-",
+            f"{statistics.median(r['seconds'] for r in found) / 60:.0f}",
+        ]
+        rows.append([about.label, f"{found[0]['learning_rate']:g}", str(len(found)), *cells])
+    header = [
+        "method",
+        "learning rate",
+        "seeds",
+        "mean accuracy over the run",
+        f"tokens to {GOALS[0]:.0%}",
+        "of GRPO's",
+    ]
+    header += ["accuracy at the end", "lenient", "right leading lines", "accuracy less GRPO's, by problem"]
+    return markdown([*header, "failed groups", "entropy", "length", "pass@32", "minutes"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the records")
+    args = parser.parse_args()
+    runs, bases = read_lines(args.output / "runs.jsonl"), read_lines(args.output / "bases.jsonl")
+    sections = [
+        ("Models before the training", bases_table(bases)),
+        (TABLES["tune"].question, tune_table(runs)),
+        (TABLES["main"].question, task_table(runs, "chains")),
+        (TABLES["gsm8k"].question, task_table(runs, "gsm8k")),
+    ]
+    text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections)
+    (args.output / "tables.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

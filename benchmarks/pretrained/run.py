@@ -1,0 +1,111 @@
+"""
+GRPO, SGPO and per-token credit on a pretrained language model, SmolLM2-135M-Instruct, at equal generated tokens.
+
+    python -m benchmarks.pretrained.run base tune main others         # chains of arithmetic
+    python -m benchmarks.pretrained.run base gsm8k --gsm8k FOLDER     # word problems, from local files
+    python -m benchmarks.pretrained.run main --weights FOLDER         # weights without a Hub: see weights.py
+
+Each finished run is one line of results/runs.jsonl, and is not run again. An interrupted run goes on from its last
+checkpoint, at most ten updates back. `report.py` makes the tables. On a CUDA device give `--workers 6` or so: they share it.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import append_line, in_processes, provenance, read_lines
+from benchmarks.pretrained.report import best_rate
+from benchmarks.pretrained.settings import ARMS, TABLES, TUNED, Run
+from benchmarks.pretrained.weights import MODEL
+
+
+HERE = Path(__file__).parent
+
+
+def _work(job: tuple[Run | str, argparse.Namespace, dict[str, Any]]) -> dict[str, Any]:
+    """In a process of its own: one run, or the description of one base."""
+    what, args, made_with = job
+    import transformers
+
+    from benchmarks.pretrained.tasks import get_task
+    from benchmarks.pretrained.training import describe_base, make_base, train
+
+    transformers.utils.logging.set_verbosity_error()
+    name = what if isinstance(what, str) else what.task
+    task = get_task(name, args.gsm8k)
+    if isinstance(what, str):
+        return {"task": name, **describe_base(name, task, args.weights, args.work), **made_with}
+    base = make_base(name, task, args.weights, args.work)
+    try:
+        return {"key": what.key, **train(what, task, base, args.work), **made_with}
+    except Exception as error:  # one run that breaks must not lose the others
+        return {"key": what.key, "error": f"{type(error).__name__}: {error}"}
+
+
+def execute(what: Sequence[Run | str], args: argparse.Namespace) -> None:
+    from tqdm.auto import tqdm
+
+    made_with = provenance(("trl", "transformers", "torch"))
+    jobs = [(item, args, made_with) for item in what]
+    bar = tqdm(in_processes(_work, jobs, args.workers, args.threads), total=len(jobs), unit="run")
+    for record in bar:
+        if "error" in record:
+            bar.write(f"FAILED {record['key']}: {record['error']}")
+            continue
+        append_line(args.output / ("runs.jsonl" if "key" in record else "bases.jsonl"), record)
+        bar.set_postfix_str(
+            f"{record['key']}: {record['end']['sampled']['accuracy']:.3f}" if "key" in record else "base"
+        )
+
+
+def wanted(table: str, args: argparse.Namespace) -> list[Run]:
+    """The runs of a table that are not recorded yet, each with its learning rate."""
+    recorded = read_lines(args.output / "runs.jsonl")
+    runs = []
+    for run in TABLES[table].runs():
+        if (args.arms and run.arm not in args.arms) or (args.seeds and run.seed not in args.seeds):
+            continue
+        if run.learning_rate == TUNED:
+            rate = best_rate(recorded, run.arm)
+            if rate is None:
+                raise SystemExit(f"{run.arm} has no tuned learning rate yet: run the table `tune` first.")
+            run = replace(run, learning_rate=rate)
+        runs.append(replace(run, tokens=args.tokens or run.tokens))
+    done = {record["key"] for record in recorded}
+    return [run for run in runs if run.key not in done]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="+", choices=["base", *TABLES], help="what to run, in this order")
+    parser.add_argument("--weights", default=MODEL, help="name on the Hub, or folder")
+    parser.add_argument("--gsm8k", type=Path, help="folder with train.jsonl and test.jsonl; from the Hub by default")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="only these arms")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds")
+    parser.add_argument("--tokens", type=int, help="generated tokens of each run; give --output too")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of each run")
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the records")
+    parser.add_argument(
+        "--work", type=Path, default=Path("outputs/pretrained"), help="folder of bases and checkpoints"
+    )
+    args = parser.parse_args()
+    if args.tokens and args.output == HERE / "results":
+        parser.error("--tokens changes the runs: give --output, so that they do not mix with the others.")
+    for table in args.tables:
+        if table == "base":
+            described = {record["task"] for record in read_lines(args.output / "bases.jsonl")}
+            tasks = ("chains", "gsm8k") if args.gsm8k or "gsm8k" in args.tables else ("chains",)
+            what: list[Any] = [name for name in tasks if name not in described]
+        else:
+            what = wanted(table, args)
+        print(f"{table}: {len(what)} to do", flush=True)
+        if what:
+            execute(what, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What is compared: the methods, the runs, and the tables that they belong to. Nothing runs here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+SEEDS = (0, 1, 2)
+TUNING_SEED = 100
+LEARNING_RATES = (1e-5, 2e-5)
+BUDGET = {"chains": 150_000, "gsm8k": 400_000}  # generated tokens
+GSM8K_RATE = 1e-5
+TUNED = 0.0  # stands for the learning rate that tuning chose
+GROUP_SIZE, GROUPS_PER_UPDATE = 8, 8
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One way to train.
+
+    Args:
+        label (`str`):
+            What a reader sees.
+        config (`dict`):
+            Arguments of `SGPOConfig` beyond those that all share.
+        judge (`str`, *optional*):
+            `"task"`, `"arithmetic"` or `"random"`.
+        imitate (`bool`):
+            Whether the right completions are imitated, with an advantage of 1 each, and nothing else is done
+            (rejection-sampling SFT).
+    """
+
+    label: str
+    config: dict[str, Any] = field(default_factory=dict)
+    judge: str | None = None
+    imitate: bool = False
+
+
+PREFIX = {"failed_groups": "prefix"}
+ARMS = {
+    "grpo": Arm("GRPO"),
+    "sgpo": Arm("SGPO, as in the paper", judge="task"),
+    "prefix": Arm("prefix credit", PREFIX, judge="task"),
+    "prefix_centred": Arm("prefix credit against the group", {**PREFIX, "prefix_baseline": "group"}, judge="task"),
+    "grpo_16": Arm("GRPO, 16 completions per group", {"num_generations": 16}),
+    "prefix_arithmetic": Arm("prefix credit, ArithmeticJudge alone", PREFIX, judge="arithmetic"),
+    "prefix_random": Arm("prefix credit, random verdicts", PREFIX, judge="random"),
+    "imitation": Arm("rejection-sampling SFT", imitate=True),
+}
+MAIN = ("grpo", "sgpo", "prefix")
+OTHERS = ("prefix_centred", "grpo_16", "prefix_arithmetic", "prefix_random", "imitation")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: a task, a method, a learning rate (0: the one that tuning chose), a seed, and generated tokens."""
+
+    task: str
+    arm: str
+    learning_rate: float
+    seed: int
+    tokens: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.task}/{self.arm}/lr{self.learning_rate:g}/seed{self.seed}"
+
+
+def _tune() -> list[Run]:
+    return [Run("chains", arm, rate, TUNING_SEED, BUDGET["chains"]) for arm in MAIN for rate in LEARNING_RATES]
+
+
+def _main() -> list[Run]:
+    return [Run("chains", arm, TUNED, seed, BUDGET["chains"]) for seed in SEEDS for arm in MAIN]
+
+
+def _others() -> list[Run]:
+    return [Run("chains", arm, TUNED, SEEDS[0], BUDGET["chains"]) for arm in OTHERS]
+
+
+def _gsm8k() -> list[Run]:
+    return [Run("gsm8k", arm, GSM8K_RATE, SEEDS[0], BUDGET["gsm8k"]) for arm in MAIN]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A question and the runs that answer it."""
+
+    question: str
+    runs: Callable[[], list[Run]]
+
+
+TABLES = {
+    "tune": Table("Which learning rate suits each method?", _tune),
+    "main": Table("Chains of 4 and 5 operations: how many tokens does each method need?", _main),
+    "others": Table("And other settings, judges and controls?", _others),
+    "gsm8k": Table("And word problems?", _gsm8k),
+}

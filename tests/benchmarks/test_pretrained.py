@@ -1,0 +1,144 @@
+"""The tasks of the study on a pretrained model, and a run of it on a tiny model that is cut off and goes on."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from toys import all_mixed, byte_tokenizer, save_model, tiny_llama
+
+from benchmarks.pretrained import report, training
+from benchmarks.pretrained.settings import ARMS, MAIN, TABLES, Run
+from benchmarks.pretrained.tasks import (
+    Problem,
+    accuracy_reward,
+    chains,
+    first_wrong_step,
+    get_task,
+    lenient_answer,
+    make_chain,
+    right_lines,
+    strict_answer,
+)
+from trl_sgpo import SGPOConfig
+from trl_sgpo.judges import ArithmeticJudge, JudgeItem
+from trl_sgpo.steps import segment
+
+
+CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def steps_of(text):
+    return tuple(text[start:end] for start, end in segment(text))
+
+
+class TestTasks:
+    def test_a_chain_is_right_and_its_judges_say_so(self):
+        rng = random.Random(0)
+        for n in (1, 3, 5, 5, 5):
+            problem = make_chain(rng, n)
+            steps = steps_of(problem.solution)
+            assert len(problem.solution.splitlines()) == n + 1
+            assert strict_answer(problem.solution) == problem.answer
+            assert right_lines(problem.solution, problem.solution) == 1
+            assert first_wrong_step(problem.question, steps, problem.solution) is None
+            assert ArithmeticJudge().judge([JudgeItem(problem.question, steps)])[0].first_error is None
+
+    @pytest.mark.parametrize(
+        ("steps", "first", "share"),
+        [
+            (["2 + 3 = 5\n", "5 * 4 = 20\n#### 20"], None, 1),
+            (["2 + 3 = 6\n", "6 * 4 = 24\n#### 24"], 0, 0),
+            (["2 + 3 = 5\n", "5 * 3 = 15\n", "#### 15"], 1, 1 / 3),  # the arithmetic holds, the problem says 4
+            (["2 + 3 = 5\n", "5 * 4 = 20"], 1, 2 / 3),  # no answer
+            (["2 + 3 = 5\n", "5 * 4 = 20\n", "#### 20\n", "and so on"], 3, 1),
+        ],
+    )
+    def test_the_exact_judge(self, steps, first, share):
+        solution = "2 + 3 = 5\n5 * 4 = 20\n#### 20"
+        assert first_wrong_step("", steps, solution) == first
+        assert right_lines(solution, "".join(steps)) == pytest.approx(share)
+
+    def test_answers(self):
+        assert strict_answer("so 3\n#### 1,234") == lenient_answer("#### 1,234") == "1234"
+        assert strict_answer("the answer is 12") is None
+        assert lenient_answer("the answer is 12.50.") == "12.5"
+        completions = [[{"role": "assistant", "content": "#### 7"}], "7"]
+        assert accuracy_reward(completions, answer=["7", "7"]) == [1.0, 0.0]
+
+    def test_problems_are_different_and_held_out(self):
+        task = chains()
+        trained = {p.question for p in task.to_train}
+        assert len(trained) == len(task.to_train)
+        assert not trained & {p.question for p in task.to_test}
+
+    def test_word_problems_from_local_files(self, tmp_path):
+        for split in ("train", "test"):
+            rows = [{"question": f"{i}?", "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"} for i in range(6)]
+            (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        task = get_task("gsm8k", tmp_path)
+        assert (len(task.to_imitate), len(task.to_train), len(task.to_test)) == (2, 4, 6)
+        assert Problem("3?", "4", "3+1=4\n#### 4") in task.to_test
+
+
+def test_tables_of_no_records_and_the_rate_that_tuning_chose(tmp_path):
+    for arm in {run.arm for table in TABLES.values() for run in table.runs()}:
+        assert SGPOConfig(
+            str(tmp_path), use_cpu=True, per_device_train_batch_size=16, skip_dead_tokens=True, **ARMS[arm].config
+        )
+    assert report.best_rate([], "grpo") is None
+
+    def tuned(arm, rate, accuracy):
+        curve = [{"tokens": 0, "accuracy": 0.0}, {"tokens": 100, "accuracy": accuracy}]
+        return {"task": "chains", "arm": arm, "seed": 100, "learning_rate": rate, "tokens": 100, "curve": curve}
+
+    runs = [tuned(arm, rate, accuracy) for arm in MAIN for rate, accuracy in ((1e-5, 0.1), (2e-5, 0.2))]
+    assert report.best_rate(runs, "prefix_random") == 2e-5
+    assert report.task_table(runs, "chains")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_cut_off_goes_on(tmp_path, monkeypatch):
+    """Base, a run that dies after two updates and is called again, and the tables of both."""
+    tokenizer = byte_tokenizer(chat_template=CHAT)
+    weights = save_model(tiny_llama(tokenizer), tokenizer, tmp_path / "weights")
+    whole = chains()
+    task = replace(whole, to_imitate=whole.to_imitate[:32], to_train=whole.to_train[:64], max_completion_length=12)
+    effort = training.Effort(every=2000, along=(4, 2), end=(4, 2), wide=(2, 4))
+    monkeypatch.setattr(training, "EFFORT", {"chains": effort})
+    monkeypatch.setattr(training, "SAVE_EVERY", 1)
+    described = training.describe_base("chains", task, str(weights), tmp_path)
+    base = training.make_base("chains", task, str(weights), tmp_path)
+    assert described["groups"]["failed"] == 1
+
+    monkeypatch.setattr(training, "accuracy_reward", all_mixed)  # this model is never right
+    run = Run("chains", "imitation", 1e-3, 0, 3000)
+    count = training.Watcher.count
+
+    def dying(self, tokens, control):
+        count(self, tokens, control)
+        if self.updates == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Watcher, "count", dying)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(run, task, base, tmp_path)
+    monkeypatch.setattr(training.Watcher, "count", count)
+    kept = training.last_checkpoint(tmp_path / run.key.replace("/", "-"))
+    assert kept.name == "checkpoint-2"
+    record = training.train(run, task, base, tmp_path)
+    assert record["updates"] > 3
+    assert record["tokens_generated"] >= 3000
+    assert [point["tokens"] for point in record["curve"]] == sorted({p["tokens"] for p in record["curve"]})
+    assert record["curve"][-1]["mixed"] == 1
+    before, after = (tiny_weights(path) for path in (base, tmp_path / run.key.replace("/", "-") / "policy"))
+    assert not torch.equal(before, after)
+    assert not list((tmp_path / run.key.replace("/", "-")).glob("checkpoint-*"))
+
+
+def tiny_weights(folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return torch.cat([p.flatten() for p in model.parameters()])
