@@ -8,7 +8,8 @@ from trl_sgpo.terminal import fitted, print_table
 
 Table = tuple[str, list[str], list[list[str]], str]
 
-_P = "p: sign-flip test over the problems, two-sided, not corrected for the number of comparisons. []: 95 % bootstrap interval."
+_INTERVAL = "[]: 95 % bootstrap interval over the problems."
+_TEST = " p: sign-flip test over the problems, two-sided, not corrected for the number of comparisons."
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
@@ -25,12 +26,13 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         header = ["model", "accuracy %", *(["against " + models[0], "p"] if len(models) > 1 else [])]
         header += ["no answer %", "cut off %", "tokens"]
         cells = [_row(name, own, len(models) > 1) for name, own in numbers.items()]
-        shown.append((title, header, cells, _P if len(models) > 1 else ""))
+        shown.append((title, header, cells, ""))
         ks = [k for k in first["pass_at_k"] if int(k) > 1]
         if ks:
             rows = [[name, *(_with_interval(own["pass_at_k"][k]) for k in ks)] for name, own in numbers.items()]
             shown.append((f"{one['set']}, pass@k %", ["model", *(f"k = {k}" for k in ks)], rows, ""))
-    return shown
+    last = shown.pop()
+    return [*shown, (*last[:3], _INTERVAL + (_TEST if len(models) > 1 else ""))]
 
 
 def overview(results: Mapping[str, Any]) -> Table:
@@ -69,8 +71,9 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
         for name, own in one["models"].items():
             if own["no_answer"] > 0.5:
                 found.append(
-                    f"{name} gives no answer to more than half of {label}. Only LaTeX counts, best in \\boxed{{}}: does the "
-                    "prompt ask for it (--template, --system_prompt), and is there room (--max_new_tokens)?"
+                    f"{name} gives no answer to more than half of {label}. It has to stand in \\boxed{{}}, or as LaTeX "
+                    "behind words such as 'the answer is'. Does the prompt ask for it (--template, --system_prompt), and is "
+                    "there room (--max_new_tokens)?"
                 )
     return found
 
