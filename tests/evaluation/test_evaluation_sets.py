@@ -106,6 +106,8 @@ def test_scores():
     right, wrong, silent = Score(True, True), Score(False, True), Score(False, False)
     assert score(texts, golds) == [right, right, wrong, silent, silent]
     assert score([r"\boxed{1}"], [""]) == [None]
+    shorthand = r"\boxed{\frac43}"  # right in a set, wrong in a completion
+    assert score([r"\boxed{\frac{4}{3}}", shorthand], [shorthand] * 2) == [right, wrong]
 
 
 def test_real_sets():

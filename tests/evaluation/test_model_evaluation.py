@@ -37,7 +37,8 @@ def models(folder):
 
 
 def arguments(models, **kwargs):
-    settings = {"sets": ["set.jsonl", "set.jsonl@4"], "output": "out", "max_new_tokens": 16, "batch_size": 8}
+    settings = {"sets": ["set.jsonl", "set.jsonl@4"], "output": "out", "max_new_tokens": 16}
+    settings |= {"batch_size": 8, "resamples": 100}
     return EvaluateArguments(models=models, **{**settings, **kwargs})
 
 
@@ -123,7 +124,7 @@ class TestModels:
 
         monkeypatch.setattr(TransformersEngine, "__init__", never)
         assert evaluation.evaluate(arguments(models)) == whole
-        with pytest.raises(ValueError, match=r"There and here: temperature=0.6 and 1.0, top_p=0.95 and 1.0\. Give"):
+        with pytest.raises(ValueError, match=r"There and here: temperature=0.6 and 1.0; top_p=0.95 and 1.0\. Give"):
             evaluation.evaluate(arguments(models, temperature=1.0, top_p=1.0))
         Path("set.jsonl").write_text('{"problem": "a", "answer": "1"}\n')
         with pytest.raises(ValueError, match="sets set="):

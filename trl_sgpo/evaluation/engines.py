@@ -1,7 +1,7 @@
 """
 What answers problems: a model that transformers or vLLM runs in this process. A server is asked in `server.py`.
 
-Left out: continuous batching and several GPUs with transformers. vLLM has both, and is many times faster.
+Left out: continuous batching with transformers, which waits for the longest answer of a batch. vLLM does not.
 """
 
 import gc
