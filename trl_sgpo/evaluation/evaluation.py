@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_BATCH_SIZES = {"transformers": 32, "vllm": 512, "server": 512}
+_BATCH_SIZES = {"transformers": 32, "vllm": 512, "server": 256}
 
 
 def evaluate(args: "EvaluateArguments") -> dict[str, Any]:
@@ -67,6 +67,7 @@ def evaluate(args: "EvaluateArguments") -> dict[str, Any]:
         {name: _identity(model) for name, model in models.items()},
         {name: source["hash"] for name, source in sources.items()},
     )
+    urls = args.base_url or [""]
     missing: list[str] = []
     for i, (name, model) in enumerate(models.items()):
         open_benchmarks = [
@@ -76,7 +77,7 @@ def evaluate(args: "EvaluateArguments") -> dict[str, Any]:
         ]
         if not open_benchmarks:
             continue
-        engine = _engine(args, model, args.base_url[i % len(args.base_url)], decoding, batch_size, engine_args)
+        engine = _engine(args, model, urls[i % len(urls)], decoding, batch_size, engine_args)
         for benchmark in open_benchmarks:
             missing += answer_all(engine, name, benchmark, problems[benchmark.name], samples, decoding, batch_size)
         engine.close()
@@ -152,8 +153,9 @@ def answer_all(
     lines = samples.of(model, benchmark.name, benchmark.kind)
     size = max(1, batch_size // (benchmark.n or 1))
     failed, why = 0, ""
+    done = sum(problem.index in lines for problem in problems)
     with tqdm(
-        total=len(problems), initial=len(lines), desc=f"{model}, {benchmark.name} {benchmark.kind}", unit="problem"
+        total=len(problems), initial=done, desc=f"{model}, {benchmark.name} {benchmark.kind}", unit="problem"
     ) as bar:
         try:
             # Blocks of the whole set, not of what is missing: a resumed run has the batches of an uninterrupted one
@@ -187,9 +189,9 @@ def answer_all(
                     )
                 samples.add(new)
                 bar.update(len(new))
-                rates = [sum(line["correct"]) / len(line["correct"]) for line in lines.values()]
-                if rates:
-                    bar.set_postfix_str(f"{100 * sum(rates) / len(rates):.1f} % right")
+                right = [one for problem in problems for one in lines.get(problem.index, {}).get("correct", [])]
+                if right:
+                    bar.set_postfix_str(f"{100 * sum(right) / len(right):.1f} % right")
         except KeyboardInterrupt:
             raise SystemExit(
                 f"Interrupted. All answers until here are kept in {samples.path}; run the same command again to continue."

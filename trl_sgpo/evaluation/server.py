@@ -107,7 +107,7 @@ def _read(_: None, answer: dict[str, Any]) -> Sample:
         thinking = next((message[name] for name in _FIELDS if isinstance(message.get(name), str)), "")
         content = message.get("content")
         content = content if isinstance(content, str) else ""
-        text = f"<think>\n{thinking}\n</think>\n\n{content}" if thinking else content
+        text: Any = f"<think>\n{thinking}\n</think>\n\n{content}" if thinking else content
     else:
         text = choice.get("text")
     if not isinstance(text, str):

@@ -83,7 +83,10 @@ class EvaluateArguments:
     )
     timeout: float = field(default=1800.0, metadata={"help": "Seconds that a server may take for one answer."})
     batch_size: int | None = field(
-        default=None, metadata={"help": "Answers at a time. 32 by default with transformers, else 512."}
+        default=None,
+        metadata={
+            "help": "Answers at a time, and at most lost by an interrupt. 32 by default with transformers, 512 with vLLM, 256 with a server."
+        },
     )
     split: str | None = field(
         default=None, metadata={"help": "Split of sets without a short name. 'test' by default, or the only one."}
@@ -113,8 +116,7 @@ class EvaluateArguments:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]. 1 leaves nothing out.")
         if "{problem}" not in self.template:
             raise ValueError(f"template={self.template!r} has no {{problem}}, so the model would not see the problem.")
-        self.base_url = self.base_url or [""]
-        if len(self.base_url) not in (1, len(self.models)):
+        if self.base_url is not None and len(self.base_url) not in (1, len(self.models)):
             raise ValueError(
                 f"base_url has {len(self.base_url)} addresses for {len(self.models)} models. Give one, or one for each."
             )
