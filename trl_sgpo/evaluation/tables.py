@@ -123,7 +123,8 @@ def _row(name: str, own: Mapping[str, Any], compared: bool) -> list[str]:
 
 def _with_interval(estimate: Mapping[str, Any], sign: str = "") -> str:
     text = _percent(estimate["value"], sign)
-    if estimate["low"] is not None:
+    # If all problems are alike, no resample differs. An interval without width would look like certainty
+    if estimate["low"] is not None and estimate["low"] < estimate["high"]:
         text += f" [{_percent(estimate['low'], sign)}, {_percent(estimate['high'], sign)}]"
     return text
 
