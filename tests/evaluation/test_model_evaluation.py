@@ -10,6 +10,7 @@ from toys import byte_tokenizer, save_model, write_rows, writer
 
 from trl_sgpo.evaluation import evaluation
 from trl_sgpo.evaluation.engines import Decoding, Question, TransformersEngine
+from trl_sgpo.evaluation.samples import Samples
 from trl_sgpo.scripts.evaluate import EvaluateArguments, main, make_parser
 
 
@@ -209,6 +210,23 @@ class TestServer:
             down = False
             evaluation.evaluate(args)
         assert len(lines()) == 12
+
+
+def test_a_folder_without_samples_takes_other_settings(tmp_path):
+    """A model that did not fit into the memory, say, has left no sample."""
+
+    def opened(temperature, sets):
+        return Samples(tmp_path, {"temperature": temperature}, {"m": "m"}, sets)
+
+    opened(0.6, {"a": "1"})
+    samples = opened(1.0, {"a": "2"})
+    samples.add([{"model": "m", "set": "a", "kind": "greedy", "index": 3}])
+    assert opened(1.0, {"b": "7"}).of("m", "a", "greedy").keys() == {3}
+    with pytest.raises(ValueError, match=r"temperature=1.0 and 0.6; sets a=\"2\" and \"1\"\. Give another --output"):
+        opened(0.6, {"a": "1"})
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"has no settings.json beside it"):
+        opened(1.0, {})
 
 
 @pytest.mark.parametrize(

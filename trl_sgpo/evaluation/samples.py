@@ -33,7 +33,8 @@ class Samples:
         settings_path = folder / "settings.json"
         given = {"decoding": dict(decoding), "models": dict(models), "sets": dict(sets)}
         given = json.loads(json.dumps(given))  # as a file gives it back
-        if settings_path.exists():
+        texts = whole_lines(self.path)
+        if texts and settings_path.exists():
             kept = json.loads(settings_path.read_text(encoding="utf-8"))
             different = _differences(kept, given)
             if different:
@@ -42,11 +43,11 @@ class Samples:
                     f"{'; '.join(different)}. Give another --output, use the old settings, or delete the folder."
                 )
             given = {part: {**kept[part], **values} for part, values in given.items()}
-        elif self.path.exists():
+        elif texts:
             raise ValueError(
                 f"{self.path} has no settings.json beside it, so it may be of any run. Give another --output."
             )
-        for number, text in enumerate(whole_lines(self.path), start=1):
+        for number, text in enumerate(texts, start=1):
             try:
                 self._keep(json.loads(text))
             except (ValueError, TypeError, KeyError) as error:
