@@ -175,16 +175,19 @@ def commands() -> list[tuple[str, str, list[str]]]:
 
 
 def test_the_commands_of_the_pages_exist():
-    from trl_sgpo.scripts import judge, judge_eval, judge_train, report, sgpo
+    from trl_sgpo.scripts import evaluate, judge, judge_eval, judge_train, report, sgpo
 
-    makers = {"judge": judge, "judge-eval": judge_eval, "judge-train": judge_train, "report": report, "train": sgpo}
+    makers = {"judge": judge, "judge-eval": judge_eval, "judge-train": judge_train, "evaluate": evaluate}
+    makers |= {"report": report, "train": sgpo}
     known = {name: {*maker.make_parser()._option_string_actions, "--config"} for name, maker in makers.items()}
     known["env"] = set()
     wrong = [
         (page, name, option) for page, name, options in commands() for option in options if option not in known[name]
     ]
     assert wrong == []
-    assert {"train", "judge", "judge-eval", "judge-train", "report", "env"} == {name for _, name, _ in commands()}
+    assert {"train", "judge", "judge-eval", "judge-train", "evaluate", "report", "env"} == {
+        name for _, name, _ in commands()
+    }
 
 
 if __name__ == "__main__":

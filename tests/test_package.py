@@ -33,6 +33,7 @@ def test_importing_the_package_is_quick():
         "trl_sgpo.judge_training.arguments, trl_sgpo.judge_training.data, trl_sgpo.judge_training.card",
         "trl_sgpo.scripts.judge_train",
         "trl_sgpo.scripts.judge_eval, trl_sgpo.judge_evaluation.evaluation, trl_sgpo.judge_evaluation.tables",
+        "trl_sgpo.scripts.evaluate, trl_sgpo.evaluation.evaluation, trl_sgpo.evaluation.tables, trl_sgpo.evaluation.card",
     ):
         heavy = {"torch", "transformers", "trl", "datasets", "matplotlib", "rich"}
         assert not imported_modules(f"import {light}") & heavy

@@ -1,5 +1,6 @@
 """Judges, reward functions, tables, tokenizers and models that tests share."""
 
+import itertools
 import json
 import math
 
@@ -124,3 +125,32 @@ def tiny_llama(tokenizer, seed=0, **sizes):
             **sizes,
         )
     )
+
+
+def writer(tokenizer, answers, layers=1):
+    """
+    A Llama that writes `\\boxed{ANSWER}` after every line feed, whatever is asked: each answer, one character, with its
+    probability. Nothing but the last token decides on the next one, so the characters must all be different.
+    """
+    model = tiny_llama(tokenizer, num_hidden_layers=layers, tie_word_embeddings=False)
+    chain = ["\n", *"\\boxed{", tuple(answers), "}", tokenizer.eos_token]
+    ids = [
+        [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(one)[0]) for one in place]
+        for place in map(_as_tuple, chain)
+    ]
+    scale = model.config.hidden_size**0.5  # of a one-hot vector behind the last norm
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.zero_()
+        model.lm_head.weight.zero_()
+        for i, (here, following) in enumerate(itertools.pairwise(ids)):
+            model.model.embed_tokens.weight[here, i] = 1
+            for id, answer in zip(following, _as_tuple(chain[i + 1]), strict=True):
+                model.lm_head.weight[id, i] = (60 + math.log(answers.get(answer, 1))) / scale
+    return model
+
+
+def _as_tuple(place):
+    return place if isinstance(place, tuple) else (place,)

@@ -20,6 +20,7 @@ COMMANDS = {
     "judge": ("judge", "try a judge on one problem and one completion"),
     "judge-eval": ("judge_eval", "evaluate a judge on solutions whose first wrong step is annotated"),
     "judge-train": ("judge_train", "train a judge on such solutions"),
+    "evaluate": ("evaluate", "evaluate a base and its checkpoints on maths benchmarks"),
     "report": ("report", "make a page about one or more training runs"),
     "env": ("env", "print what a bug report needs"),
 }

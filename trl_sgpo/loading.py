@@ -1,10 +1,12 @@
 """From what stands on a command line or in a YAML file to the object that it means."""
 
+import hashlib
 import importlib
 import inspect
 import json
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,3 +132,53 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
     if loader and Path(name).is_file():
         return load_dataset(loader, data_files=name, streaming=streaming)
     return load_dataset(name, name=config, streaming=streaming)
+
+
+def read_records(
+    name: str, split: str | None, argument: str, config: str | None = None
+) -> Iterator[tuple[dict[str, Any], Iterable[tuple[str, Any]]]]:
+    """
+    The rows of a dataset of the Hub or of a local file, for error messages with their places: for each split (or for the
+    one that is named) what is known of it, and its rows. `argument` names what holds the name, for the messages of the
+    `ValueError`s.
+    """
+    path = Path(name)
+    if path.suffix in (".json", ".jsonl"):
+        if not path.is_file():
+            raise ValueError(
+                f"{argument}={name!r} does not exist. Give a local file, or the name of a dataset of the Hub."
+            )
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        yield {"name": path.name, "sha256": digest}, _json_records(path)
+        return
+    splits = load_rows(name, config)
+    if split is not None and split not in splits:
+        raise ValueError(
+            f"split={split!r} is not in {argument}={name!r}, which has {sorted(splits)}. Give one of these."
+        )
+    shown = path.name if path.exists() else name  # the local folder means nothing to others
+    for part in [split] if split else list(splits):
+        rows = splits[part]
+        source = {"name": shown, "split": part, "fingerprint": getattr(rows, "_fingerprint", None)}
+        yield source, ((f"{shown}, split {part}, row {i}", row) for i, row in enumerate(rows))
+
+
+def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        try:
+            yield from ((f"{path.name}, row {i}", record) for i, record in enumerate(json.loads(text)))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path.name} is not valid JSON: {error}. Write a list of objects.") from error
+        return
+    # Not splitlines(): it would cut at a line separator inside a JSON string
+    for i, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path.name}, line {i} is not valid JSON: {error}. Write one object per line, or one list of objects."
+            ) from error
+        yield f"{path.name}, line {i}", record

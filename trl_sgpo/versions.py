@@ -1,6 +1,7 @@
-"""Which releases of TRL this package stands on. Looked at before anything of TRL is imported."""
+"""Which releases of TRL this package stands on, and which releases are installed. Imports nothing of them."""
 
-from importlib.metadata import version
+import platform
+from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
 
@@ -16,3 +17,14 @@ def check_trl_version() -> None:
             f"TRL {installed} is installed, but trl-sgpo supports TRL from {lowest} up to, not including, {below}: it "
             f'stands on hooks that other versions lack. Run `pip install "trl>={lowest},<{below}"`.'
         )
+
+
+def installed_versions(*names: str) -> dict[str, str]:
+    """The versions of Python and of those packages that are installed: what a result came from."""
+    versions = {"python": platform.python_version()}
+    for name in names:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions

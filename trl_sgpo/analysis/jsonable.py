@@ -1,13 +1,17 @@
-"""Results as JSON."""
+"""Results as JSON, and records of single answers as JSON lines that only grow."""
 
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+
+logger = logging.getLogger(__name__)
 
 
 def jsonable(value: Any) -> Any:
@@ -28,3 +32,21 @@ def write_json(path: Path, value: Any) -> None:
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     unfinished.replace(path)
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that only grows. A last one that a killed run left incomplete is cut off, with a warning."""
+    content = path.read_bytes() if path.exists() else b""
+    whole = content.rfind(b"\n") + 1
+    if whole != len(content):
+        logger.warning("The last line of %s is incomplete and is dropped; what it said is asked for again.", path)
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    return content[:whole].decode("utf-8").split("\n")[:-1]
+
+
+def append_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Adds lines to such a file, in one piece, so that an interrupt leaves whole lines."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)

@@ -14,6 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from trl_sgpo.analysis.jsonable import append_lines, whole_lines
 from trl_sgpo.judge_evaluation.data import Row
 
 
@@ -95,13 +96,7 @@ class Record:
         self.path = path
         self.judge = judge
         self.lines: dict[str, dict[str, Any]] = {}
-        content = path.read_bytes() if path.exists() else b""
-        whole = content.rfind(b"\n") + 1
-        if whole != len(content):  # a run was killed while it wrote
-            logger.warning("The last line of %s is incomplete and is dropped; that verdict is asked for again.", path)
-            with path.open("r+b") as file:
-                file.truncate(whole)
-        for number, text in enumerate(content[:whole].decode("utf-8").split("\n")[:-1], start=1):
+        for number, text in enumerate(whole_lines(path), start=1):
             try:
                 line = json.loads(text)
                 key, writer = line["key"], line["judge"]
@@ -123,9 +118,7 @@ class Record:
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
     def add(self, lines: Sequence[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)  # in one piece, so that an interrupt leaves whole lines
+        append_lines(self.path, lines)
         # Only in memory: these are not asked again in this run, even if abstentions of earlier runs are
         self.lines.update({line["key"]: {**line, "asked_now": True} for line in lines})
 

@@ -4,14 +4,14 @@ per step, and your own files. A row that cannot be understood raises an error th
 understood but cannot be used (no steps, or a label that is not a step) is skipped and counted.
 """
 
-import hashlib
-import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from trl_sgpo.loading import read_records
 
 
 PROBLEM_FIELDS = ("problem", "question", "prompt", "Question")
@@ -76,7 +76,7 @@ def read_rows(
     rows: list[Row] = []
     sources = []
     for name in data:
-        for source, records in _sources(name, split):
+        for source, records in read_records(name, split, "data"):
             skipped: Counter[str] = Counter()
             n_before = len(rows)
             for place, record in records:
@@ -86,47 +86,6 @@ def read_rows(
                     skipped[str(reason)] += 1
             sources.append({**source, "rows": len(rows) - n_before, "skipped": dict(skipped)})
     return rows, sources
-
-
-def _sources(name: str, split: str | None) -> Iterator[tuple[dict[str, Any], Iterable[tuple[str, Any]]]]:
-    path = Path(name)
-    if path.suffix in (".json", ".jsonl"):
-        if not path.is_file():
-            raise ValueError(f"data={name!r} does not exist. Give a local file, or the name of a dataset of the Hub.")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        yield {"name": path.name, "sha256": digest}, _json_records(path)
-        return
-    from trl_sgpo.loading import load_rows
-
-    splits = load_rows(name)
-    if split is not None and split not in splits:
-        raise ValueError(f"split={split!r} is not in data={name!r}, which has {sorted(splits)}. Give one of these.")
-    shown = path.name if path.exists() else name  # the local folder means nothing to others
-    for part in [split] if split else list(splits):
-        rows = splits[part]
-        source = {"name": shown, "split": part, "fingerprint": getattr(rows, "_fingerprint", None)}
-        yield source, ((f"{shown}, split {part}, row {i}", row) for i, row in enumerate(rows))
-
-
-def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        try:
-            yield from ((f"{path.name}, row {i}", record) for i, record in enumerate(json.loads(text)))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path.name} is not valid JSON: {error}. Write a list of objects.") from error
-        return
-    # Not splitlines(): it would cut at a line separator inside a JSON string
-    for i, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path.name}, line {i} is not valid JSON: {error}. Write one object per line, or one list of objects."
-            ) from error
-        yield f"{path.name}, line {i}", record
 
 
 def _row(record: Any, place: str, file: str, split: str | None, columns: Sequence[str]) -> Row:
@@ -148,7 +107,7 @@ def _row(record: Any, place: str, file: str, split: str | None, columns: Sequenc
         id=next((str(record[name]) for name in ID_FIELDS if record.get(name) is not None), place),
         file=file,
         subset=f"{source}/{subset}" if source and str(source) != subset else subset,
-        problem=_problem(record, place),
+        problem=problem_of(record, place),
         steps=steps,
         label=label,
         final_answer_correct=_final_answer_correct(record, place),
@@ -157,7 +116,8 @@ def _row(record: Any, place: str, file: str, split: str | None, columns: Sequenc
     )
 
 
-def _field(record: Mapping[str, Any], names: Sequence[str], what: str, place: str) -> tuple[str, Any]:
+def field_of(record: Mapping[str, Any], names: Sequence[str], what: str, place: str) -> tuple[str, Any]:
+    """Name and value of the first of these fields that a record has."""
     for name in names:
         if name in record:
             return name, record[name]
@@ -166,8 +126,9 @@ def _field(record: Mapping[str, Any], names: Sequence[str], what: str, place: st
     )
 
 
-def _problem(record: Mapping[str, Any], place: str) -> str:
-    name, problem = _field(record, PROBLEM_FIELDS, "problem", place)
+def problem_of(record: Mapping[str, Any], place: str) -> str:
+    """The text of the problem in a record. `place` names the record in the error if there is none."""
+    name, problem = field_of(record, PROBLEM_FIELDS, "problem", place)
     if isinstance(problem, list) and problem and all(isinstance(message, Mapping) for message in problem):
         from trl_sgpo.judges.stepwise import problem_text
 
@@ -178,7 +139,7 @@ def _problem(record: Mapping[str, Any], place: str) -> str:
 
 
 def _steps(record: Mapping[str, Any], place: str) -> tuple[str, ...]:
-    name, steps = _field(record, STEPS_FIELDS, "list of steps", place)
+    name, steps = field_of(record, STEPS_FIELDS, "list of steps", place)
     if hasattr(steps, "tolist"):
         steps = steps.tolist()
     if not isinstance(steps, list | tuple) or not all(isinstance(step, str) for step in steps):
@@ -189,7 +150,7 @@ def _steps(record: Mapping[str, Any], place: str) -> tuple[str, ...]:
 
 
 def _label(record: Mapping[str, Any], place: str, n_steps: int) -> int:
-    name, label = _field(record, LABEL_FIELDS, "label", place)
+    name, label = field_of(record, LABEL_FIELDS, "label", place)
     if label is None:
         raise _UnusableRow(f"{name} is empty")
     if name == "labels":

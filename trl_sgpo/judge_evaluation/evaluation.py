@@ -9,7 +9,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from trl_sgpo.judge_evaluation.robustness import (
     shape_results,
     unperturbed,
 )
+from trl_sgpo.versions import installed_versions
 
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def evaluate(args: "JudgeEvalArguments") -> dict[str, Any]:
             for name, value in asdict(args).items()
             if name not in ("judge", "judge_args", "data", "output", "cache")  # may hold paths and keys
         },
-        "versions": _versions(),
+        "versions": installed_versions("trl-sgpo", "trl", "transformers", "torch", "numpy", "openai"),
         "hardware": f"{platform.machine()}, {os.cpu_count()} CPUs",
     }
     write_json(output / "results.json", results)
@@ -182,16 +182,6 @@ def _cost(lines: Sequence[Mapping[str, Any]], asked_now: int, kept: int) -> dict
         "asked_in_this_run": asked_now,
         "in_the_record_before": kept,
     }
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("trl-sgpo", "trl", "transformers", "torch", "numpy", "openai"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def _plot(path: Path, rows: Sequence[Row], answers: Sequence[int], results: Mapping[str, Any]) -> None:

@@ -86,13 +86,14 @@ class Breaker:
     Used in the event loop only.
     """
 
-    def __init__(self, label: str, failures: int, seconds: float) -> None:
+    def __init__(self, label: str, settings: ServerSettings) -> None:
         self.label = label
-        self.failures = failures
-        self.seconds = seconds
+        self.failures = settings.breaker_failures
+        self.seconds = settings.breaker_seconds
+        self.words = settings
         self._in_a_row = 0
         self._last = ""
-        self._pause = seconds
+        self._pause = self.seconds
         self._until: float | None = None
         self._trial: asyncio.Future[None] | None = None
 
@@ -130,7 +131,7 @@ class Breaker:
         self._in_a_row = 0
         if self._until is not None:
             self._until, self._pause = None, self.seconds
-            logger.warning("The judge's server %s answers again.", self.label)
+            logger.warning("%s's server %s answers again.", self.words.asker, self.label)
         self.ended(trial)
 
     def failed(self, text: str, trial: bool) -> None:
@@ -142,9 +143,9 @@ class Breaker:
         elif self._until is None and self._in_a_row >= self.failures:
             self._until = monotonic() + self._pause
             logger.warning(
-                f"THE JUDGE'S SERVER {self.label} IS DOWN: {self._in_a_row} requests failed in a row, the last one "
-                f"with: {text}. For {self._pause:g} s it is not asked; what no other server answers is abstained on, "
-                "and training goes on as GRPO. Then it is tried again, at growing intervals."
+                f"{self.words.asker.upper()}'S SERVER {self.label} IS DOWN: {self._in_a_row} requests failed in a row, "
+                f"the last one with: {text}. For {self._pause:g} s it is not asked; {self.words.if_down}. Then it is tried again, at "
+                "growing intervals."
             )
         self.ended(trial)
 
@@ -169,7 +170,7 @@ class Endpoint:
     def __post_init__(self) -> None:
         self.request_format = self.settings.request_format
         self.pace = Pace(self.settings.max_concurrency, self.settings.breaker_seconds)
-        self.breaker = Breaker(self.url, self.settings.breaker_failures, self.settings.breaker_seconds)
+        self.breaker = Breaker(self.url, self.settings)
         self._ladder = asyncio.Lock()
         self._is_proven = False  # whether a request in `request_format` was answered
         self._walks_left = _WALKS
@@ -216,8 +217,8 @@ class Endpoint:
         self.pace.refused(period, failure.delay, failure.text)
         log_once(
             f"rate {self.url}",
-            f"The judge's server {self.url} limits the rate of requests ({failure.text}). It is asked more slowly. "
-            "Judging takes longer; what batch_deadline allows is judged.",
+            f"{self.settings.asker}'s server {self.url} limits the rate of requests ({failure.text}). It is asked more "
+            "slowly, as far as batch_deadline allows.",
         )
 
     async def _retried(self, write: Write, retries: int, end: float, trial: bool) -> tuple[Any, dict[str, Any]]:
@@ -287,7 +288,7 @@ class Endpoint:
         lost = (before.temperature and not request_format.temperature) or before.extra != request_format.extra
         log_once(
             f"format {self.url} {difference}",
-            f"The judge's server {self.url} refuses a part of what it is sent. From now on: {difference}.",
+            f"{self.settings.asker}'s server {self.url} refuses a part of what it is sent. From now on: {difference}.",
             level=logging.WARNING if lost else logging.INFO,
         )
         self.request_format = request_format

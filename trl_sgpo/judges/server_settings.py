@@ -110,6 +110,13 @@ class ServerSettings:
     breaker_failures: int
     breaker_seconds: float
     has_text: Callable[[dict[str, Any]], bool] = _always  # whether a server's answer says anything
+    # The words of the log: who asks, and what becomes of a request that nobody answers
+    asker: str = "The judge"
+    if_down: str = "what no other server answers is abstained on, and training goes on as GRPO"
+    if_unanswered: str = (
+        "What nobody answers is an abstention; further ones of this kind are counted in the metric `sgpo/abstain_rate` and "
+        "not shown."
+    )
 
     def __post_init__(self) -> None:
         for name, least in (("max_concurrency", 1), ("max_retries", 0), ("breaker_failures", 1)):

@@ -206,7 +206,6 @@ class Servers:
     def _logged(self, failure: RequestFailed) -> RequestFailed:
         log_once(
             failure.kind,
-            f"The judge {self.judge}: {failure.text.rstrip('.')}. What nobody answers is an abstention; further ones "
-            "of this kind are counted in the metric `sgpo/abstain_rate` and not shown.",
+            f"{self.settings.asker} {self.judge}: {failure.text.rstrip('.')}. {self.settings.if_unanswered}",
         )
         return failure

@@ -18,6 +18,7 @@ from trl_sgpo.analysis.metrics import (
     mean_estimate,
     pass_at_k,
     rates,
+    sign_flip_p,
 )
 
 
@@ -119,3 +120,23 @@ class TestIntervals:
     )
     def test_students_t(self, degrees, quantile):
         assert rates._t_quantile(0.975, degrees) == pytest.approx(quantile, rel=0.015)
+
+
+class TestSignFlips:
+    @pytest.mark.parametrize("seed", range(5))
+    def test_equals_enumeration(self, seed):
+        differences = np.random.default_rng(seed).choice([-1, -0.5, 0, 0.25, 1], size=9)
+        sums = [abs(np.dot(signs, differences)) for signs in itertools.product([1, -1], repeat=9)]
+        assert sign_flip_p(differences) == pytest.approx(np.mean(np.array(sums) >= abs(differences.sum()) - 1e-9))
+
+    @pytest.mark.parametrize(("better", "worse"), [(12, 3), (20, 20), (40, 15)])
+    def test_many_differences_of_one_are_mcnemars_exact_test(self, better, worse):
+        n = better + worse
+        exact = min(1.0, 2 * sum(math.comb(n, k) for k in range(max(better, worse), n + 1)) / 2**n)
+        p = sign_flip_p([1] * better + [-1] * worse + [0] * 30)
+        assert p == pytest.approx(exact, abs=0.02 if exact > 0.01 else 0.001)
+        assert sign_flip_p([-1] * better + [1] * worse) == pytest.approx(p, abs=0.02)
+
+    def test_edges(self):
+        assert sign_flip_p([]) == sign_flip_p([0, 0]) == sign_flip_p([1]) == 1
+        assert 0 < sign_flip_p([1] * 200) < 0.001

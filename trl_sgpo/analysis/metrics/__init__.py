@@ -1,7 +1,7 @@
 """
 Metrics as pure functions of counts, answers and log-probabilities. Nothing here knows trainers, models or files.
 
-    rates.py       pass@k, Cover@tau, maj@k, answer entropy; a number with its bootstrap interval
+    rates.py       pass@k, Cover@tau, maj@k, answer entropy; a number with its bootstrap interval; a test for pairs
     support.py     which prompts base and policy solve, the gain by difficulty, the tilt line: from counts
     likelihood.py  perplexity, KL, tilt strength, ranks: from log-probabilities
 
@@ -29,6 +29,7 @@ from trl_sgpo.analysis.metrics.rates import (
     mean_estimate,
     pass_at_k,
     percentile_interval,
+    sign_flip_p,
     usual_ks,
 )
 from trl_sgpo.analysis.metrics.support import (
@@ -64,6 +65,7 @@ __all__ = [
     "rank_of_correct",
     "sampling_efficiency_gap",
     "saturation",
+    "sign_flip_p",
     "support_table",
     "tilt_fit",
     "tilt_gain",

@@ -12,6 +12,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 
+_EXACT_FLIPS = 13  # differences whose sign flips are all tried
+_FLIPS_AT_A_TIME = 500  # which bounds the memory for many prompts
+
+
 def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> np.ndarray:
     """
     Unbiased estimate of pass@k from `n` samples of which `c` are correct: `1 - C(n - c, k) / C(n, k)` (arXiv
@@ -197,6 +201,37 @@ def mean_estimate(values_P: ArrayLike, **options: Any) -> Estimate:
     """The mean over prompts, NaN left out, with its [`bootstrap`] interval: for pass@k, Cover@tau and the like."""
     values = np.asarray(values_P, dtype=np.float64)
     return bootstrap(lambda v: float(v.mean()), values[~np.isnan(values)], **options)
+
+
+def sign_flip_p(difference_P: ArrayLike, n_flips: int = 10_000, seed: int = 0) -> float:
+    """
+    Two-sided p-value of the sign-flip permutation test: how often a mean at least as far from 0 comes about if every
+    prompt's difference has either sign with probability 1/2. With up to 13 differences that are not 0 it is exact, else an
+    estimate from `n_flips` draws, which is never 0. 1 if no prompt differs.
+
+    It is the test for pairs: two models on the same prompts. With differences of 1, 0 and -1 it is McNemar's exact test.
+
+    ```python
+    >>> sign_flip_p([1, 1, 1, 1, 0, 0])
+    0.125
+    ```
+    """
+    difference = np.asarray(difference_P, dtype=np.float64)
+    difference = difference[difference != 0]
+    n = difference.size
+    if not n:
+        return 1.0
+    least = abs(difference.sum()) - 1e-9  # sums of the same numbers in another order may differ in the last digit
+    if n <= _EXACT_FLIPS:
+        signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+        return float((abs(signs @ difference) >= least).mean())
+    rng = np.random.default_rng(seed)
+    as_far = 0
+    for start in range(0, n_flips, _FLIPS_AT_A_TIME):
+        size = min(_FLIPS_AT_A_TIME, n_flips - start)
+        signs = 1 - 2 * rng.integers(2, size=(size, n), dtype=np.int8)
+        as_far += int((abs(signs @ difference) >= least).sum())
+    return (as_far + 1) / (n_flips + 1)
 
 
 def checked_counts(n: ArrayLike, c: ArrayLike, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
