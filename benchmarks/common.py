@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from trl_sgpo.analysis.jsonable import jsonable
+from trl_sgpo.analysis.jsonable import jsonable, whole_lines
 
 
 def commit() -> str:
@@ -79,24 +79,8 @@ def write_results(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines. A line that was cut off by an interruption is left out: its run is made again."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
-def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Adds a record to a file of JSON lines, and ends a line before it that was cut off."""
-    cut_off = path.exists() and not path.read_bytes().endswith(b"\n")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(("\n" if cut_off else "") + json.dumps(record) + "\n")
+    """The records of a file of JSON lines. One that was cut off by an interruption is left out: its run is made again."""
+    return [json.loads(line) for line in whole_lines(path)]
 
 
 def _set_threads(threads: int) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import append_line, read_lines
+from benchmarks.common import read_lines
 from benchmarks.controlled_study.settings import (
     COMPLETIONS_PER_UPDATE,
     LEARNING_RATES,
@@ -14,6 +14,7 @@ from benchmarks.controlled_study.settings import (
     Run,
 )
 from benchmarks.curves import area
+from trl_sgpo.analysis.jsonable import append_lines
 
 
 class Records:
@@ -38,7 +39,7 @@ class Records:
             name, self.bases[record["base"]] = "bases.jsonl", record
         else:
             name, self.runs[record["key"]] = "runs.jsonl", record
-        append_line(self.folder / name, record)
+        append_lines(self.folder / name, [record])
 
 
 def select(records: Records, **where: Any) -> list[dict[str, Any]]:

@@ -16,10 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import append_line, in_processes, provenance, read_lines
+from benchmarks.common import in_processes, provenance, read_lines
 from benchmarks.pretrained.report import best_rate
 from benchmarks.pretrained.settings import ARMS, TABLES, TUNED, Run
 from benchmarks.pretrained.weights import MODEL
+from trl_sgpo.analysis.jsonable import append_lines
 
 
 HERE = Path(__file__).parent
@@ -55,7 +56,7 @@ def execute(what: Sequence[Run | str], args: argparse.Namespace) -> None:
         if "error" in record:
             bar.write(f"FAILED {record['key']}: {record['error']}")
             continue
-        append_line(args.output / ("runs.jsonl" if "key" in record else "bases.jsonl"), record)
+        append_lines(args.output / ("runs.jsonl" if "key" in record else "bases.jsonl"), [record])
         bar.set_postfix_str(
             f"{record['key']}: {record['end']['sampled']['accuracy']:.3f}" if "key" in record else "base"
         )
@@ -95,6 +96,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.tokens and args.output == HERE / "results":
         parser.error("--tokens changes the runs: give --output, so that they do not mix with the others.")
+    args.output.mkdir(parents=True, exist_ok=True)
     for table in args.tables:
         if table == "base":
             described = {record["task"] for record in read_lines(args.output / "bases.jsonl")}
