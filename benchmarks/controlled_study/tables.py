@@ -255,9 +255,9 @@ def _dead_tokens() -> list[Run]:
 def _baseline() -> list[Run]:
     return [
         _anew(dial, RECOMMENDED + form, seed, factor)
+        for factor in (1, 2, 4)
         for seed in SEEDS
         for dial in ANEW_BUDGET
-        for factor in (1, 2, 4)
         for form in (FORMS if factor == 1 else FORMS[:3])  # the second clock at one rate
     ]
 
