@@ -222,6 +222,22 @@ def test_an_answer_that_cannot_be_used_is_an_abstention(family, answer, reason):
         assert len(server.seen) == 2
 
 
+def test_a_server_that_finds_no_step_tag_is_told_which_one_to_look_for(family):
+    tag = family.tokenizer.convert_tokens_to_ids("<extra_0>")
+    remedy = f"""start it with --pooler-config '{{"step_tag_id": {tag}}}'"""
+    for n_rows, expected in ((0, True), (4, False)):
+        with serving(lambda body, handler, n_rows=n_rows: data([[0.5, 0.5]] * n_rows)) as server:
+            reason = VLLMPoolingJudge("m", server.url, tokenizer=str(family.folder)).judge(ITEMS[:1])[0].reason
+            assert f"the server gave {n_rows} rows" in reason
+            assert (remedy in reason) is expected
+    # A model whose scores are read at the end of a step has no tag to name
+    with serving(lambda body, handler: data([])) as server:
+        spec = PRMSpec.preset("trl", read_at="step")
+        reason = VLLMPoolingJudge("m", server.url, spec, byte_tokenizer()).judge(ITEMS[:1])[0].reason
+        assert "the server gave 0 rows" in reason
+        assert "step_tag_id" not in reason
+
+
 def test_one_bad_answer_costs_one_verdict(family):
     def answer(body, handler):
         (ids,) = body["input"]

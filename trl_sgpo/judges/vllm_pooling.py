@@ -180,10 +180,14 @@ class VLLMPoolingJudge(StepScorer):
             # A step tag such as a newline may stand inside a step too
             chosen = [rows[tagged.index(position)] for position in encoded.positions]
         else:
-            return (
+            reason = (
                 f"the server gave {len(rows)} rows for {len(encoded.ids)} tokens with {len(tagged)} step tags and "
                 f"{len(encoded.positions)} steps"
             )
+            if not rows and self.spec.read_at == "separator":
+                option = f"""--pooler-config '{{"step_tag_id": {tag}}}'"""
+                reason += f". Its step tag may be another token: start it with {option}"
+            return reason
         if not self.use_activation and all(map(_are_probabilities, rows)):
             return "the server gave probabilities although use_activation=False: use use_activation=True"
         return [self._score(row if isinstance(row, list) else [row]) for row in chosen]
