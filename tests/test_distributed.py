@@ -13,20 +13,35 @@ import torch
 from trl_sgpo.groups import group_advantages
 
 
-@pytest.fixture
-def two_ranks(tmp_path):
-    def run(mode, n_processes=2):
+ON_ONE = ("baseline_steps", "baseline_characters", "lens", "zvp", "whole", "live")
+ON_TWO = (*ON_ONE[:4], "live", "straddle", "one_sided", "prefix", "fails_on_one_rank", "masked")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """`two_ranks(mode, n_processes)`: what each rank wrote down, the errors and the folder. All modes are run at once."""
+    launched = {}
+
+    def launch(n_processes):
+        folder = tmp_path_factory.mktemp(f"on_{n_processes}")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_processes)]
+        modes = ON_ONE if n_processes == 1 else ON_TWO
         result = subprocess.run(
-            [*command, str(Path(__file__).parent / "two_ranks.py"), mode, str(tmp_path)],
+            [*command, str(Path(__file__).parent / "two_ranks.py"), str(folder), *modes],
             env={**os.environ, "OMP_NUM_THREADS": "1", "CI": "true"},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=280,
         )
         assert result.returncode == 0, result.stderr[-4000:]
-        ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(n_processes)]
-        return ranks, result.stderr, tmp_path
+        return folder, result.stderr
+
+    def run(mode, n_processes=2):
+        if n_processes not in launched:
+            launched[n_processes] = launch(n_processes)
+        folder, stderr = launched[n_processes]
+        ranks = [json.loads((folder / mode / f"rank{rank}.json").read_text()) for rank in range(n_processes)]
+        return ranks, stderr, folder / mode
 
     return run
 
@@ -41,7 +56,7 @@ def test_groups_that_straddle_ranks(two_ranks):
         assert torch.equal(rewards.nan_to_num(), torch.tensor(b["rewards"]).nan_to_num())  # one matrix on both ranks
         assert rewards.shape == (12, 2)
         assert torch.isnan(rewards[:, 1]).all()  # nobody writes into it
-        table = pd.read_parquet(folder / "run" / "completions" / f"completions_{step:05d}.parquet")
+        table = pd.read_parquet(folder / "completions" / f"completions_{step:05d}.parquet")
         assert len(table) == 12
         assert table["judge_first_error"].notna().all()
         rts = (table["judge_first_error"] / table["judge_n_steps"]).tolist()
@@ -86,7 +101,7 @@ def test_credit_per_token_on_one_rank_only(two_ranks):
         halves = [torch.tensor(half["advantages"]) for half in (a, b)]
         assert [half.dim() for half in halves] == [2, 1]
         assert set(halves[0].unique().tolist()) <= {0.5, -0.25, 0.0}
-    table = pd.read_parquet(folder / "run" / "completions" / "completions_00001.parquet")
+    table = pd.read_parquet(folder / "completions" / "completions_00001.parquet")
     halves = [torch.tensor(rank["rounds"][0]["advantages"]) for rank in (rank0, rank1)]
     lengths = table["completion"].str.split().str.len().tolist()
     expected = [row[:n].mean().item() for row, n in zip(halves[0], lengths, strict=False)] + halves[1].tolist()
