@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -89,14 +89,26 @@ def _set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def in_processes(
-    work: Callable[[Any], dict[str, Any]], tasks: Sequence[Any], workers: int, threads: int = 1
-) -> Iterator[dict[str, Any]]:
+def record_all(
+    work: Callable[[Any], dict[str, Any]],
+    jobs: Sequence[Any],
+    keep: Callable[[dict[str, Any]], str],
+    workers: int,
+    threads: int = 1,
+) -> None:
     """
-    The records that `work` makes of the tasks, as they come. Each runs in a process of its own, several at a time, with one
-    torch thread by default: two torch processes that share two cores slow each other down many times otherwise.
+    Does all jobs, each in a process of its own, several at a time. `keep` stores a record as soon as it is there, and returns
+    what the progress bar shows of it. A record with `error` is said and not kept. One torch thread for each by default: two
+    torch processes that share two cores slow each other down many times otherwise.
     """
+    from tqdm.auto import tqdm
+
     os.environ["OMP_NUM_THREADS"] = str(threads)
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers, _set_threads, (threads,), maxtasksperchild=8) as pool:
-        yield from pool.imap_unordered(work, tasks)
+        bar = tqdm(pool.imap_unordered(work, jobs), total=len(jobs), unit="run")
+        for record in bar:
+            if "error" in record:
+                bar.write(f"FAILED {record['key']}: {record['error']}")
+            else:
+                bar.set_postfix_str(keep(record))

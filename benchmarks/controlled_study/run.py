@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import in_processes, provenance
+from benchmarks.common import provenance, record_all
 from benchmarks.controlled_study.records import Records, best_learning_rate
 from benchmarks.controlled_study.settings import ARMS, DIALS, TUNING_SEEDS, Run, base_folder
 from benchmarks.controlled_study.tables import TABLES
@@ -39,19 +39,14 @@ def _work(task: tuple[str, Any, Path, dict[str, Any]]) -> dict[str, Any]:
 
 
 def execute(kind: str, what: Sequence[Any], folder: Path, records: Records, workers: int) -> None:
-    from tqdm.auto import tqdm
-
     made_with = provenance(("trl", "transformers", "torch"), threads=1)
-    tasks = [(kind, item, folder, made_with) for item in what]
-    bar = tqdm(in_processes(_work, tasks, workers), total=len(tasks), unit="run")
-    for record in bar:
-        name = record.get("key", f"base {record.get('base')}")
-        if "error" in record:
-            bar.write(f"FAILED {name}: {record['error']}")
-            continue
+
+    def keep(record: dict[str, Any]) -> str:
         records.append(record)
         last = record["curve"][-1]["accuracy"] if "curve" in record else record["accuracy"]
-        bar.set_postfix_str(f"{name}: {last:.2f}")
+        return f"{record.get('key', 'base')}: {last:.2f}"
+
+    record_all(_work, [(kind, item, folder, made_with) for item in what], keep, workers)
 
 
 def wanted(table: str, records: Records, args: argparse.Namespace) -> Iterator[Run]:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import in_processes, provenance, read_lines
+from benchmarks.common import provenance, read_lines, record_all
 from benchmarks.pretrained.report import best_rate
 from benchmarks.pretrained.settings import ARMS, TABLES, TUNED, Run
 from benchmarks.pretrained.weights import MODEL
@@ -47,19 +47,13 @@ def _work(job: tuple[Run | str, argparse.Namespace, dict[str, Any]]) -> dict[str
 
 
 def execute(what: Sequence[Run | str], args: argparse.Namespace) -> None:
-    from tqdm.auto import tqdm
-
     made_with = provenance(("trl", "transformers", "torch"))
-    jobs = [(item, args, made_with) for item in what]
-    bar = tqdm(in_processes(_work, jobs, args.workers, args.threads), total=len(jobs), unit="run")
-    for record in bar:
-        if "error" in record:
-            bar.write(f"FAILED {record['key']}: {record['error']}")
-            continue
+
+    def keep(record: dict[str, Any]) -> str:
         append_lines(args.output / ("runs.jsonl" if "key" in record else "bases.jsonl"), [record])
-        bar.set_postfix_str(
-            f"{record['key']}: {record['end']['sampled']['accuracy']:.3f}" if "key" in record else "base"
-        )
+        return f"{record['key']}: {record['end']['sampled']['accuracy']:.3f}" if "key" in record else "base"
+
+    record_all(_work, [(item, args, made_with) for item in what], keep, args.workers, args.threads)
 
 
 def wanted(table: str, args: argparse.Namespace) -> list[Run]:
