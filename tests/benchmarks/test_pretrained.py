@@ -2,13 +2,15 @@
 
 import json
 import random
-from dataclasses import replace
+import sys
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from toys import all_mixed, byte_tokenizer, save_model, tiny_llama
 
 from benchmarks.pretrained import report, training
+from benchmarks.pretrained import run as run_script
 from benchmarks.pretrained.settings import ARMS, MAIN, TABLES, Run
 from benchmarks.pretrained.tasks import (
     Problem,
@@ -22,6 +24,7 @@ from benchmarks.pretrained.tasks import (
     strict_answer,
 )
 from trl_sgpo import SGPOConfig
+from trl_sgpo.analysis.jsonable import append_lines
 from trl_sgpo.judges import ArithmeticJudge, JudgeItem
 from trl_sgpo.steps import segment
 
@@ -96,6 +99,24 @@ def test_tables_of_no_records_and_the_rate_that_tuning_chose(tmp_path):
     runs = [tuned(arm, rate, accuracy) for arm in MAIN for rate, accuracy in ((1e-5, 0.1), (2e-5, 0.2))]
     assert report.best_rate(runs, "prefix_random") == 2e-5
     assert report.task_table(runs, "chains")
+
+
+def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments, "--output", str(tmp_path)])
+        monkeypatch.setattr(run_script, "execute", lambda what, args: asked.extend(what))
+        asked: list = []
+        run_script.main()
+        return asked
+
+    tuning = call("tune", "--tokens", "100")
+    assert len(tuning) == 6
+    curve = [{"tokens": 0, "accuracy": 0.0}, {"tokens": 100, "accuracy": 0.1}]
+    append_lines(tmp_path / "runs.jsonl", [{"key": run.key, **asdict(run), "curve": curve} for run in tuning[:4]])
+    assert call("tune", "--tokens", "100") == tuning[4:]
+    assert {run.learning_rate for run in call("main", "--arms", "grpo", "--tokens", "100")} == {1e-5}
+    with pytest.raises(SystemExit, match="prefix has no tuned learning rate yet"):
+        call("main", "--arms", "prefix")
 
 
 @pytest.mark.slow
