@@ -11,7 +11,6 @@ import shutil
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -165,23 +164,20 @@ class Policy(SGPOTrainer):
         self.imitate = imitate
         self.sampler = copy.deepcopy(self.accelerator.unwrap_model(self.model)).to(torch.bfloat16).eval()
 
-    @contextmanager
-    def sampling(self) -> Any:
+    def sampling(self) -> PreTrainedModel:
         """The copy, with the weights of now."""
         model = self.accelerator.unwrap_model(self.model)
         with torch.no_grad():
             for old, new in zip(self.sampler.parameters(), model.parameters(), strict=True):
                 old.copy_(new)
-        yield self.sampler
+        return self.sampler
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        policy = self.model_wrapped
-        with self.sampling() as sampler:
-            self.model_wrapped = sampler
-            try:
-                return super()._generate_single_turn(*args, **kwargs)
-            finally:
-                self.model_wrapped = policy
+        policy, self.model_wrapped = self.model_wrapped, self.sampling()
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            self.model_wrapped = policy
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         rewards_BF = super()._calculate_rewards(*args, **kwargs)
@@ -229,9 +225,8 @@ class Watcher(TokenBudget):
     def evaluate(self) -> None:
         n_problems, n = self.effort.along
         problems = self.task.to_test[:n_problems]
-        with self.trainer.sampling() as sampler:
-            tokenizer = self.trainer.processing_class
-            texts, lengths = sample(sampler, tokenizer, problems, n, self.task.max_completion_length)
+        tokenizer = self.trainer.processing_class
+        texts, lengths = sample(self.trainer.sampling(), tokenizer, problems, n, self.task.max_completion_length)
         logged = {name: round(statistics.fmean(values), 4) for name, values in self.window.items()}
         self.curve.append({"tokens": self.generated, **score(problems, texts, lengths), **logged})
         self.window = {}
@@ -395,8 +390,7 @@ def train(run: Run, task: Task, base: Path, folder: Path) -> dict[str, Any]:
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = watcher.taken()
-    with trainer.sampling() as sampler:
-        end = measure(sampler, trainer.processing_class, task, EFFORT[run.task])
+    end = measure(trainer.sampling(), trainer.processing_class, task, EFFORT[run.task])
     trainer.save_model(str(out / "policy"))
     for leftover in out.glob("checkpoint-*"):
         shutil.rmtree(leftover)
