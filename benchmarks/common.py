@@ -90,7 +90,7 @@ def _set_threads(threads: int) -> None:
 
 
 def record_all(
-    work: Callable[[Any], dict[str, Any]],
+    work: Callable[[Any], dict[str, Any] | None],
     jobs: Sequence[Any],
     keep: Callable[[dict[str, Any]], str],
     workers: int,
@@ -98,8 +98,9 @@ def record_all(
 ) -> None:
     """
     Does all jobs, each in a process of its own, several at a time. `keep` stores a record as soon as it is there, and returns
-    what the progress bar shows of it. A record with `error` is said and not kept. One torch thread for each by default: two
-    torch processes that share two cores slow each other down many times otherwise.
+    what the progress bar shows of it. A record with `error` is said and not kept. A job that was stopped before its end has
+    none. One torch thread for each by default: two torch processes that share two cores slow each other down many times
+    otherwise.
     """
     from tqdm.auto import tqdm
 
@@ -108,6 +109,8 @@ def record_all(
     with context.Pool(workers, _set_threads, (threads,), maxtasksperchild=8) as pool:
         bar = tqdm(pool.imap_unordered(work, jobs), total=len(jobs), unit="run")
         for record in bar:
+            if record is None:
+                continue
             if "error" in record:
                 bar.write(f"FAILED {record['key']}: {record['error']}")
             else:

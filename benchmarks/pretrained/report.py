@@ -30,12 +30,17 @@ Row = dict[str, Any]
 
 
 def best_rate(runs: Sequence[Row], arm: str) -> float | None:
-    """The learning rate with the largest mean accuracy over the tuning run. Methods that were not tuned take prefix credit's."""
+    """
+    The learning rate with the largest mean accuracy over the tuning run, when all of them are recorded. Methods that were not
+    tuned take prefix credit's.
+    """
     tuned = [r for r in runs if r["task"] == "chains" and r["seed"] == TUNING_SEED]
     tuned = [
         r for r in tuned if r["arm"] == (arm if arm in MAIN else "prefix") and r["learning_rate"] in LEARNING_RATES
     ]
-    return max(tuned, key=lambda r: area(r, r["tokens"]))["learning_rate"] if tuned else None
+    if len(tuned) < len(LEARNING_RATES):
+        return None
+    return max(tuned, key=lambda r: area(r, r["tokens"]))["learning_rate"]
 
 
 def runs_of(runs: Sequence[Row], task: str, arm: str) -> list[Row]:
@@ -135,7 +140,8 @@ def main() -> None:
         (TABLES["main"].question, task_table(runs, "chains")),
         (TABLES["gsm8k"].question, task_table(runs, "gsm8k")),
     ]
-    text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections)
+    recorded = [(title, table) for title, table in sections if len(table.splitlines()) > 2]
+    text = "\n\n".join(f"## {title}\n\n{table}" for title, table in recorded)
     (args.output / "tables.md").write_text(text + "\n")
     print(text)
 

@@ -6,11 +6,13 @@ GRPO, SGPO and per-token credit on a pretrained language model, SmolLM2-135M-Ins
     python -m benchmarks.pretrained.run main --weights FOLDER         # weights without a Hub: see weights.py
 
 Each finished run is one line of results/runs.jsonl, and is not run again. An interrupted run goes on from its last
-checkpoint, at most ten updates back. `report.py` makes the tables. On a CUDA device give `--workers 6` or so: they share it.
+checkpoint, at most ten updates back. `--minutes` ends the command in time, with a checkpoint of each run. `report.py` makes
+the tables. On a CUDA device give `--workers 6` or so: they share it.
 """
 
 import argparse
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,13 +28,24 @@ from trl_sgpo.analysis.jsonable import append_lines
 HERE = Path(__file__).parent
 
 
-def _work(job: tuple[Run | str, argparse.Namespace, dict[str, Any]]) -> dict[str, Any]:
-    """In a process of its own: one run, or the description of one base."""
+def _same_base(task: str, base: str, output: Path) -> None:
+    """Runs from two bases may not stand in one table."""
+    for record in read_lines(output / "bases.jsonl"):
+        if record["task"] == task and record["base_weights"] != base:
+            raise ValueError(
+                f"the records in {output} are of base {record['base_weights']}, and --work holds {base}. Give another --output."
+            )
+
+
+def _work(job: tuple[Run | str, argparse.Namespace, dict[str, Any]]) -> dict[str, Any] | None:
+    """In a process of its own: one run, or the description of one base. None if the time is over before its end."""
     what, args, made_with = job
+    if args.until and time.time() > args.until:
+        return None
     import transformers
 
     from benchmarks.pretrained.tasks import get_task
-    from benchmarks.pretrained.training import describe_base, make_base, train
+    from benchmarks.pretrained.training import describe_base, fingerprint, make_base, train
 
     transformers.utils.logging.set_verbosity_error()
     name = what if isinstance(what, str) else what.task
@@ -41,7 +54,9 @@ def _work(job: tuple[Run | str, argparse.Namespace, dict[str, Any]]) -> dict[str
         return {"task": name, **describe_base(name, task, args.weights, args.work), **made_with}
     base = make_base(name, task, args.weights, args.work)
     try:
-        return {"key": what.key, **train(what, task, base, args.work), **made_with}
+        _same_base(name, fingerprint(base), args.output)
+        record = train(what, task, base, args.work, args.until)
+        return record and {"key": what.key, **record, **made_with}
     except Exception as error:  # one run that breaks must not lose the others
         return {"key": what.key, "error": f"{type(error).__name__}: {error}"}
 
@@ -83,6 +98,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="generated tokens of each run; give --output too")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each run")
+    parser.add_argument("--minutes", type=float, help="time after which runs stop with a checkpoint")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the records")
     parser.add_argument(
         "--work", type=Path, default=Path("outputs/pretrained"), help="folder of bases and checkpoints"
@@ -90,6 +106,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.tokens and args.output == HERE / "results":
         parser.error("--tokens changes the runs: give --output, so that they do not mix with the others.")
+    args.until = time.time() + 60 * args.minutes if args.minutes else None
     args.output.mkdir(parents=True, exist_ok=True)
     for table in args.tables:
         if table == "base":
@@ -101,6 +118,9 @@ def main() -> None:
         print(f"{table}: {len(what)} to do", flush=True)
         if what:
             execute(what, args)
+        if args.until and time.time() > args.until:
+            print("The time is over. The same command goes on.")
+            return
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ bf16 copy of the weights, because casting them for each token takes most of the 
 """
 
 import copy
+import hashlib
 import json
 import shutil
 import statistics
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -47,10 +49,12 @@ from trl_sgpo.steps import segment
 from trl_sgpo.tasks.token_budget import TokenBudget
 
 
-MICRO_BATCH = 16
+MICRO_BATCH = {"cpu": 16, "cuda": 32}  # completions; the update is the same
+SFT_BATCH = 16
 SAMPLING_BATCH = 128
 STATE = "watcher.json"  # in a checkpoint: the curve so far
 SAVE_EVERY = 10  # updates
+FINGERPRINT = "fingerprint"  # in a base's folder, when it is finished
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,8 @@ EFFORT = {
 }
 
 
-def on_cpu() -> bool:
-    return not torch.cuda.is_available()
-
-
 def device() -> str:
-    return "cpu" if on_cpu() else "cuda"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @torch.no_grad()
@@ -192,11 +192,14 @@ class Policy(SGPOTrainer):
 
 
 class Watcher(TokenBudget):
-    """Measures the policy along the way, and keeps the curve beside each checkpoint."""
+    """
+    Measures the policy along the way, and keeps the curve beside each checkpoint. At `until`, a `time.time()`, the run stops
+    with a checkpoint to go on from.
+    """
 
-    def __init__(self, run: Run, trainer: Policy, task: Task, folder: Path):
+    def __init__(self, run: Run, trainer: Policy, task: Task, until: float | None = None):
         super().__init__(run.tokens)
-        self.run, self.trainer, self.task, self.folder = run, trainer, task, folder
+        self.run, self.trainer, self.task, self.until = run, trainer, task, until
         self.effort = EFFORT[run.task]
         self.curve: list[dict[str, Any]] = []
         self.window: dict[str, list[float]] = {}
@@ -221,6 +224,17 @@ class Watcher(TokenBudget):
 
     def due(self) -> bool:
         return self.generated // self.effort.every > self.curve[-1]["tokens"] // self.effort.every
+
+    def out_of_time(self) -> bool:
+        return self.until is not None and time.time() > self.until
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.out_of_time():
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if not self.out_of_time():
+            super().on_train_end(args, state, control, **kwargs)
 
     def evaluate(self) -> None:
         n_problems, n = self.effort.along
@@ -262,19 +276,25 @@ def base_folder(task: str, folder: Path) -> Path:
 def make_base(name: str, task: Task, weights: str, folder: Path) -> Path:
     """The model after a short supervised fine-tuning on the task's solutions, which gives it the format. Made once."""
     out = base_folder(name, folder)
-    if (out / "done").exists():
-        return out
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{out}.lock"):  # several runs may ask at the same time
+        if not (out / FINGERPRINT).exists():
+            _make_base(task, weights, out)
+    return out
+
+
+def _make_base(task: Task, weights: str, out: Path) -> None:
     model, tokenizer = _load(weights)
     args = SFTConfig(
-        output_dir=str(folder / "sft"),
-        per_device_train_batch_size=MICRO_BATCH,
+        output_dir=f"{out}-sft",
+        per_device_train_batch_size=SFT_BATCH,
         num_train_epochs=1,
         learning_rate=1e-4,
         warmup_steps=5,
         max_length=None,
         bf16=True,
         gradient_checkpointing=False,
-        use_cpu=on_cpu(),
+        use_cpu=device() == "cpu",
         save_strategy="no",
         logging_steps=10,
         report_to="none",
@@ -285,8 +305,15 @@ def make_base(name: str, task: Task, weights: str, folder: Path) -> Path:
     ).train()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "done").touch()
-    return out
+    digest = hashlib.sha256()
+    for file in sorted(out.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    (out / FINGERPRINT).write_text(digest.hexdigest()[:12])
+
+
+def fingerprint(base: Path) -> str:
+    """Names a base's weights. Made again on another machine, they are others."""
+    return (base / FINGERPRINT).read_text()
 
 
 def _agreement(problems: Sequence[Problem], texts: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -316,9 +343,10 @@ def _agreement(problems: Sequence[Problem], texts: Sequence[Sequence[str]]) -> d
 
 def describe_base(name: str, task: Task, weights: str, folder: Path) -> dict[str, Any]:
     """What the published model can do with its own chat template, and the base; and how many of the base's groups fail."""
-    described: dict[str, Any] = {"weights": source_of(weights)}
+    base = make_base(name, task, weights, folder)
+    described: dict[str, Any] = {"weights": source_of(weights), "base_weights": fingerprint(base)}
     effort = EFFORT[name]
-    for label, path in (("published", weights), ("base", make_base(name, task, weights, folder))):
+    for label, path in (("published", weights), ("base", base)):
         model, tokenizer = _load(path)
         model = model.to(device(), torch.bfloat16).eval()
         described[label] = measure(model, tokenizer, task, effort)
@@ -346,8 +374,8 @@ def make_trainer(run: Run, task: Task, base: Path, folder: Path) -> Policy:
     model, tokenizer = _load(base)
     args = SGPOConfig(
         output_dir=str(folder),
-        per_device_train_batch_size=MICRO_BATCH,
-        gradient_accumulation_steps=GROUPS_PER_UPDATE * group_size // MICRO_BATCH,
+        per_device_train_batch_size=MICRO_BATCH[device()],
+        gradient_accumulation_steps=GROUPS_PER_UPDATE * group_size // MICRO_BATCH[device()],
         max_completion_length=task.max_completion_length,
         learning_rate=run.learning_rate,
         lr_scheduler_type="constant_with_warmup",
@@ -355,7 +383,7 @@ def make_trainer(run: Run, task: Task, base: Path, folder: Path) -> Policy:
         max_steps=100_000,  # the run ends when its tokens are spent
         bf16=True,
         gradient_checkpointing=False,
-        use_cpu=on_cpu(),
+        use_cpu=device() == "cpu",
         logging_steps=1,
         save_steps=SAVE_EVERY,
         save_total_limit=2,
@@ -378,17 +406,22 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def train(run: Run, task: Task, base: Path, folder: Path) -> dict[str, Any]:
-    """Runs it, or goes on with it. Its checkpoints are deleted at the end, the policy is kept."""
+def train(run: Run, task: Task, base: Path, folder: Path, until: float | None = None) -> dict[str, Any] | None:
+    """
+    Runs it, or goes on with it. Its checkpoints are deleted at the end, the policy is kept. None if it is not finished at
+    `until`, a `time.time()`.
+    """
     out = folder / run.key.replace("/", "-")
     checkpoint = last_checkpoint(out)
     trainer = make_trainer(run, task, base, out)
-    watcher = Watcher(run, trainer, task, out)
+    watcher = Watcher(run, trainer, task, until)
     if checkpoint:
         watcher.restore(checkpoint)
     trainer.add_callback(watcher)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not watcher.finished():
+        return None
     seconds = watcher.taken()
     end = measure(trainer.sampling(), trainer.processing_class, task, EFFORT[run.task])
     trainer.save_model(str(out / "policy"))
@@ -396,6 +429,7 @@ def train(run: Run, task: Task, base: Path, folder: Path) -> dict[str, Any]:
         shutil.rmtree(leftover)
     return {
         **asdict(run),
+        "base_weights": fingerprint(base),
         "seconds": round(seconds, 1),
         "updates": watcher.updates,
         "tokens_generated": watcher.generated,

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+import time
 from dataclasses import asdict, replace
 
 import pytest
@@ -146,16 +147,22 @@ def test_a_run_that_is_cut_off_goes_on(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         training.train(run, task, base, tmp_path)
     monkeypatch.setattr(training.Watcher, "count", count)
-    kept = training.last_checkpoint(tmp_path / run.key.replace("/", "-"))
-    assert kept.name == "checkpoint-2"
+    folder = tmp_path / run.key.replace("/", "-")
+    assert training.last_checkpoint(folder).name == "checkpoint-2"
+    assert training.train(run, task, base, tmp_path, until=time.time()) is None
+    assert training.last_checkpoint(folder).name == "checkpoint-3"
     record = training.train(run, task, base, tmp_path)
     assert record["updates"] > 3
     assert record["tokens_generated"] >= 3000
     assert [point["tokens"] for point in record["curve"]] == sorted({p["tokens"] for p in record["curve"]})
     assert record["curve"][-1]["mixed"] == 1
-    before, after = (tiny_weights(path) for path in (base, tmp_path / run.key.replace("/", "-") / "policy"))
+    before, after = (tiny_weights(path) for path in (base, folder / "policy"))
     assert not torch.equal(before, after)
-    assert not list((tmp_path / run.key.replace("/", "-")).glob("checkpoint-*"))
+    assert not list(folder.glob("checkpoint-*"))
+    assert record["base_weights"] == described["base_weights"]
+    append_lines(tmp_path / "bases.jsonl", [{"task": "chains", "base_weights": "another"}])
+    with pytest.raises(ValueError, match="are of base another, and --work holds"):
+        run_script._same_base("chains", record["base_weights"], tmp_path)
 
 
 def tiny_weights(folder):

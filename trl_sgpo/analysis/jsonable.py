@@ -34,19 +34,25 @@ def write_json(path: Path, value: Any) -> None:
     unfinished.replace(path)
 
 
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a file that only grows. A last one that a killed run left incomplete is cut off, with a warning."""
+def _whole(path: Path) -> bytes:
     content = path.read_bytes() if path.exists() else b""
-    whole = content.rfind(b"\n") + 1
-    if whole != len(content):
-        logger.warning("The last line of %s is incomplete and is dropped; what it said is asked for again.", path)
-        with path.open("r+b") as file:
-            file.truncate(whole)
-    return content[:whole].decode("utf-8").split("\n")[:-1]
+    return content[: content.rfind(b"\n") + 1]
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that only grows. A last one that a killed run left incomplete is left out, with a warning."""
+    whole = _whole(path)
+    if path.exists() and path.stat().st_size > len(whole):
+        logger.warning("The last line of %s is incomplete and is left out; what it said is asked for again.", path)
+    return whole.decode("utf-8").split("\n")[:-1]
 
 
 def append_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Adds lines to such a file, in one piece, so that an interrupt leaves whole lines."""
+    """Adds lines to such a file, in one piece, so that an interrupt leaves whole lines. An incomplete last one goes first."""
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    with path.open("a+b") as file:
+        if size := file.tell():
+            file.seek(size - 1)
+            if file.read() != b"\n":
+                file.truncate(len(_whole(path)))
+        file.write(text.encode("utf-8"))
