@@ -259,6 +259,11 @@ def _check(args: SGPOConfig) -> None:
             f"prefix_share={args.prefix_share} is added to the credit against a baseline, but prefix_baseline='none' has none: "
             "the whole credit is the plain one. Set prefix_baseline='group', or leave prefix_share out."
         )
+    if args.prefix_unit != "steps" and args.prefix_baseline == "none":
+        raise ValueError(
+            f"prefix_unit={args.prefix_unit!r} says how completions are compared, but prefix_baseline='none' compares none. Set "
+            "prefix_baseline='group', or leave prefix_unit out."
+        )
     if args.failed_groups not in TREATMENTS:
         raise ValueError(
             f"failed_groups={args.failed_groups!r} is unknown: it must be one of {list(TREATMENTS)}. Use 'sgpo' for "

@@ -381,6 +381,10 @@ class TestTrainer:
                 r"prefix_baseline='batch' is unknown: it must be one of \['none', 'group'\]",
             ),
             (
+                {"prefix_unit": "characters"},
+                "prefix_unit='characters' says how completions are compared, but prefix_baseline='none' compares none",
+            ),
+            (
                 {"prefix_unit": "tokens"},
                 r"prefix_unit='tokens' is unknown: it must be one of \['steps', 'characters'\]",
             ),
