@@ -78,6 +78,10 @@ class TestDeadTokens:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
         assert len(sizes[True]) == len(sizes[False]) == (12 if settings["max_steps"] == 6 else 16)
         assert sum(sizes[True]) < sum(sizes[False])
+        # Logged once for each of the rounds, which are of different sizes
+        shares = logged(trainers[True], "sgpo/trained_tokens")
+        assert min(shares) < sum(sizes[True]) / sum(sizes[False]) < max(shares)
+        assert not logged(trainers[False], "sgpo/trained_tokens")
         assert logged(trainers[True], "loss") == pytest.approx(logged(trainers[False], "loss"), abs=1e-4)
 
     def test_equal_rewards_are_dead_whatever_residue_the_mean_leaves(self, make_trainer):
@@ -88,6 +92,9 @@ class TestDeadTokens:
             before = parameters(trainer)
             trainer.train()
             assert logged(trainer, "sgpo/dead_updates") == [1.0]
+            if skip:
+                assert logged(trainer, "sgpo/trained_tokens") == [sizes[0] / whole]
+            whole = sizes[0]
             moved = any(not torch.equal(before[name], value) for name, value in parameters(trainer).items())
             assert moved is not skip  # Adam makes a full step of the residue
             advantages = trainer._buffered_inputs[0]["advantages"]

@@ -6,6 +6,7 @@
 import math
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 from trl import GRPOTrainer
@@ -62,10 +63,15 @@ def check_skipping(args: "SGPOConfig") -> None:
             )
 
 
+def _size(batches: list[dict[str, Any]]) -> int:
+    """Places for tokens, padding included."""
+    return sum(batch["prompt_ids"].numel() + batch["completion_ids"].numel() for batch in batches)
+
+
 class LiveUpdates(TrainerCallback):
     """
     Knows of every micro-batch whether a token in it has credit, on any rank. It logs the share of optimizer steps
-    without any, `sgpo/dead_updates`.
+    without any, `sgpo/dead_updates`, and what `skip_dead_tokens` leaves of a round, `sgpo/trained_tokens`.
     """
 
     def __init__(self, trainer: GRPOTrainer, args: "SGPOConfig") -> None:
@@ -111,7 +117,13 @@ class LiveUpdates(TrainerCallback):
                     cut_left=self._cut_left,
                     multiple=self._trainer.pad_to_multiple_of,
                 )
+            self._log_share(self._batches, batches)
         return self._batches
+
+    def _log_share(self, smaller: list[dict[str, Any]], batches: list[dict[str, Any]]) -> None:
+        sizes_2 = torch.tensor([_size(smaller), _size(batches)], device=self._trainer.accelerator.device)
+        now, before = self._trainer.accelerator.gather(sizes_2).view(-1, 2).sum(dim=0).tolist()
+        self._trainer._metrics["train"]["sgpo/trained_tokens"].append(now / before)
 
     def take_batch(self, step: int) -> dict[str, Any]:
         """The micro-batch that is trained on in TRL's `step`."""

@@ -9,11 +9,22 @@ from typing import Any
 from benchmarks.cells import markdown, spread, thousands
 from benchmarks.controlled_study.records import Records, select
 from benchmarks.controlled_study.settings import ARMS
-from benchmarks.controlled_study.tables import ANEW, ANEW_BUDGET, BEST_RATES, FORMS, RECOMMENDED, TABLES, THREE
+from benchmarks.controlled_study.tables import (
+    ANEW,
+    ANEW_BUDGET,
+    BEST_RATES,
+    CUT_SEEDS,
+    FORMS,
+    RECOMMENDED,
+    TABLES,
+    THREE,
+)
 from benchmarks.curves import area, tokens_to
 
 
 Row = dict[str, Any]
+
+CUT_TOKENS = 100_000  # the part of the runs that baseline_tokens_table speaks of
 
 
 def anew(records: Records, dial: str, arm: str, rate: float, judge: str = "exact") -> list[Row]:
@@ -119,6 +130,25 @@ def baseline_table(records: Records) -> str:
             )
     header = ["dial", "learning rate", "credit", "tokens to 50 %", "tokens to 80 %", "mean accuracy"]
     return markdown([*header, "accuracy at the end", "pass@32 at the end", "entropy at the end", "collapsed"], rows)
+
+
+def baseline_tokens_table(records: Records) -> str:
+    """What `skip_dead_tokens` leaves to compute with either form of credit, while both still learn."""
+    rows = []
+    for dial, form in itertools.product(ANEW_BUDGET, FORMS[:2]):
+        arm = f"{RECOMMENDED}{form}_cut"
+        runs = anew(records, dial, arm, BEST_RATES[dial, "sgpo"])
+        runs = [r for r in runs if r["seed"] in CUT_SEEDS]
+        points = [[p for p in r["curve"][1:] if p["tokens"] <= CUT_TOKENS] for r in runs]
+        if runs:
+            shares = [
+                [statistics.fmean(p[name] for p in some) for some in points]
+                for name in ("trained_tokens", "silent_credit", "tied", "failed")
+            ]
+            cells = [spread(some, lambda x: f"{x:.2f}") for some in shares]
+            rows.append([dial, ARMS[arm].label, *cells, str(len(runs))])
+    header = ["dial", "credit", "tokens trained on, of all", "verified tokens without credit", "tied groups"]
+    return markdown([*header, "failed groups", "seeds"], rows)
 
 
 def baseline_elsewhere_table(records: Records) -> str:

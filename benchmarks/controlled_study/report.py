@@ -19,6 +19,7 @@ from benchmarks.cells import markdown, ratio, spread, thousands
 from benchmarks.controlled_study.comparisons import (
     baseline_elsewhere_table,
     baseline_table,
+    baseline_tokens_table,
     dead_tokens_table,
     dead_updates_table,
 )
@@ -471,6 +472,7 @@ def main() -> None:
     sections.append((TABLES["dead_updates"].question, dead_updates_table(records)))
     sections.append((TABLES["dead_tokens"].question, dead_tokens_table(records)))
     sections.append((TABLES["baseline"].question, baseline_table(records)))
+    sections.append((TABLES["baseline_tokens"].question, baseline_tokens_table(records)))
     elsewhere = baseline_elsewhere_table(records)
     sections.append(
         ("And under a judge with errors, in mixed groups, and outside of what pretraining showed?", elsewhere)

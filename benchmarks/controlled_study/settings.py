@@ -116,6 +116,7 @@ ARMS = {
         Arm("prefix_live", "prefix credit, dead updates left out", {**PREFIX, "skip_dead_updates": True}, judge=True),
         Arm("grpo_cut", "GRPO, dead tokens left out", {"skip_dead_tokens": True}),
         Arm("prefix_cut", "prefix credit, dead tokens left out", {**PREFIX, "skip_dead_tokens": True}, judge=True),
+        Arm("prefix_centred_cut", "prefix credit against the group, dead tokens left out", {**CENTRED, "skip_dead_tokens": True}, judge=True),
         Arm("sft", "SFT on gold solutions (control)"),
     )
 }  # fmt: skip

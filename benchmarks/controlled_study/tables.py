@@ -42,6 +42,7 @@ BEST_RATES = {(dial, arm): 4e-4 for dial in ("75", "95", "99") for arm in THREE}
 }
 ANEW_BUDGET = {"75": 200_000, "95": 300_000, "99": 450_000}
 FORMS = ("", "_centred", "_centred_half", "_centred_text")  # of prefix credit
+CUT_SEEDS = (10, 11, 12)
 ERRING = ("random:0.2", "random:0.4", "early:1", "late:1")  # judges
 ANEW = "anew"  # bases made on another machine, and every run that is compared made beside the others
 
@@ -252,6 +253,16 @@ def _dead_tokens() -> list[Run]:
     ]
 
 
+def _baseline_tokens() -> list[Run]:
+    # Seeds of its own: the runs of `dead_tokens` did not record how many tokens were left
+    return [
+        _anew(dial, f"{RECOMMENDED}{form}_cut", seed)
+        for seed in CUT_SEEDS
+        for dial in ANEW_BUDGET
+        for form in FORMS[:2]
+    ]
+
+
 def _baseline() -> list[Run]:
     return [
         _anew(dial, RECOMMENDED + form, seed, factor)
@@ -322,6 +333,7 @@ TABLES = {
     "baseline_judges": Table("And under a judge with errors?", _baseline_judges),
     "baseline_mixed": Table("And if wrong completions of mixed groups are judged too?", _baseline_mixed),
     "baseline_axes": Table("And outside of what pretraining showed?", _baseline_axes),
+    "baseline_tokens": Table("And how much less is there to compute?", _baseline_tokens),
     "dead_tokens": Table(
         "Is learning the same if no compute is spent on what has no credit, and how long does it take?", _dead_tokens
     ),

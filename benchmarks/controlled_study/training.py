@@ -132,6 +132,8 @@ class Watcher(TokenBudget):
             "sgpo/failed/mean_length": "failed_length",
             "sgpo/failed/mean_steps": "failed_steps",
             "sgpo/dead_updates": "dead_updates",
+            "sgpo/trained_tokens": "trained_tokens",
+            "sgpo/credit/silent": "silent_credit",
         }
         for name, short in names.items():
             if "completions/mean_length" in logs and name in logs and not math.isnan(logs[name]):
