@@ -127,12 +127,12 @@ def tiny_llama(tokenizer, seed=0, **sizes):
     )
 
 
-def writer(tokenizer, answers, layers=1):
+def writer(tokenizer, answers, **sizes):
     """
     A Llama that writes `\\boxed{ANSWER}` after every line feed, whatever is asked: each answer, one character, with its
     probability. Nothing but the last token decides on the next one, so the characters must all be different.
     """
-    model = tiny_llama(tokenizer, num_hidden_layers=layers, tie_word_embeddings=False)
+    model = tiny_llama(tokenizer, tie_word_embeddings=False, **sizes)
     chain = ["\n", *"\\boxed{", tuple(answers), "}", tokenizer.eos_token]
     ids = [
         [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(one)[0]) for one in place]

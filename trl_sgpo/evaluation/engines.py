@@ -159,7 +159,7 @@ class TransformersEngine(Engine):
 
 
 class VLLMEngine(Engine):
-    """A model that vLLM runs in this process. `engine_args` are arguments of `vllm.LLM`."""
+    """A model that vLLM runs on this machine. `engine_args` are arguments of `vllm.LLM`."""
 
     def __init__(self, model: str, decoding: Decoding, engine_args: Mapping[str, Any]) -> None:
         try:
@@ -176,7 +176,10 @@ class VLLMEngine(Engine):
 
     def answer(self, questions: Sequence[Question], n: int) -> list[list[Sample] | str]:
         from vllm import SamplingParams
+        from vllm.platforms import current_platform
 
+        # On a CPU vLLM fails with a seed as soon as it reads a prompt in parts. Its own one decides there
+        seeded = n > 0 and not current_platform.is_cpu()
         prompts = [
             {"prompt_token_ids": prompt_ids(self.tokenizer, question.problem, self.decoding)} for question in questions
         ]
@@ -186,7 +189,7 @@ class VLLMEngine(Engine):
                 temperature=self.decoding.temperature if n else 0.0,
                 top_p=self.decoding.top_p if n else 1.0,
                 max_tokens=self.decoding.max_new_tokens,
-                seed=question.seed if n else None,
+                seed=question.seed if seeded else None,
             )
             for question in questions
         ]
