@@ -226,7 +226,7 @@ def _anew(dial: str, arm: str, seed: int, factor: float = 1, **others: Any) -> R
     method = arm.split("_")[0]
     of_prefix = {"stop_at": 0.8, "probe": True} if method == RECOMMENDED else {"stop_at": STOP_AT}
     rate = factor * BEST_RATES[dial, method]
-    return Run(dial, arm, rate, seed, **({"tokens": ANEW_BUDGET[dial], "beside": ANEW} | of_prefix | others))
+    return Run(dial, arm, rate, seed, ANEW_BUDGET[dial], beside=ANEW, **(of_prefix | others))
 
 
 def _dead_updates() -> list[Run]:
@@ -264,13 +264,16 @@ def _baseline_tokens() -> list[Run]:
 
 
 def _baseline() -> list[Run]:
-    # At four times the rate every run of the first seed is dead within 25k tokens: the others end soon after
-    return [
-        _anew(dial, RECOMMENDED + form, seed, factor, **({"tokens": 50_000} if factor == 4 and seed else {}))
+    runs = [
+        _anew(dial, RECOMMENDED + form, seed, factor)
         for factor in (1, 2, 4)
         for seed in SEEDS
         for dial in ANEW_BUDGET
         for form in (FORMS if factor == 1 else FORMS[:3])  # the second clock at one rate
+    ]
+    # At four times the rate runs are dead within 25k tokens
+    return [
+        replace(run, tokens=50_000) if run.learning_rate > 2 * BEST_RATES[run.dial, "sgpo"] else run for run in runs
     ]
 
 
