@@ -11,6 +11,7 @@ from toys import byte_tokenizer, save_model, write_rows, writer
 from trl_sgpo.evaluation import evaluation
 from trl_sgpo.evaluation.engines import Decoding, Question, TransformersEngine
 from trl_sgpo.evaluation.samples import Samples
+from trl_sgpo.evaluation.tables import markdown, tables
 from trl_sgpo.scripts.evaluate import EvaluateArguments, main, make_parser
 
 
@@ -266,3 +267,57 @@ def test_the_recipe_of_the_paper():
     assert {one.n for one in benchmarks} == {0, 16}
     assert (args.temperature, args.top_p, args.max_new_tokens, args.models) == (0.6, 0.95, 8192, ["base=a", "sgpo=b"])
     assert yaml.safe_load(path.read_text())["engine"] == args.engine == "vllm"
+
+
+def boxes_six(prompts, completions, answer, **kwargs):
+    """Right if the model writes 6 and the row's answer ends in 6: the columns of the set come as in training."""
+    assert all(prompt[-1]["content"].startswith("Problem ") for prompt in prompts)
+    texts = [completion[0]["content"] for completion in completions]
+    return [float("{6}" in text and own.endswith("6")) for text, own in zip(texts, answer, strict=True)]
+
+
+def of_another_task(completions, expected, **kwargs):
+    return [0.0] * len(completions)
+
+
+def one_for_all(completions, **kwargs):
+    return [1.0] * 3
+
+
+class TestRewardFunction:
+    @pytest.mark.slow
+    def test_it_takes_the_place_of_math_verify(self, models, monkeypatch):
+        given = arguments(models, reward_func="test_model_evaluation.boxes_six", temperature=1.0, top_p=1.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, "check_math_verify", None)
+            results = evaluation.evaluate(given)
+        greedy = results["benchmarks"]["set greedy"]["models"]
+        assert greedy["base"]["accuracy"]["value"] == 0
+        assert greedy["better"]["accuracy"]["value"] == 0.5
+        assert greedy["better"]["no_answer"] is None
+        [_, header, cells, _] = tables(results)[1]
+        assert [row[header.index("no answer %")] for row in cells] == ["-", "-"]
+        assert "compared by test_model_evaluation.boxes_six" in markdown(results)
+        assert evaluation.evaluate(given) == results
+        with pytest.raises(ValueError, match=r"There and here: reward_func=.*boxes_six. and null"):
+            evaluation.evaluate(arguments(models, temperature=1.0, top_p=1.0))
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            (
+                "of_another_task",
+                "of_another_task failed: TypeError: .*'expected'.* and the columns .'answer', 'question'.",
+            ),
+            (
+                "one_for_all",
+                r"one_for_all gave \[1.0, 1.0, 1.0\] for 1 completions. It has to give a list with one number",
+            ),
+            ("Path", "is no reward function. Give the dotted path of a function"),
+            ("nowhere", "reward_func='test_model_evaluation.nowhere' could not be imported"),
+        ],
+    )
+    def test_what_it_cannot_do_is_said_before_a_model_is_loaded(self, folder, name, message):
+        with pytest.raises(ValueError, match=message):
+            evaluation.evaluate(arguments(["nowhere"], reward_func=f"test_model_evaluation.{name}"))
+        assert not Path("out/samples.jsonl").exists()

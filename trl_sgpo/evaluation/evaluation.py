@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from trl_sgpo.analysis.jsonable import jsonable, write_json
 from trl_sgpo.evaluation.engines import Decoding, Engine, Question, TransformersEngine, VLLMEngine
 from trl_sgpo.evaluation.results import answers_of, comparison, summary
 from trl_sgpo.evaluation.samples import Samples
-from trl_sgpo.evaluation.scoring import check_math_verify, score
+from trl_sgpo.evaluation.scoring import Score, check_math_verify, check_reward_function, reward, score
 from trl_sgpo.evaluation.sets import (
     Benchmark,
     Problem,
@@ -23,7 +23,7 @@ from trl_sgpo.evaluation.sets import (
     short_name,
     split_name,
 )
-from trl_sgpo.loading import as_mapping
+from trl_sgpo.loading import as_mapping, load_object
 from trl_sgpo.versions import installed_versions
 
 
@@ -41,7 +41,11 @@ def evaluate(args: "EvaluateArguments") -> dict[str, Any]:
     Evaluates the models that the arguments name. Writes `results.json`, whose content it returns, and `samples.jsonl`. What
     cannot be read, or a folder with samples of other settings, raises a `ValueError` before any model is loaded.
     """
-    check_math_verify()
+    function = load_object(args.reward_func, "reward_func") if args.reward_func else None
+    if function is None:
+        check_math_verify()
+    else:
+        check_reward_function(function)
     models = named_models(args.models)
     benchmarks = [parse_benchmark(written, args.n) for written in args.sets]
     problems, sources = _read_sets(benchmarks, args)
@@ -63,10 +67,28 @@ def evaluate(args: "EvaluateArguments") -> dict[str, Any]:
     extra = hashlib.sha256(json.dumps(engine_args, sort_keys=True, default=str).encode()).hexdigest()[:16]
     samples = Samples(
         Path(args.output),
-        {**vars(decoding), "engine": args.engine, "engine_args": extra if engine_args else None},
+        {
+            **vars(decoding),
+            "engine": args.engine,
+            "engine_args": extra if engine_args else None,
+            "reward_func": args.reward_func,
+            "success_threshold": args.success_threshold if function else None,
+        },
         {name: _identity(model) for name, model in models.items()},
         {name: source["hash"] for name, source in sources.items()},
     )
+
+    def scored(problem: Problem, texts: Sequence[str]) -> list[Score]:
+        if function is None:
+            return [one for one in score(texts, [problem.gold] * len(texts)) if one]
+        if decoding.chat == "off":
+            return reward(function, texts, decoding.plain(problem.text), problem.row, args.success_threshold)
+        completions = [[{"role": "assistant", "content": text}] for text in texts]
+        return reward(function, completions, decoding.messages(problem.text), problem.row, args.success_threshold)
+
+    if function:  # what it cannot do is said before any model is loaded
+        for benchmark in benchmarks:
+            scored(problems[benchmark.name][0], [""])
     urls = args.base_url or [""]
     missing: list[str] = []
     for i, (name, model) in enumerate(models.items()):
@@ -79,7 +101,9 @@ def evaluate(args: "EvaluateArguments") -> dict[str, Any]:
             continue
         engine = _engine(args, model, urls[i % len(urls)], decoding, batch_size, engine_args)
         for benchmark in open_benchmarks:
-            missing += answer_all(engine, name, benchmark, problems[benchmark.name], samples, decoding, batch_size)
+            missing += answer_all(
+                engine, name, benchmark, problems[benchmark.name], samples, scored, decoding, batch_size
+            )
         engine.close()
     if missing:
         raise ValueError(
@@ -100,6 +124,7 @@ def evaluate(args: "EvaluateArguments") -> dict[str, Any]:
             },
             "sets": sources,
             "decoding": {**vars(decoding), "engine": args.engine},
+            "scoring": args.reward_func or "math-verify",
             "settings": {"limit": args.limit, "resamples": args.resamples},
             "versions": installed_versions(
                 "trl-sgpo", "trl", "transformers", "torch", "numpy", "math-verify", "vllm", "peft"
@@ -141,6 +166,7 @@ def answer_all(
     benchmark: Benchmark,
     problems: Sequence[Problem],
     samples: Samples,
+    scored: Callable[[Problem, Sequence[str]], list[Score]],
     decoding: Decoding,
     batch_size: int,
 ) -> list[str]:
@@ -171,7 +197,7 @@ def answer_all(
                     if isinstance(own, str):
                         failed, why = failed + 1, own
                         continue
-                    scores = [one for one in score([s.text for s in own], [problem.gold] * len(own)) if one]
+                    scores = scored(problem, [sample.text for sample in own])
                     new.append(
                         {
                             "model": model,
@@ -220,8 +246,12 @@ def _read_sets(
         seen.add((benchmark.name, benchmark.kind))
         if benchmark.name in problems:
             continue
-        everything, source = read_set(benchmark, args.split)
+        everything, source = read_set(benchmark, args.split, needs_answer=not args.reward_func)
         drawn = sample_problems(everything, args.limit, args.seed)
+        if args.reward_func:
+            problems[benchmark.name] = drawn
+            sources[benchmark.name] = {**source, "asked": len(drawn), "unparseable": 0}
+            continue
         golds = [problem.gold for problem in drawn]
         usable = [problem for problem, own in zip(drawn, score(golds, golds), strict=True) if own is not None]
         if not usable:

@@ -14,7 +14,7 @@ from trl_sgpo.analysis.metrics import Estimate, mean_estimate, pass_at_k, sign_f
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of one model to a benchmark, all of shape (P, N). `tokens_PN` is NaN where nobody counted."""
+    """The answers of one model to a benchmark, all of shape (P, N). `tokens_PN` is NaN where nobody counted, `found_PN` where nobody knows."""
 
     correct_PN: np.ndarray
     found_PN: np.ndarray
@@ -32,7 +32,7 @@ def answers_of(lines: Sequence[dict[str, Any]]) -> Answers:
     def column(name: str, kind: Any) -> np.ndarray:
         return np.array([line[name] for line in lines], dtype=kind)
 
-    return Answers(column("correct", bool), column("found", bool), column("tokens", float), column("cut", bool))
+    return Answers(column("correct", bool), column("found", float), column("tokens", float), column("cut", bool))
 
 
 def summary(answers: Answers, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:

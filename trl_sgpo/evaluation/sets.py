@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,15 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem. `index` is its place in the set, from 0 on. `gold` is what the scorer compares with."""
+    """
+    One problem. `index` is its place in the set, from 0 on. `gold` is what math-verify compares with, `row` what a reward
+    function gets.
+    """
 
     index: int
     text: str
     gold: str
+    row: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 def parse_benchmark(written: str, n: int) -> Benchmark:
@@ -89,10 +93,12 @@ def short_name(source: str) -> str:
     return re.sub(r"\.(jsonl?|parquet|csv)$", "", last) or source
 
 
-def read_set(benchmark: Benchmark, split: str | None = None) -> tuple[list[Problem], dict[str, Any]]:
+def read_set(
+    benchmark: Benchmark, split: str | None = None, needs_answer: bool = True
+) -> tuple[list[Problem], dict[str, Any]]:
     """
     The problems of a benchmark, and what is known of their source. Without `split` it is the split `test`, or the only one
-    there is. A row without a problem or an answer raises a `ValueError` that names it.
+    there is. A row without a problem, or without an answer that is needed, raises a `ValueError` that names it.
     """
     source, config, known_split = KNOWN_SETS.get(benchmark.source, (benchmark.source, None, None))
     argument = f"sets: {benchmark.name}"
@@ -109,7 +115,7 @@ def read_set(benchmark: Benchmark, split: str | None = None) -> tuple[list[Probl
         splits = [known.get("split") for known, _ in parts]
         raise ValueError(f"{argument}={source!r} has the splits {splits}, and none is called 'test'. Give --split.")
     [(known, records)] = parts
-    problems = [_problem(i, record, place) for i, (place, record) in enumerate(records)]
+    problems = [_problem(i, record, place, needs_answer) for i, (place, record) in enumerate(records)]
     if not problems:
         raise ValueError(
             f"{argument}={source!r} holds no problem. Give a set with the columns `problem` and `answer`."
@@ -158,10 +164,13 @@ def gold_text(answer: Any) -> str:
     return f"\\boxed{{{text}}}"
 
 
-def _problem(index: int, record: Any, place: str) -> Problem:
+def _problem(index: int, record: Any, place: str, needs_answer: bool) -> Problem:
     if not isinstance(record, Mapping):
         raise ValueError(f"{place}: it is {type(record).__name__}, not an object with fields. Write one per problem.")
+    if not needs_answer:
+        answers = [str(record[name]) for name in ANSWER_FIELDS if record.get(name) is not None]
+        return Problem(index, problem_of(record, place), answers[0] if answers else "", record)
     name, answer = field_of(record, ANSWER_FIELDS, "answer", place)
     if answer is None or str(answer).strip() in ("", "[]"):
         raise ValueError(f"{place}: {name} is empty. Give the final answer, or leave the row out.")
-    return Problem(index, problem_of(record, place), gold_text(answer))
+    return Problem(index, problem_of(record, place), gold_text(answer), record)

@@ -69,7 +69,7 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
             )
     for label, one in results["benchmarks"].items():
         for name, own in one["models"].items():
-            if own["no_answer"] > 0.5:
+            if (own["no_answer"] or 0) > 0.5:
                 found.append(
                     f"{name} gives no answer to more than half of {label}. It has to stand in \\boxed{{}}, or as LaTeX "
                     "behind words such as 'the answer is'. Does the prompt ask for it (--template, --system_prompt), and is "
@@ -107,7 +107,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     text = (
         f"Accuracy in %, with 95 % bootstrap intervals over the problems.{against} Measured with `trl-sgpo evaluate` "
         f"{versions.get('trl-sgpo', '')}:{how} at most {decoding['max_new_tokens']} new tokens, engine "
-        f"{decoding['engine']}, answers compared by math-verify ({named})."
+        f"{decoding['engine']}, answers compared by {results.get('scoring', 'math-verify')} ({named})."
     )
     return "\n".join(lines) + f"\n\n{text}\n"
 

@@ -51,6 +51,16 @@ class EvaluateArguments:
         default="{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
         metadata={"help": "The user's message. {problem} is the problem."},
     )
+    reward_func: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dotted path of the reward function that says what is right, called as in training, with the columns of the "
+            "set. math-verify by default."
+        },
+    )
+    success_threshold: float = field(
+        default=0.5, metadata={"help": "An answer is right if its reward by reward_func reaches this."}
+    )
     system_prompt: str | None = field(default=None, metadata={"help": "The system message. None by default."})
     chat: str = field(
         default="auto",
