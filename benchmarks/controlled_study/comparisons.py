@@ -141,8 +141,9 @@ def baseline_tokens_table(records: Records) -> str:
         runs = [r for r in runs if r["seed"] in CUT_SEEDS]
         points = [[p for p in r["curve"][1:] if p["tokens"] <= CUT_TOKENS] for r in runs]
         if runs:
+            # A point without a failed group has no share of verified tokens
             shares = [
-                [statistics.fmean(p[name] for p in some) for some in points]
+                [statistics.fmean(p[name] for p in some if name in p) for some in points]
                 for name in ("trained_tokens", "silent_credit", "tied", "failed")
             ]
             cells = [spread(some, lambda x: f"{x:.2f}") for some in shares]
