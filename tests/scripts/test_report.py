@@ -227,30 +227,16 @@ def test_without_the_extra_there_are_words_and_tables(tmp_path):
 
 
 MEASURE = """
-import json, resource, sys, time
-
-def passes():
-    "CPU seconds of a fixed piece of work, which takes 1.3 s on the machine of the limit."
-    start = time.process_time()
-    for _ in range(60):
-        json.loads(json.dumps([{"a": i, "b": str(i) * 5} for i in range(10000)]))
-    return time.process_time() - start
-
-yardstick = passes()
+import resource, sys, time
 start = time.process_time()
 from trl_sgpo.scripts.report import main
 main(sys.argv[1:])
-seconds = time.process_time() - start
-yardstick = max(yardstick, passes())
-print(f"MEASURED {seconds / yardstick:.2f}, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+print(f"MEASURED {time.process_time() - start:.1f} s, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 """
 
 
 def test_ten_runs_of_two_hundred_files(tmp_path):
-    """
-    Under 10 s and 2 GB on a free core. The limit here is three times that, in units of other work, because the
-    machine may be slow or busy.
-    """
+    """Under 10 s and 2 GB on a free core; twice that is allowed here, where others may be at work."""
     for i in range(10):
         write_run(
             tmp_path / f"arm{i % 2}-seed{i // 2}", n_files=200, n_groups=8, text_length=2000, seed=i, judge=i % 2 == 1
@@ -269,8 +255,8 @@ def test_ten_runs_of_two_hundred_files(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    units, gib = map(float, re.search(r"MEASURED ([\d.]+), ([\d.]+) GiB", done.stdout).groups())
-    assert units < 30 / 1.3
+    seconds, gib = map(float, re.search(r"MEASURED ([\d.]+) s, ([\d.]+) GiB", done.stdout).groups())
+    assert seconds < 20
     assert gib < 2
 
 
