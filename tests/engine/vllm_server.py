@@ -3,13 +3,14 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from server import free_port
 
 
 ENVIRONMENT = {
@@ -40,9 +41,7 @@ class Server:
 @contextmanager
 def serving(model, log, *options):
     """`vllm serve` with the model of a folder, which it calls "m". At the end no process of it is left."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--served-model-name", "m"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", *options]
     with open(log, "w") as file:

@@ -7,7 +7,6 @@ The trainer and the judges with a model on a CUDA device, in bf16. Not among the
 import copy
 import os
 import signal
-import socket
 import subprocess
 from importlib.util import find_spec
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from conftest import assert_every_parameter_moved, assert_same_parameters, logged, parameters
 from prm_families import make_family
+from server import free_port
 from toys import all_failed, all_mixed, byte_tokenizer, save_model, stepwise, tiny_llama
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
@@ -156,9 +156,7 @@ def server(tmp_path):
     started = []
 
     def start(folder):
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
+        port = free_port()
         command = ["trl", "vllm-serve", "--model", str(folder), "--host", "127.0.0.1", "--port", str(port)]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "1", "HF_HUB_OFFLINE": "1"}
         with open(tmp_path / "server.log", "w") as log:

@@ -8,7 +8,6 @@ import math
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ import time
 
 import pytest
 from conftest import by_kind, logged, words_as_steps
-from server import Answer, Clock, started
+from server import Answer, Clock, free_port, started
 
 from trl_sgpo import JudgeItem, StepwiseJudge
 from trl_sgpo.judges import CachedJudge, endpoint
@@ -48,12 +47,6 @@ def clock(monkeypatch):
 def serve():
     with started() as start:
         yield start
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def judged(judge, items=ITEMS):

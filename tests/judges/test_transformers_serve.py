@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ import urllib.request
 
 import pytest
 import torch
+from server import free_port
 
 from trl_sgpo import JudgeItem
 from trl_sgpo.judges import endpoint
@@ -68,9 +68,7 @@ def teach(model, tokenizer, answer):
 @pytest.fixture
 def served(tmp_path, make_chat_model, chat_tokenizer):
     """The base URL of a server, and the paths of a model that was taught its answer and of a random one."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--device", "cpu"]
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen(
