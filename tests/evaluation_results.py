@@ -36,6 +36,7 @@ def made_up():
             "models": {"base": "owner/base", "sgpo": "sgpo"},
             "sets": {name: {"name": name, "unparseable": 0} for name in ("easy", "hard")},
             "decoding": {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 2048, "engine": "vllm"},
+            "scoring": "math-verify",
             "versions": {"trl-sgpo": "0.1.0", "transformers": "5.0"},
         }
     )

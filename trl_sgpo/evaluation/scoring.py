@@ -4,9 +4,12 @@ user's own.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from trl_sgpo.judge_evaluation.data import short
 
 
 UNPARSEABLE = "[unparseable]"  # TRL's word for a completion in which no answer was found
@@ -79,7 +82,7 @@ def reward(
         ) from error
     if not isinstance(rewards, list | tuple) or len(rewards) != n or not all(_is_number(one) for one in rewards):
         raise ValueError(
-            f"reward_func {name} gave {_shown(rewards)} for {n} completions. It has to give a list with one number for each."
+            f"reward_func {name} gave {short(rewards)} for {n} completions. It has to give a list with one number for each."
         )
     return [Score(one >= threshold, None) for one in rewards]
 
@@ -94,12 +97,7 @@ def check_reward_function(function: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return hasattr(value, "__float__") and not isinstance(value, str) and float(value) == float(value)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return hasattr(value, "__float__") and not math.isnan(float(value))
 
 
 def check_math_verify() -> None:

@@ -168,8 +168,8 @@ def _problem(index: int, record: Any, place: str, needs_answer: bool) -> Problem
     if not isinstance(record, Mapping):
         raise ValueError(f"{place}: it is {type(record).__name__}, not an object with fields. Write one per problem.")
     if not needs_answer:
-        answers = [str(record[name]) for name in ANSWER_FIELDS if record.get(name) is not None]
-        return Problem(index, problem_of(record, place), answers[0] if answers else "", record)
+        gold = next((str(record[name]) for name in ANSWER_FIELDS if record.get(name) is not None), "")
+        return Problem(index, problem_of(record, place), gold, record)
     name, answer = field_of(record, ANSWER_FIELDS, "answer", place)
     if answer is None or str(answer).strip() in ("", "[]"):
         raise ValueError(f"{place}: {name} is empty. Give the final answer, or leave the row out.")

@@ -107,7 +107,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     text = (
         f"Accuracy in %, with 95 % bootstrap intervals over the problems.{against} Measured with `trl-sgpo evaluate` "
         f"{versions.get('trl-sgpo', '')}:{how} at most {decoding['max_new_tokens']} new tokens, engine "
-        f"{decoding['engine']}, answers compared by {results.get('scoring', 'math-verify')} ({named})."
+        f"{decoding['engine']}, answers compared by {results['scoring']} ({named})."
     )
     return "\n".join(lines) + f"\n\n{text}\n"
 

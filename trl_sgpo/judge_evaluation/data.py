@@ -134,7 +134,7 @@ def problem_of(record: Mapping[str, Any], place: str) -> str:
 
         problem = problem_text(problem)
     if not isinstance(problem, str):
-        raise ValueError(f"{place}: {name}={_short(problem)} must be a string or a list of messages.")
+        raise ValueError(f"{place}: {name}={short(problem)} must be a string or a list of messages.")
     return f"{problem}\nOptions:\n{record['Options']}" if record.get("Options") else problem
 
 
@@ -143,7 +143,7 @@ def _steps(record: Mapping[str, Any], place: str) -> tuple[str, ...]:
     if hasattr(steps, "tolist"):
         steps = steps.tolist()
     if not isinstance(steps, list | tuple) or not all(isinstance(step, str) for step in steps):
-        raise ValueError(f"{place}: {name}={_short(steps)} must be a list of strings, one per step.")
+        raise ValueError(f"{place}: {name}={short(steps)} must be a list of strings, one per step.")
     if not any(step.strip() for step in steps):
         raise _UnusableRow("no steps")
     return tuple(steps)
@@ -155,14 +155,14 @@ def _label(record: Mapping[str, Any], place: str, n_steps: int) -> int:
         raise _UnusableRow(f"{name} is empty")
     if name == "labels":
         if not isinstance(label, list | tuple):
-            raise ValueError(f"{place}: labels={_short(label)} must be a list, one boolean per step.")
+            raise ValueError(f"{place}: labels={short(label)} must be a list, one boolean per step.")
         if len(label) != n_steps:
             raise _UnusableRow("labels and steps differ in number")
         if not all(right is None or right in (0, 1) for right in label):
             hint = " In PRM800K's form 0 is neutral and -1 wrong: write true for 1 and 0, false for -1."
             hint = hint if -1 in label else ""
             raise ValueError(
-                f"{place}: labels={_short(label)} must be true (or 1), false (or 0) or null for each step.{hint}"
+                f"{place}: labels={short(label)} must be true (or 1), false (or 0) or null for each step.{hint}"
             )
         wrong = [i for i, right in enumerate(label) if right is not None and not right]
         first = wrong[0] if wrong else n_steps
@@ -190,7 +190,7 @@ def _label(record: Mapping[str, Any], place: str, n_steps: int) -> int:
         whole = False
     if not whole:
         raise ValueError(
-            f"{place}: {name}={_short(label)} must be the 0-based index of the first wrong step, or -1 for none."
+            f"{place}: {name}={short(label)} must be the 0-based index of the first wrong step, or -1 for none."
         )
     if not -1 <= number < n_steps:
         raise _UnusableRow("label out of range")
@@ -200,11 +200,12 @@ def _label(record: Mapping[str, Any], place: str, n_steps: int) -> int:
 def _final_answer_correct(record: Mapping[str, Any], place: str) -> bool | None:
     value = record.get("final_answer_correct")
     if value is not None and value not in (0, 1):
-        raise ValueError(f"{place}: final_answer_correct={_short(value)} must be true, false or null.")
+        raise ValueError(f"{place}: final_answer_correct={short(value)} must be true, false or null.")
     return None if value is None else bool(value)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as an error shows it."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
