@@ -35,11 +35,11 @@ class SGPOConfig(GRPOConfig):
               judge in the list this is GRPO.
             - `"prefix"`: each token gets its own advantage: `prefix_reward` before the first wrong step,
               `-error_penalty` in that step, and 0 after it, because nobody judged that. There is no group
-              normalisation (but see `prefix_baseline`), so groups of equal scores teach too. A group with verdicts for fewer than half of its
-              completions, or in which no completion has a right step, stays as GRPO leaves it. With
-              `judge_scope="all_incorrect"`, the verified prefix of a wrong completion of a mixed group is spared
-              GRPO's blame. `reward_weights` of the judge does not matter. Thinking has credit only if `StepwiseJudge`
-              is given `include_thinking=True`.
+              normalisation (but see `prefix_baseline`), so groups of equal scores teach too. A group with verdicts
+              for fewer than half of its completions, or in which no completion has a right step, stays as GRPO leaves
+              it. With `judge_scope="all_incorrect"`, the verified prefix of a wrong completion of a mixed group is
+              spared GRPO's blame. `reward_weights` of the judge does not matter. Thinking has credit only if
+              `StepwiseJudge` is given `include_thinking=True`.
 
             Without a judge. One in the list is not asked, so that one switch makes the control:
 
@@ -89,7 +89,8 @@ class SGPOConfig(GRPOConfig):
         prefix_share (`float`, *optional*, defaults to `0.0`):
             With `prefix_baseline="group"`, the share of the plain credit that is added to the centred one, in [0, 1]: a
             right step gets `prefix_reward * (1 - p + prefix_share)`. The first wrong one gets
-            `-error_penalty * (p + prefix_share)`, or by default `-(p + 0.5 * prefix_share)`.
+            `-error_penalty * (p + prefix_share)`, or by default `-(p + 0.5 * prefix_share)`. In mixed groups nothing is
+            added, because that could lift a wrong completion above a correct one.
         prefix_unit (`str`, *optional*, defaults to `"steps"`):
             With `prefix_baseline="group"`, what tells that two completions are at the same place: `"steps"`, their
             number, or `"characters"`, the share of a completion's characters, for texts whose k-th steps do not

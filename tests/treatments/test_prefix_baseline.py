@@ -218,7 +218,8 @@ def reference(table, plain, length, config):
             continue
         kinds.append("mixed" if right else "rescued")
         for j in judged:
-            earned = naive_credit(group, group[j - i], unit, reward, penalties[0], share, penalties[1])
+            plain_share = 0.0 if right else share  # in a mixed group plain credit would outbid the right completions
+            earned = naive_credit(group, group[j - i], unit, reward, penalties[0], plain_share, penalties[1])
             if right:
                 expected[j] = expected[j].clamp(min=0)
             for t, value in enumerate(earned):
@@ -286,6 +287,23 @@ class TestTrainer:
             for t in range(int(table["judge_first_error"][j]))
         ]
         assert logged(ours, "sgpo/credit/silent") == pytest.approx([sum(silent) / len(silent)])
+
+    @pytest.mark.parametrize("share", [0.0, 1.0])
+    def test_in_a_mixed_group_no_token_ends_above_a_right_completion(self, make_trainer, share):
+        """Also if most of the group is right, so that a right completion has a small advantage."""
+
+        def one_wrong(prompts, completions, **kwargs):
+            return [float(i % 4 > 0) for i in range(len(completions))]
+
+        trainer = make_trainer(
+            [one_wrong, fixed(5)], judge_scope="all_incorrect", prefix_share=share, scale_rewards="none", max_steps=1
+        )
+        rounds = record_advantages(trainer)
+        trainer.train()
+        wrong = torch.arange(8) % 4 == 0
+        assert (rounds[0][~wrong] == 0.25).all()
+        assert not rounds[0][wrong][:, :5].any()
+        assert (rounds[0][wrong][:, 5] == -0.75).all()
 
     @pytest.mark.parametrize("unit", UNITS)
     def test_a_group_in_which_all_get_equally_far_stays_as_grpo_leaves_it(self, make_trainer, unit):

@@ -7,6 +7,7 @@ wrong one are verified, that step is wrong, and nobody has judged what follows. 
 """
 
 from collections.abc import Sequence
+from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,11 +110,12 @@ class PrefixCredit(Treatment):
         right_PG = round.outcome_PG >= round.success_threshold
         verified_PG = verified_extent(judged, self.unit).masked_fill(right_PG, torch.inf).cpu()
         earned: list[list[float]] = []
-        for row, score in enumerate(judged.scores, start=round.rows.start):
+        # Plain credit is for failed groups only: in a mixed one it would lift wrong completions above right ones
+        share_B = (self.plain_share * round.local(round.kinds.failed_P)).tolist()
+        for row, score, share in zip(count(round.rows.start), judged.scores, share_B, strict=False):
             values: list[float] = []
             if score is not None and (score.first_error is not None or score.status == "error"):
-                reward, penalty = self.plain_share * self.prefix_reward, self.plain_share * self.plain_penalty
-                values = [reward] * (score.first_error or 0) + [-penalty]
+                values = [share * self.prefix_reward] * (score.first_error or 0) + [-share * self.plain_penalty]
                 if self.centred:
                     starts, verified_G = step_starts(score, self.unit), verified_PG[row // verified_PG.shape[1]]
                     centred_K = centred_credit(verified_G, starts, self.prefix_reward, self.centred_penalty)
