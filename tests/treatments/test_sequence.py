@@ -1,6 +1,7 @@
 """The pure functions of the paper's method against naive loops; test_treatments.py has the real runs."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import matrix, tensor
 
+from trl_sgpo import SGPOConfig
 from trl_sgpo.groups import group_advantages, group_kinds, rts_to_reward, weighted_sum
-from trl_sgpo.treatments.sequence import blend_advantages, fill_failed_groups, fill_mixed_groups
+from trl_sgpo.treatments.sequence import SequenceReward, blend_advantages, fill_failed_groups, fill_mixed_groups
 
 
 NAN = math.nan
@@ -125,3 +127,18 @@ def test_a_factor_of_one_keeps_the_bits_and_zero_gives_grpo():
     assert torch.equal(blended[0], with_judge[0])
     assert torch.equal(blended[1], without[1])
     torch.testing.assert_close(blended[2], (with_judge[2] + without[2]) / 2)
+
+
+@pytest.mark.parametrize("config", [{"prefix_baseline": "group"}, {"prefix_reward": 0.5}, {"error_penalty": 0.0}])
+def test_settings_of_credit_per_token_are_warned_of(config):
+    ((name, value),) = config.items()
+    args = SGPOConfig("out", report_to="none", use_cpu=True, bf16=False, **config)
+    with pytest.warns(UserWarning, match=f"{name}={value!r} has no effect with failed_groups='sgpo'"):
+        SequenceReward().setup(args)
+
+
+def test_the_defaults_warn_of_nothing():
+    args = SGPOConfig("out", report_to="none", use_cpu=True, bf16=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SequenceReward().setup(args)
