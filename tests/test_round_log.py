@@ -13,7 +13,7 @@ from trl.trainer import grpo_trainer
 
 from trl_sgpo import StepwiseJudge, Verdict
 from trl_sgpo.analysis.report import completions
-from trl_sgpo.round_log import JUDGE_COLUMNS, _verdict
+from trl_sgpo.round_log import JUDGE_COLUMNS, _print_fitting, _verdict
 
 
 def one_of_each(items):
@@ -75,10 +75,28 @@ class TestPrintedTable:
         funcs = [all_failed, length_reward]
         ours, theirs = printed(funcs), printed(funcs, GRPOTrainer, GRPOConfig)
         table = [[line for line in text.splitlines() if line.startswith("│")] for text in (ours, theirs)]
-        assert table[0] == table[1]
+        assert table[0] == [line.replace("_", " ") for line in table[1]]
         assert table[0]
 
+    @pytest.mark.parametrize("with_judge", [True, False])
+    @pytest.mark.parametrize(("width", "n"), [(80, 0), (120, 1), (200, 5)])
+    def test_columns_of_reward_functions_as_far_as_there_is_room(self, monkeypatch, capsys, width, n, with_judge):
+        monkeypatch.setenv("COLUMNS", str(width))
+        texts = ["How many clips did she sell in April and in May together? " * 4] * 2
+        columns = {f"column_{i}": ["[72, '72']"] * 2 for i in range(5 + (not with_judge))}
+        verdicts = {"judge_status": ["error"] * 2, "judge_first_error": [0.0] * 2, "judge_n_steps": [4.0] * 2}
+        extra = {**columns, **(verdicts if with_judge else {})}
+        printer = grpo_trainer.print_prompt_completions_sample
+        _print_fitting(printer, texts, texts, {"accuracy_reward": [0.0] * 2}, [0.0] * 2, 1, 2, extra=extra)
+        header = next(line for line in capsys.readouterr().out.splitlines() if "Prompt" in line)
+        cells = header.strip("│ ").strip("┃").split("┃")
+        names = [cell.strip() for cell in cells]
+        assert sum(name.startswith("column") for name in names) == n + (n > 0 and not with_judge)
+        assert ("verdict" in names) == with_judge
+        assert min(len(cell) - 2 for cell in cells[:2]) >= (24 if width > 80 else 12)
+
     def test_a_users_columns_stay(self, make_trainer, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "300")
         shown = []
         monkeypatch.setattr(
             grpo_trainer, "print_prompt_completions_sample", lambda *args, extra: shown.append((args[2], extra))
@@ -88,7 +106,7 @@ class TestPrintedTable:
         ).train()
         rewards, extra = shown[0]
         assert list(rewards) == ["logs columns of its own", "length reward"]
-        assert list(extra) == ["first_error", "n_steps", "rts", "verdict", "verdict_reason", "judge's verdict"]
+        assert list(extra) == ["first error", "n steps", "rts", "verdict", "verdict reason", "judge's verdict"]
         assert extra["verdict"][0] == "verdict 0"
 
     def test_after_an_error_trls_function_is_back(self, make_trainer, monkeypatch):

@@ -34,6 +34,8 @@ _ONE_AT_A_TIME = threading.RLock()
 JUDGE_COLUMNS = ("judge_first_error", "judge_n_steps", "judge_rts", "judge_status", "judge_reason")
 
 _LONGEST_REASON = 300  # characters of a reason in the log
+_TEXT_WIDTH = 24  # characters of a line for the prompt in the printed table, and as many for the completion
+_COLUMN_WIDTH = 16  # and for any other column
 
 
 class RoundLog:
@@ -292,22 +294,23 @@ class RoundLog:
     @contextmanager
     def readable_table(self) -> Iterator[None]:
         """
-        While it lasts, TRL prints completions with one column `verdict` in place of the judge's, which would squeeze
-        prompt and completion to three letters. The files keep all columns.
+        While it lasts, TRL prints completions with one column `verdict` in place of the judge's, and with as many columns of
+        reward functions as there is room for. All of them would squeeze prompt and completion to six letters. The files
+        keep all columns.
         """
-        if self.judge is None or not hasattr(grpo_trainer, "print_prompt_completions_sample"):
+        if not hasattr(grpo_trainer, "print_prompt_completions_sample"):
             yield
             return
         with _ONE_AT_A_TIME:
             printer = grpo_trainer.print_prompt_completions_sample
-            grpo_trainer.print_prompt_completions_sample = partial(_print_verdicts, printer)
+            grpo_trainer.print_prompt_completions_sample = partial(_print_fitting, printer)
             try:
                 yield
             finally:
                 grpo_trainer.print_prompt_completions_sample = printer
 
 
-def _print_verdicts(
+def _print_fitting(
     printer: Callable[..., None],
     prompts: Any,
     completions: Any,
@@ -316,14 +319,28 @@ def _print_verdicts(
     *args: Any,
     extra: dict | None = None,
 ) -> None:
-    """As TRL's `printer`, with verdicts in place of the judge's columns and names that a narrow column can break."""
+    """
+    As TRL's `printer`, with verdicts in place of the judge's columns, names that a narrow column can break, and no more
+    columns of reward functions than there is room for. `accuracy_reward` alone has three.
+    """
     own = {name: (extra or {}).get(name, []) for name in JUDGE_COLUMNS}
     others = {name: values for name, values in (extra or {}).items() if name not in JUDGE_COLUMNS}
     judged = zip(own["judge_status"], own["judge_first_error"], own["judge_n_steps"], strict=True)
     verdicts = [_verdict(*of_one) for of_one in judged]
     shown = {name.replace("_", " "): values for name, values in rewards.items() if name != REWARD_NAME}
-    extra = {**others, "verdict" if "verdict" not in others else "judge's verdict": verdicts}
-    printer(prompts, completions, shown, advantages, *args, extra=extra if verdicts else others)
+    room = _console_width() - 2 * _TEXT_WIDTH
+    n_others = max(0, room // _COLUMN_WIDTH - len(shown) - (advantages is not None) - bool(verdicts))
+    extra = {name.replace("_", " "): others[name] for name in list(others)[:n_others]}
+    if verdicts:
+        extra["verdict" if "verdict" not in extra else "judge's verdict"] = verdicts
+    printer(prompts, completions, shown, advantages, *args, extra=extra)
+
+
+def _console_width() -> int:
+    """Characters of a line of the table. It is printed with `rich`, so that is installed."""
+    from rich.console import Console
+
+    return Console().width
 
 
 def _usual_reason(scores: Sequence[StepScore | None]) -> str:
