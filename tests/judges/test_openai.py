@@ -245,7 +245,8 @@ class TestFaults:
         judge = OpenAIJudge("m", f"http://127.0.0.1:{free_port()}/v1")
         verdicts = judged(judge)
         assert statuses(verdicts) == {"abstain"}
-        assert "ClientConnectorError" in verdicts[0].reason
+        assert f"{judge.servers.base_urls[0]} cannot be reached (" in verdicts[0].reason
+        assert verdicts[0].reason.endswith("Check the address, and whether the server is up")
         assert judge.usage["retries"] == 12
 
     def test_retries_help(self, serve):
@@ -494,6 +495,8 @@ class TestServers:
         verdicts = judge.judge(items)
         assert statuses(verdicts) == {"abstain"}
         assert 4 <= len(server.requests) <= 5
+        # The first failure and what follows from it are said, and not every completion that nobody was asked about
+        assert [" IS DOWN: " in message for message in caplog.messages] == [False, True]
         assert "times in a row and is not asked for" in verdicts[-1].reason
         assert "HTTP 500" in verdicts[-1].reason
         before = len(server.requests)

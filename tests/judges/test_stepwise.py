@@ -96,7 +96,7 @@ class TestScore:
         (record,) = caplog.records
         assert record.levelname == "WARNING"
         assert "reference_column='anwser' is in no row" in record.message
-        assert "['answer']" in record.message
+        assert "['answer']. Name one of them, or add the column" in record.message
 
     def test_a_reference_column_that_is_in_some_row_is_no_reason_to_warn(self, caplog):
         judge = StepwiseJudge(judge_of(Verdict.abstain(""), Verdict.abstain("")), reference_column="answer")

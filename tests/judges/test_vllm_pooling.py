@@ -258,7 +258,7 @@ def test_what_passes_is_tried_again(family):
         assert judge.judge(ITEMS[:1])[0].status == "no_error"
         assert judge.servers.usage["retries"] == 1
     reason = judge.judge(ITEMS[:1])[0].reason  # there is no server any more
-    assert "Cannot connect" in reason
+    assert "cannot be reached" in reason
     assert judge.servers.usage["retries"] == 3
 
 

@@ -341,6 +341,10 @@ class Endpoint:
         if isinstance(error, TimeoutError):
             text = f"no answer within timeout={self.settings.timeout:g} s from {self.url}"
             return RequestFailed("timeout", text, silent=True)
+        if isinstance(error, aiohttp.ClientConnectorError):
+            why = _shortened(redact(str(error.os_error), key))
+            text = f"{self.url} cannot be reached ({why}). Check the address, and whether the server is up"
+            return RequestFailed("connection", text, retry=True)
         text = _shortened(redact(f"{self.url}: {type(error).__name__}: {error}", key))
         if isinstance(error, aiohttp.ClientError | OSError):
             return RequestFailed("connection", text, retry=True)

@@ -204,8 +204,9 @@ class Servers:
         self._loop = loop
 
     def _logged(self, failure: RequestFailed) -> RequestFailed:
-        log_once(
-            failure.kind,
-            f"{self.settings.asker} {self.judge}: {failure.text.rstrip('.')}. {self.settings.if_unanswered}",
-        )
+        if failure.kind != "breaker":  # that the server is down was said when it was found
+            log_once(
+                failure.kind,
+                f"{self.settings.asker} {self.judge}: {failure.text.rstrip('.')}. {self.settings.if_unanswered}",
+            )
         return failure

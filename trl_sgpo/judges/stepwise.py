@@ -241,7 +241,8 @@ class StepwiseJudge:
             self._log_once(
                 "reference",
                 f"reference_column={self.reference_column!r} is in no row, so the judge is shown no reference. The "
-                f"columns are {sorted({name for row in rows for name in row})}.",
+                f"columns are {sorted({name for row in rows for name in row})}. Name one of them, or add the column: `dataset_map` "
+                "does so for training, `--row` for `trl-sgpo judge`.",
             )
         scores: list[StepScore | None] = [None] * len(completions)
         cuts: dict[int, CutCompletion] = {}
