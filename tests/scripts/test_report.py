@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 from report_folders import SCENARIOS, write_probe, write_run
 
 from trl_sgpo.analysis.report.glossary import glossary_markdown
@@ -166,10 +167,18 @@ def test_log_only_and_completions_only(tmp_path, capsys):
         {"step": s, "sgpo/accuracy": s / 10, "sgpo/groups/failed": 0.5, "sgpo/pass@2": 0.5} for s in range(1, 9)
     ]
     (log / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
-    _, summary, _ = report(capsys, tmp_path / "report", log, write_run(tmp_path / "texts", log=False))
+    texts = write_run(tmp_path / "texts", judge=True, log=False)
+    _, summary, _ = report(capsys, tmp_path / "report", log, texts)
     assert summary["runs"][0]["numbers"]["accuracy"]["all"] == pytest.approx(0.45)
     assert "reward" not in summary["runs"][1]["numbers"]
     assert summary["runs"][1]["numbers"]["teaching"]["all"] > 0
+    assert 0.3 < summary["runs"][1]["numbers"]["rts"]["all"] < 0.5  # the scores are uniform on 0, 0.2, ... 0.8
+
+
+def test_the_groups_of_a_single_update_are_seen(tmp_path, capsys):
+    report(capsys, tmp_path / "report", write_run(tmp_path / "run", n_files=1))
+    picture = imread(tmp_path / "report" / "groups_1.png")[..., :3]
+    assert (picture.min(axis=2) < 0.9).mean() > 0.3  # the area is painted
 
 
 def test_tokens_and_answers(tmp_path, capsys, tokenizer, monkeypatch):

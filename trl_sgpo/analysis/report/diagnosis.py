@@ -75,7 +75,8 @@ def advice(facts: RunFacts) -> list[str]:
     )
     if facts.rts == 0:
         tied = (
-            "no completion of the run has a right step, so no judge can find anything to reward. Use easier data, or "
+            "the judge blames the first step of every completion, so nothing is rewarded. Read a few. If their first steps are "
+            "right, the judge is not able enough: measure it with `trl-sgpo judge-eval`. If they are wrong, use easier data, or "
             "show the model solutions first (supervised fine-tuning)."
         )
     alike = facts.distinct < 1.5 and facts.teaching < 0.5

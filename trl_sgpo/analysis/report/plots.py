@@ -163,11 +163,12 @@ def _group_figures(summary: Mapping[str, Any]) -> list[Figure]:
             continue
         x, columns = _known(summary["bins"], *series.values())
         names, colors = zip(*(KINDS[kind] for kind in series), strict=True)
+        if len(x) == 1:  # an area has two ends
+            x, columns = [x[0] - 0.5, x[0] + 0.5], [[*values, *values] for values in columns]
 
         def paint(axes: "Axes", x: Any = x, columns: Any = columns, names: Any = names, colors: Any = colors) -> None:
             axes.stackplot(x, columns, labels=names, colors=colors, edgecolor=PAPER, linewidth=0.6)
-            right = x[-1] if x[-1] > x[0] else x[0] + 1
-            axes.set(xlabel="update", ylabel="share of groups", ylim=(0, 1), xlim=(x[0], right))
+            axes.set(xlabel="update", ylabel="share of groups", ylim=(0, 1), xlim=(x[0], x[-1]))
 
         title = "What became of the groups" + (f": {label}" if len(summary["labels"]) > 1 else "")
         caption = "Coloured groups teach. Pale green groups are solved already. Grey groups failed and teach nothing."

@@ -90,6 +90,8 @@ def run_series(run: Run) -> dict[str, Series]:
     series = logged(_LOG_KEYS)
     if run.groups is not None:
         series |= _group_series(run.groups, bool(run.outcome))
+        if not series["rts"].value.size:  # a run without a checkpoint has no log
+            series["rts"] = Series(run.groups.rts_step, run.groups.rts)
     if run.groups is None or not run.outcome:
         passes = [key for key in dict.fromkeys(k for e in run.log for k in e) if key.startswith("sgpo/pass@")]
         series |= logged({**_LOG_FALLBACKS, **{key[5:]: key for key in passes}})
