@@ -1,6 +1,7 @@
 """From a row of GSM8K (`question`, `answer`) to what the trainer reads."""
 
-SYSTEM_PROMPT = "Solve the problem step by step, one step per line. End with the final answer in \\boxed{}."
+# math_verify knows some units, such as hours. With others ("72 eggs") the right number counts as wrong
+SYSTEM_PROMPT = "Solve the problem step by step, one step per line. End with the final answer in \\boxed{}, a number without a unit."
 
 
 def row_to_prompt(row: dict) -> dict:

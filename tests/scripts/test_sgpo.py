@@ -245,5 +245,7 @@ class TestLoading:
         row = load_rows(str(gsm8k_path))["train"].map(load_object("recipes.gsm8k.prepare.row_to_prompt", "x"))[0]
         assert "<<" not in row["reference"]
         assert row["reference"].startswith("He has 3*4=12 apples.\nSo 12-2=10 are left.")
-        answers = [[{"role": "assistant", "content": rf"So it is \boxed{{{n}}}."}] for n in (10, 11)]
-        assert accuracy_reward(answers, [row["solution"]] * 2) == [1.0, 0.0]
+        # The unit is the reason why the prompt asks for a number without one
+        answers = [[{"role": "assistant", "content": rf"So it is \boxed{{{n}}}."}] for n in (10, 11, "10 eggs")]
+        assert accuracy_reward(answers, [row["solution"]] * 3) == [1.0, 0.0, 0.0]
+        assert "a number without a unit" in row["prompt"][0]["content"]
