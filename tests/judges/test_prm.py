@@ -20,7 +20,7 @@ from transformers.integrations import is_fsdp_enabled
 
 from trl_sgpo import JudgeItem, StepwiseJudge
 from trl_sgpo.judges.local_model import outside_deepspeed
-from trl_sgpo.judges.prm import PRMEncoder, PRMJudge, PRMSpec, best_threshold, verdict_from_scores
+from trl_sgpo.judges.prm import PRMEncoder, PRMJudge, PRMSpec, best_threshold, median_step, verdict_from_scores
 from trl_sgpo.judges.prm.spec import PRESETS
 from trl_sgpo.judges.vllm_pooling import VLLMPoolingJudge
 
@@ -350,6 +350,33 @@ def test_verdicts():
     assert verdict_from_scores([], 2, 0.5).status == "abstain"
 
 
+def test_the_median_has_the_smallest_expected_error():
+    """Against every step, with the expectation written out."""
+    rng = random.Random(0)
+    for _ in range(300):
+        scores = [rng.random() ** rng.choice((0.1, 1, 3)) for _ in range(rng.randint(1, 8))]
+        shares = [math.prod(scores[:k]) * (1 - scores[k]) for k in range(len(scores))]
+        errors = [sum(p * abs(i - k) for k, p in enumerate(shares)) for i in range(len(scores))]
+        step, share = median_step(scores, len(scores))
+        assert errors[step] == pytest.approx(min(errors))
+        assert share == pytest.approx(shares[step] / sum(shares))
+
+
+def test_verdicts_by_the_median():
+    def verdict(scores, n_steps, threshold=0.5, known_wrong=True):
+        return verdict_from_scores(scores, n_steps, threshold, known_wrong, "median")
+
+    for threshold in (0.0, 0.5, 1.0):  # it does not count
+        assert verdict([0.7, 0.7, 0.8], 3, threshold).first_error == 1
+    assert verdict([0.7, 0.7, 0.8], 3).confidence == pytest.approx(0.21 / 0.608)
+    assert verdict([0.7, 0.4, 0.8], 3, known_wrong=False).confidence == pytest.approx(0.6)  # by the threshold
+    assert verdict([0.0, 0.2], 2).first_error == 0
+    assert verdict([1.0, 1.0], 2).status == "no_error"
+    # The steps that do not fit share what is left of 1: 0.40, then 0.54. A low score does not decide alone
+    assert verdict([0.8, 0.5], 9).first_error == 1
+    assert verdict([0.9, 0.6], 9, threshold=0.7).status == "abstain"
+
+
 def test_the_rule_for_completions_known_to_be_wrong(families):
     judge = PRMJudge(str(families("trl").folder), threshold=0.0, known_wrong_rule="argmin", device="cpu")
     scores = judge.scores(items_of(STEPS))[0]
@@ -425,10 +452,11 @@ def test_name_and_cache_key(families, trl_judge):
         trl_judge.cache_key,
         PRMJudge(folder, threshold=0.1, device="cpu").cache_key,
         PRMJudge(folder, known_wrong_rule="argmin", device="cpu").cache_key,
+        PRMJudge(folder, known_wrong_rule="median", device="cpu").cache_key,
         PRMJudge(folder, PRMSpec.preset("trl", separator="\n\n"), device="cpu").cache_key,
         PRMJudge(folder, device="cpu", dtype="bfloat16").cache_key,
     }
-    assert len(keys) == 5
+    assert len(keys) == 6
     assert PRMJudge(folder, device="cpu", offload=True).cache_key == trl_judge.cache_key
 
 

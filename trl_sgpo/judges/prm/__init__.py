@@ -2,7 +2,14 @@
 
 from trl_sgpo.judges.prm.encoder import EncodedSteps, PRMEncoder
 from trl_sgpo.judges.prm.judge import PRMJudge
-from trl_sgpo.judges.prm.scores import KNOWN_WRONG_RULES, Calibration, StepScorer, best_threshold, verdict_from_scores
+from trl_sgpo.judges.prm.scores import (
+    KNOWN_WRONG_RULES,
+    Calibration,
+    StepScorer,
+    best_threshold,
+    median_step,
+    verdict_from_scores,
+)
 from trl_sgpo.judges.prm.spec import PRMSpec
 
 
@@ -15,5 +22,6 @@ __all__ = [
     "PRMSpec",
     "StepScorer",
     "best_threshold",
+    "median_step",
     "verdict_from_scores",
 ]

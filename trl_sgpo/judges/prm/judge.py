@@ -25,7 +25,7 @@ class PRMJudge(LocalModelJudge, StepScorer):
     error.
 
     The confidence of a verdict is the probability that the model gives it. For an error that is one minus the score of
-    the step, for "no error" the lowest score of all. If a completion is too long for the model, the steps that fit are
+    the step (by the rule `"median"`, the step's share), for "no error" the lowest score of all. If a completion is too long for the model, the steps that fit are
     scored. An error among them counts. Without one the judge abstains.
 
     Args:
@@ -36,9 +36,11 @@ class PRMJudge(LocalModelJudge, StepScorer):
         threshold (`float`, *optional*):
             A step is wrong if its score is below this. Defaults to the spec's. See [`~PRMJudge.calibrate`].
         known_wrong_rule (`str`, *optional*, defaults to `"threshold"`):
-            The verdict on a completion that is known to be wrong if no score is below the threshold. `"threshold"`: no
-            error, which [`StepwiseJudge`] treats as an abstention. `"argmin"`: the step with the lowest score. Then
-            the judge always answers, but less accurately.
+            The verdict on a completion that is known to be wrong. `"threshold"`: as on any other one. "No error" is
+            then treated as an abstention by [`StepwiseJudge`]. `"argmin"`: the same, but the step with the lowest
+            score instead of "no error". Then the judge always answers, but less accurately. `"median"`: the median of
+            the first wrong step, whatever the threshold. It has the smallest expected error of the RTS if the scores
+            are calibrated probabilities. See [`~trl_sgpo.judges.prm.median_step`].
         max_tokens_per_batch (`int`, *optional*, defaults to `16384`):
             Most tokens of one forward pass, with padding. If a batch does not fit into the memory, it is halved.
         device, dtype, offload (*optional*):

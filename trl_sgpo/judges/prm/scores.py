@@ -9,13 +9,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from trl_sgpo.judges.base import JudgeItem, StepJudge, Verdict
 from trl_sgpo.judges.prm.encoder import EncodedSteps, PRMEncoder
 from trl_sgpo.judges.prm.spec import PRMSpec
 
 
-KNOWN_WRONG_RULES = ("threshold", "argmin")
+KNOWN_WRONG_RULES = ("threshold", "argmin", "median")
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +35,10 @@ def verdict_from_scores(
     some steps have no score, the verdict is then an abstention, because the error may be one of them.
 
     `scores` are probabilities that a step is right, for the first of `n_steps` steps, as many as could be scored. If
-    the answer is known to be wrong and the rule is `"argmin"`, the verdict is never "no error": without a score below
-    the threshold, the step with the lowest score is the error. The confidence is the probability that the model gives
-    the verdict: one minus the score of the wrong step, or the lowest score of all.
+    the answer is known to be wrong, the rule decides. With `"argmin"` the verdict is never "no error": without a score
+    below the threshold, the step with the lowest score is the error. With `"median"` the threshold does not count: the
+    error is the step of [`median_step`]. The confidence is the probability that the model gives the verdict: one minus
+    the score of the wrong step, the share of the median, or the lowest score of all.
 
     Example:
 
@@ -53,9 +55,15 @@ def verdict_from_scores(
         return Verdict.abstain("the model gave scores that are no numbers (NaN)")
     if not scores:
         return Verdict.abstain(f"the problem is too long for the model: none of {n_steps} steps fits into it")
-    for i, score in enumerate(scores):
-        if score < threshold:
-            return Verdict.error(i, n_steps, 1 - score, f"score {score:.3g} of step {i + 1} < {threshold:.3g}")
+    if known_wrong and known_wrong_rule == "median":
+        found = median_step(scores, n_steps)
+        if found is not None:
+            i, share = found
+            return Verdict.error(i, n_steps, share, f"step {i + 1} is the median of the first wrong step")
+    else:
+        for i, score in enumerate(scores):
+            if score < threshold:
+                return Verdict.error(i, n_steps, 1 - score, f"score {score:.3g} of step {i + 1} < {threshold:.3g}")
     if len(scores) < n_steps:
         return Verdict.abstain(
             f"only the first {len(scores)} of {n_steps} steps fit into the model, and it finds no error in them"
@@ -65,6 +73,36 @@ def verdict_from_scores(
         i = scores.index(lowest)
         return Verdict.error(i, n_steps, 1 - lowest, f"score {lowest:.3g} of step {i + 1} is the lowest")
     return Verdict.no_error(n_steps, lowest, f"lowest score {lowest:.3g} >= {threshold:.3g}")
+
+
+def median_step(scores: Sequence[float], n_steps: int) -> tuple[int, float] | None:
+    """
+    The median of the first wrong step of a completion that is known to be wrong, and the probability of that step. If
+    the scores are calibrated, the median has the smallest expected error of the RTS.
+
+    The score of a step is read as the probability that it is right if all steps before it are. So a step is the first
+    wrong one with a probability proportional to one minus its score, times the scores before it. If only the first
+    steps have a score, the others share what is left of 1. `None` if the median is one of these, or if every score is 1.
+
+    Example:
+
+    ```python
+    >>> step, share = median_step([0.7, 0.7, 0.8], n_steps=3)  # probabilities 0.30, 0.21 and 0.10 of 0.61
+    >>> step, round(share, 2)
+    (1, 0.35)
+    >>> median_step([0.9, 0.9, 0.9], n_steps=30) is None
+    True
+    ```
+    """
+    right, shares = 1.0, []
+    for score in scores:
+        shares.append(right * (1 - score))
+        right *= score
+    total = sum(shares) if len(scores) == n_steps else 1.0
+    for i, reached in enumerate(accumulate(shares)):
+        if total and reached >= total / 2:
+            return i, shares[i] / total
+    return None
 
 
 @dataclass(frozen=True)
