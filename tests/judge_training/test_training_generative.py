@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from solutions_to_learn import PROBLEMS, parsed, solution, write_solutions
 from toys import save_model, write_rows
 
@@ -134,6 +136,28 @@ class TestGenerative:
         verdict = judge.judge([JudgeItem("a a [R] =", ("a", "b"))])[0]
         assert verdict.first_error == 1
         assert 'GenerativeJudge("judge", answer="score")' in (tmp_path / "judge" / "README.md").read_text()
+
+    def test_a_training_with_bare_verdicts_goes_on(self, tmp_path, chat_base):
+        path = write_rows(tmp_path / "train.jsonl", [solution(p, 1, n_steps=2) for p in PROBLEMS[:6]])
+        arguments = {
+            "kind": "generative",
+            "data": [path],
+            "bootstrap": "all",
+            "answer": "score",
+            "model_name_or_path": chat_base,
+            "output_dir": tmp_path / "judge",
+            "per_device_train_batch_size": 2,
+            "save_strategy": "steps",
+            "save_steps": 2,
+        }
+        judge_train.run(*parsed(**arguments, max_steps=2, learning_rate=1e-2))
+        trained = load_file(tmp_path / "judge" / "model.safetensors")
+        # From the beginning these two steps would hardly move the base
+        judge_train.run(*parsed(**arguments, max_steps=2, learning_rate=1e-6, resume_from_checkpoint="true"))
+        again = load_file(tmp_path / "judge" / "model.safetensors")
+        assert all(torch.equal(again[name], weight) for name, weight in trained.items())
+        with pytest.raises(ValueError, match=r"only if bootstrap='all'\. With bootstrap='missing' each round"):
+            judge_train.run(*parsed(**{**arguments, "bootstrap": "missing"}, resume_from_checkpoint="true"))
 
     def test_nothing_to_train_on(self, tmp_path, chat_base, monkeypatch):
         path = write_rows(tmp_path / "train.jsonl", [solution(p, 1, n_steps=2) for p in PROBLEMS[:6]])

@@ -151,7 +151,7 @@ class TestCheckpoint:
         given = parse(judge_train.make_parser(), "trl_sgpo.scripts.judge_train", [*CPU, *words, "true"])
         expected = InterruptedError if kind == "discriminative" else ValueError
         with pytest.raises(
-            expected, match="out/checkpoint-3" if kind == "discriminative" else "does not go with kind='generative'"
+            expected, match="out/checkpoint-3" if kind == "discriminative" else "goes with kind='generative' only if"
         ):
             judge_train.run(*given)
         given = parse(judge_train.make_parser(), "trl_sgpo.scripts.judge_train", [*CPU, *words, "false"])

@@ -207,7 +207,7 @@ def train_generative(
             peft_config=get_peft_config(model_args),
             quantization_config=get_quantization_config(model_args),
         )
-        trainer.train()
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         trainer.save_model(output)
         trainer.save_state()
         result |= {"examples": len(examples), "examples_too_long": len(kept) - len(examples)}

@@ -52,10 +52,12 @@ def run(arguments: JudgeTrainArguments, training_args: "SFTConfig", model_args: 
             "model_name_or_path is missing. Name the model that becomes the judge: a name on the Hub, or a folder."
         )
     training_args.resume_from_checkpoint = find_checkpoint(training_args)
-    if training_args.resume_from_checkpoint and arguments.kind == "generative":
+    samples_critiques = arguments.kind == "generative" and arguments.bootstrap != "all"
+    if training_args.resume_from_checkpoint and samples_critiques:
         raise ValueError(
-            f"resume_from_checkpoint={training_args.resume_from_checkpoint!r} does not go with kind='generative', because "
-            "each round trains on critiques that are sampled anew. Leave it out."
+            f"resume_from_checkpoint={training_args.resume_from_checkpoint!r} goes with kind='generative' only if "
+            f"bootstrap='all'. With bootstrap={arguments.bootstrap!r} each round trains on critiques that are sampled anew. "
+            "Leave it out."
         )
     if training_args.resume_from_checkpoint and training_args.process_index == 0:
         print(f"Training goes on from {training_args.resume_from_checkpoint}.")
