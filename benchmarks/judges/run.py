@@ -43,10 +43,16 @@ def compact(results):
         "known_wrong": {name: part(scores, known) for name, scores in results["known_wrong"]["subsets"].items()},
         "known_wrong_all": part(results["known_wrong"], (*known, "constant_all")),
         "groups": groups | {"intervals": results["groups"]["intervals"]},
-        "shapes": results["robustness"]["shapes"],
-        "injection": {key: results["robustness"]["injection"][key] for key in ("overall", "control", "by_target")},
+        **_robustness(results.get("robustness")),
         "cost": {key: results["cost"][key] for key in ("judgements", "seconds", "completions_per_second")},
     }
+
+
+def _robustness(found):
+    if found is None:  # was not asked for
+        return {}
+    injection = {key: found["injection"][key] for key in ("overall", "control", "by_target")}
+    return {"shapes": found["shapes"], "injection": injection}
 
 
 def rounded(value):
