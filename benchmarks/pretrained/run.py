@@ -4,6 +4,7 @@ GRPO, SGPO and per-token credit on a pretrained language model, SmolLM2-135M-Ins
     python -m benchmarks.pretrained.run base tune main others         # chains of arithmetic
     python -m benchmarks.pretrained.run base gsm8k --gsm8k FOLDER     # word problems, from local files
     python -m benchmarks.pretrained.run main --weights FOLDER         # weights without a Hub: see weights.py
+    python -m benchmarks.pretrained.run gsm8k_judge --judge FOLDER    # with the judge of benchmarks/real_judge
 
 Each finished run is one line of results/runs.jsonl, and is not run again. An interrupted run goes on from its last
 checkpoint, at most ten updates back. `--minutes` ends the command in time, with a checkpoint of each run. `report.py` makes
@@ -55,7 +56,7 @@ def _work(job: tuple[Run | str, argparse.Namespace, dict[str, Any]]) -> dict[str
     base = make_base(name, task, args.weights, args.work)
     try:
         _same_base(name, fingerprint(base), args.output)
-        record = train(what, task, base, args.work, args.until)
+        record = train(what, task, base, args.work, args.until, args.judge)
         return record and {"key": what.key, **record, **made_with}
     except Exception as error:  # one run that breaks must not lose the others
         return {"key": what.key, "error": f"{type(error).__name__}: {error}"}
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("tables", nargs="+", choices=["base", *TABLES], help="what to run, in this order")
     parser.add_argument("--weights", default=MODEL, help="name on the Hub, or folder")
     parser.add_argument("--gsm8k", type=Path, help="folder with train.jsonl and test.jsonl; from the Hub by default")
+    parser.add_argument("--judge", type=Path, help="folder of the trained judge, for the table gsm8k_judge")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="only these arms")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds")
     parser.add_argument("--tokens", type=int, help="generated tokens of each run; give --output too")
@@ -106,6 +108,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.tokens and args.output == HERE / "results":
         parser.error("--tokens changes the runs: give --output, so that they do not mix with the others.")
+    if "gsm8k_judge" in args.tables and args.judge is None:
+        parser.error("gsm8k_judge needs --judge FOLDER: benchmarks/real_judge trains one.")
     args.until = time.time() + 60 * args.minutes if args.minutes else None
     args.output.mkdir(parents=True, exist_ok=True)
     for table in args.tables:

@@ -45,6 +45,7 @@ from benchmarks.pretrained.weights import source_of
 from trl_sgpo import SGPOConfig, SGPOTrainer, StepwiseJudge
 from trl_sgpo.analysis.metrics import pass_at_k
 from trl_sgpo.judges import ArithmeticJudge, JudgeItem, StepJudge
+from trl_sgpo.judges.prm import PRMJudge
 from trl_sgpo.steps import segment
 from trl_sgpo.tasks.token_budget import TokenBudget
 
@@ -362,13 +363,17 @@ def describe_base(name: str, task: Task, weights: str, folder: Path) -> dict[str
     return described
 
 
-def _judge(name: str, task: Task) -> StepwiseJudge:
-    judges: dict[str, Any] = {"task": task.judge, "arithmetic": ArithmeticJudge(), "random": random_step}
-    judge: StepJudge | Any = judges[name]
+def _judge(name: str, task: Task, trained: Path | None) -> StepwiseJudge:
+    judge: StepJudge | Any
+    if name == "trained":
+        assert trained is not None, "run.py asks for the folder"
+        judge = PRMJudge(trained, known_wrong_rule="median")  # it is asked about wrong completions only
+    else:
+        judge = {"task": task.judge, "arithmetic": ArithmeticJudge(), "random": random_step}[name]
     return StepwiseJudge(judge, reference_column="reference")
 
 
-def make_trainer(run: Run, task: Task, base: Path, folder: Path) -> Policy:
+def make_trainer(run: Run, task: Task, base: Path, folder: Path, judge: Path | None = None) -> Policy:
     arm = ARMS[run.arm]
     group_size = arm.config.get("num_generations", GROUP_SIZE)
     model, tokenizer = _load(base)
@@ -393,7 +398,7 @@ def make_trainer(run: Run, task: Task, base: Path, folder: Path) -> Policy:
         skip_dead_tokens=True,
         **{"num_generations": GROUP_SIZE, **arm.config},
     )
-    rewards: list[Any] = [accuracy_reward, *([_judge(arm.judge, task)] if arm.judge else [])]
+    rewards: list[Any] = [accuracy_reward, *([_judge(arm.judge, task, judge)] if arm.judge else [])]
     return Policy(model, rewards, args, dataset(task.to_train), processing_class=tokenizer, imitate=arm.imitate)
 
 
@@ -406,14 +411,16 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def train(run: Run, task: Task, base: Path, folder: Path, until: float | None = None) -> dict[str, Any] | None:
+def train(
+    run: Run, task: Task, base: Path, folder: Path, until: float | None = None, judge: Path | None = None
+) -> dict[str, Any] | None:
     """
     Runs it, or goes on with it. Its checkpoints are deleted at the end, the policy is kept. None if it is not finished at
-    `until`, a `time.time()`.
+    `until`, a `time.time()`. `judge` is the folder of the trained judge.
     """
     out = folder / run.key.replace("/", "-")
     checkpoint = last_checkpoint(out)
-    trainer = make_trainer(run, task, base, out)
+    trainer = make_trainer(run, task, base, out, judge)
     watcher = Watcher(run, trainer, task, until)
     if checkpoint:
         watcher.restore(checkpoint)
@@ -427,9 +434,11 @@ def train(run: Run, task: Task, base: Path, folder: Path, until: float | None = 
     trainer.save_model(str(out / "policy"))
     for leftover in out.glob("checkpoint-*"):
         shutil.rmtree(leftover)
+    trained = {"judge": json.loads((judge / "judge_train.json").read_text())} if judge else {}
     return {
         **asdict(run),
         "base_weights": fingerprint(base),
+        **(trained if ARMS[run.arm].judge == "trained" else {}),
         "seconds": round(seconds, 1),
         "updates": watcher.updates,
         "tokens_generated": watcher.generated,

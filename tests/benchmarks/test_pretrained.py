@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from prm_families import make_family
 from toys import all_mixed, byte_tokenizer, save_model, tiny_llama
 
 from benchmarks.pretrained import report, training
@@ -118,6 +119,16 @@ def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch, capsys):
     assert {run.learning_rate for run in call("main", "--arms", "grpo", "--tokens", "100")} == {1e-5}
     with pytest.raises(SystemExit, match="prefix has no tuned learning rate yet"):
         call("main", "--arms", "prefix")
+
+
+def test_the_trained_judge(tmp_path, monkeypatch):
+    (run,) = TABLES["gsm8k_judge"].runs()
+    monkeypatch.setattr(sys, "argv", ["run.py", "gsm8k_judge"])
+    with pytest.raises(SystemExit):
+        run_script.main()
+    judge = training._judge(ARMS[run.arm].judge, chains(), make_family("trl", tmp_path).folder)
+    wrong = judge.score(["What is 1 + 1?"], ["1 + 1 is\n\nthree"], [{"reference": "2"}])[0]
+    assert "the median of the first wrong step" in wrong.reason
 
 
 @pytest.mark.slow
