@@ -38,7 +38,17 @@ from trl_sgpo.scripts.judge_train import main as judge_train
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "recipes" / "judge" / "worked_solutions.yaml"
 PARTS = ("data", "check", "classifier", "generative", "evaluate")
-CHECKED, CHECK_EPOCHS = 32, 6
+CHECKED, CHECK_EPOCHS = 16, 8
+SETTINGS = (
+    "planted",
+    "characters",
+    "epochs",
+    "learning_rate",
+    "heldout",
+    "generative_updates",
+    "generative_rows",
+    "bf16",
+)
 INJECTED = 8  # wrong solutions that instructions are put into
 # A bare verdict line after the question, which is answered in one pass
 GENERATIVE = {
@@ -89,23 +99,24 @@ def train(args: argparse.Namespace, name: str, overrides: Mapping[str, Any]) -> 
 def check(args: argparse.Namespace) -> None:
     """A few short solutions, many times: can the classifier learn them by heart? Otherwise no long run is worth its time."""
     rows, _ = read_rows(files(args, "planted"))
-    shortest = sorted(rows, key=data.length)[: CHECKED + 2]
-    (args.output / "check").mkdir(parents=True, exist_ok=True)
-    few = args.output / "check" / "few.jsonl"
-    data.write(few, [data.plain(row) for row in shortest])
+    shortest = sorted(rows, key=data.length)
+    few, others = shortest[:CHECKED], shortest[CHECKED : CHECKED + 2]
+    folder = args.output / "check"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, some in (("few", few), ("others", others)):
+        data.write(folder / f"{name}.jsonl", [data.plain(row) for row in some])
     overrides = {
-        "data": [few],
+        "data": [folder / "few.jsonl"],
+        "dev_data": [folder / "others.jsonl"],
         "num_train_epochs": CHECK_EPOCHS,
+        "per_device_train_batch_size": 4,
         "warmup_steps": 4,
         "save_strategy": "no",
-        "dev_share": 0.05,
     }
-    folder = train(args, "check/judge", overrides)
-    found = PRMJudge(folder, device="cpu").calibrate(
-        [as_item(row) for row in shortest[:CHECKED]], [row.label for row in shortest[:CHECKED]]
-    )
+    judge = PRMJudge(train(args, "check/judge", overrides), device="cpu")
+    found = judge.calibrate([as_item(row) for row in few], [row.label for row in few])
     print(
-        f"check: F1 {found.f1:.2f} on {CHECKED} solutions that it was trained on {CHECK_EPOCHS} times (1.00 is expected)"
+        f"check: F1 {found.f1:.2f} on the {CHECKED} solutions that it was trained on {CHECK_EPOCHS} times (1.00 is expected)"
     )
 
 
@@ -114,7 +125,7 @@ def train_classifier(args: argparse.Namespace) -> None:
 
 
 def train_generative(args: argparse.Namespace) -> None:
-    # Only the planted ones, which are short: the question has some 300 tokens of its own, and 25 for each step
+    # Only the planted ones: with the question they have 500 tokens, the annotated ones twice as many
     overrides = {"data": files(args, "planted"), "max_steps": args.generative_updates, **GENERATIVE}
     train(args, "generative", overrides)
 
@@ -171,6 +182,7 @@ def evaluate_all(args: argparse.Namespace) -> None:
     record: dict[str, Any] = {
         **provenance(("trl", "transformers", "torch"), None if torch.cuda.is_available() else args.threads),
         "weights": source_of(args.weights),
+        "settings": {name: getattr(args, name) for name in SETTINGS},
         "rows": json.loads((args.output / "data" / "rows.json").read_text()),
         "training": {},
         "judges": {},

@@ -95,7 +95,7 @@ def test_all_parts(folders, monkeypatch, capsys):
 
     call("data", "check", "classifier", "generative", "evaluate")
     printed = capsys.readouterr().out
-    assert "solutions that it was trained on" in printed
+    assert "on the 8 solutions that it was trained on" in printed
     record = json.loads((folders / "results.json").read_text())
     assert set(record["training"]) == {"classifier", "generative"}
     assert record["rows"]["planted"] == 18
