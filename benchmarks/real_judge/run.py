@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.trainer_utils import get_last_checkpoint
 
 from benchmarks.cells import markdown
 from benchmarks.common import provenance, write_results
@@ -85,7 +84,10 @@ def train(args: argparse.Namespace, name: str, overrides: Mapping[str, Any]) -> 
         "learning_rate": args.learning_rate,
         **overrides,
     }
-    if out.exists() and get_last_checkpoint(str(out)):
+    for checkpoint in out.glob("checkpoint-*"):
+        if not (checkpoint / "trainer_state.json").exists():  # it was cut off while it was written: this comes last
+            shutil.rmtree(checkpoint)
+    if any(out.glob("checkpoint-*")):
         given["resume_from_checkpoint"] = "true"
     words = ["--config", str(CONFIG)]
     for key, value in given.items():

@@ -111,15 +111,22 @@ def test_all_parts(folders, monkeypatch, capsys):
     texts = {(row.problem, row.steps) for row in read_rows(run.heldout(run_args(folders)))[0]}
     assert len(scored) == len(texts)
 
-    # Nothing is made twice, and a training that was cut off goes on
-    monkeypatch.setattr(run, "judge_train", lambda words: asked.append(words))
+    # Nothing is made twice, and a training that was cut off goes on from a whole checkpoint
+    def judge_train(words):
+        asked.append((words, [path.name for path in (folders / "work" / "classifier").glob("checkpoint-*")]))
+
     asked: list = []
+    monkeypatch.setattr(run, "judge_train", judge_train)
     call("data", "classifier", "generative")
     assert not asked
     (folders / "work" / "classifier" / "judge_train.json").unlink()
-    (folders / "work" / "classifier" / "checkpoint-3").mkdir()
+    for step in (3, 4):
+        (folders / "work" / "classifier" / f"checkpoint-{step}").mkdir()
+    (folders / "work" / "classifier" / "checkpoint-3" / "trainer_state.json").touch()
     call("classifier")
-    assert asked[0][-2:] == ["--resume_from_checkpoint", "true"]
+    ((words, checkpoints),) = asked
+    assert words[-2:] == ["--resume_from_checkpoint", "true"]
+    assert checkpoints == ["checkpoint-3"]
 
 
 def run_args(folders):
