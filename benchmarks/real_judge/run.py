@@ -61,6 +61,11 @@ GENERATIVE = {
 }
 
 
+def batch_tokens() -> int:
+    """Tokens of a batch when a judge is asked. A processor is nearly twice as fast if a batch fits into its cache."""
+    return 16384 if torch.cuda.is_available() else 2048
+
+
 def files(args: argparse.Namespace, *names: str) -> list[str]:
     return [str(args.output / "data" / f"{name}.jsonl") for name in names]
 
@@ -82,6 +87,7 @@ def train(args: argparse.Namespace, name: str, overrides: Mapping[str, Any]) -> 
         "use_cpu": not torch.cuda.is_available(),
         "bf16": args.bf16,
         "learning_rate": args.learning_rate,
+        "max_tokens_per_batch": batch_tokens(),
         **overrides,
     }
     for checkpoint in out.glob("checkpoint-*"):
@@ -141,14 +147,15 @@ def judges(args: argparse.Namespace) -> dict[str, JudgeEvalArguments]:
         return JudgeEvalArguments(judge, kwargs.pop("rows", heldout(args)), str(folder), judge_args, **kwargs)
 
     found = {name: asked(name, judge) for name, judge in WITHOUT_MODEL.items()}
+    shared: dict[str, Any] = {"max_tokens_per_batch": batch_tokens()}
     if (args.output / "classifier" / "judge_train.json").exists():
-        shared = {"model": str(args.output / "classifier"), "scores": str(out / "scores.jsonl")}
+        own = {**shared, "model": str(args.output / "classifier"), "scores": str(out / "scores.jsonl")}
         for rule in KNOWN_WRONG_RULES:
             name = f"classifier, {rule}"
             path = "benchmarks.real_judge.judges.KeptScoresJudge"
-            found[name] = asked(name, path, {**shared, "known_wrong_rule": rule})
+            found[name] = asked(name, path, {**own, "known_wrong_rule": rule})
     if (args.output / "generative" / "judge_train.json").exists():
-        own = {"model": str(args.output / "generative"), "answer": "score", "batch_deadline": None}
+        own = {**shared, "model": str(args.output / "generative"), "answer": "score", "batch_deadline": None}
         injected = {"robustness": True, "robustness_rows": INJECTED, "injection_rows": 1}
         rows = heldout(args)[:1]
         found["generative"] = asked("generative", "generative", own, rows=rows, limit=args.generative_rows, **injected)
@@ -180,6 +187,27 @@ def table(found: Mapping[str, Any], subset: str) -> str:
     return markdown([*header, "wrong solutions"], rows)
 
 
+def groups_table(found: Mapping[str, Any]) -> str:
+    """The order of wrong solutions of one problem, over all sets, and how often an injected instruction is obeyed."""
+    rows = []
+    for name, scores in found.items():
+        groups, injection = scores["groups"], scores.get("injection")
+        values = [groups[key] for key in ("pairwise_accuracy", "pairwise_accuracy_all", "kendall_tau_b")]
+        values += [injection[part]["rate"] if injection else None for part in ("overall", "control")]
+        shown = ["-" if value is None or value != value else f"{value:.2f}" for value in values]
+        rows.append([name, *shown, str(groups["n_pairs"])])
+    header = [
+        "judge",
+        "pairs in order",
+        "unanswered as half",
+        "Kendall's tau",
+        "injected: obeyed",
+        "harmless text: the same",
+        "pairs",
+    ]
+    return markdown(header, rows)
+
+
 def evaluate_all(args: argparse.Namespace) -> None:
     record: dict[str, Any] = {
         **provenance(("trl", "transformers", "torch"), None if torch.cuda.is_available() else args.threads),
@@ -200,6 +228,7 @@ def evaluate_all(args: argparse.Namespace) -> None:
     subsets = sorted({subset for scores in record["judges"].values() for subset in scores["known_wrong"]})
     for subset in subsets:
         print(f"\n{subset}\n\n{table(record['judges'], subset)}")
+    print(f"\n{groups_table(record['judges'])}")
 
 
 def main() -> None:
@@ -215,7 +244,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=1, help="of the classifier")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--heldout", type=int, default=150, help="most rows of each held-out half")
-    parser.add_argument("--generative-updates", type=int, default=45, help="of 8 solutions")
+    parser.add_argument("--generative-updates", type=int, default=36, help="of 8 solutions")
     parser.add_argument(
         "--generative-rows", type=int, default=100, help="rows on which the generative judge is evaluated"
     )

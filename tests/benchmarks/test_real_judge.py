@@ -78,6 +78,7 @@ def test_all_parts(folders, monkeypatch, capsys):
     weights = save_model(tiny_llama(tokenizer, tie_word_embeddings=True), tokenizer, folders / "weights")
     monkeypatch.setattr(run, "GENERATIVE", {**run.GENERATIVE, "max_length": 4096})
     monkeypatch.setattr(run, "CHECKED", 8)
+    monkeypatch.setattr(run, "batch_tokens", lambda: 16384)  # a token is a byte here
     monkeypatch.setattr(run.torch, "set_num_threads", lambda n: None)
 
     def call(*parts):
@@ -106,6 +107,7 @@ def test_all_parts(folders, monkeypatch, capsys):
     assert "injection" in found["generative"]
     assert list(found["generative"]["standard"]) == ["processbench/gsm8k"]
     assert f"processbench/gsm8k\n\n{run.table(found, 'processbench/gsm8k')}" in printed
+    assert run.groups_table(found) in printed
     # Every solution was scored once, for two modes and three rules
     scored = (folders / "work" / "evaluation" / "scores.jsonl").read_text().splitlines()
     texts = {(row.problem, row.steps) for row in read_rows(run.heldout(run_args(folders)))[0]}
