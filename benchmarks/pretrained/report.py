@@ -3,8 +3,10 @@ Tables of what has been recorded.
 
     python -m benchmarks.pretrained.report
 
-Between seeds: the median, the smallest and the largest value. Of one model: a bootstrap interval of 95 % over problems. Two
-methods are compared by problem: the difference of their rates on the same problems, over all seeds that both have.
+Along a run the accuracy is that of the completions that it is trained on: no problem comes twice, so they are new to it. At the
+end held-out problems are sampled. Between seeds: the median, the smallest and the largest value. Two methods are compared by
+problem: the difference of their rates on the same problems, over all seeds that both have, with a bootstrap interval of 95 %
+over problems.
 """
 
 import argparse
@@ -18,15 +20,45 @@ import numpy as np
 
 from benchmarks.cells import markdown, ratio, spread, thousands
 from benchmarks.common import read_lines
-from benchmarks.curves import area, tokens_to
+from benchmarks.curves import tokens_to
 from benchmarks.pretrained.settings import ARMS, BUDGET, GSM8K_RATE, LEARNING_RATES, MAIN, TABLES, TUNING_SEED
 from trl_sgpo.analysis.metrics import mean_estimate
 
 
 HERE = Path(__file__).parent
 GOALS = (0.1, 0.2, 0.3)  # accuracies that tokens are counted to
+ALONG = ("accuracy", "right_lines")
+WINDOW = 512  # completions that an accuracy along the way is the mean of
 
 Row = dict[str, Any]
+
+
+def mean_accuracy(run: Row) -> float:
+    """Of all completions of the run."""
+    return statistics.fmean(point["accuracy"] for point in run["curve"])
+
+
+def window_size(run: Row) -> int:
+    """The updates of a window: all, if the run is short."""
+    return min(len(run["curve"]), max(1, WINDOW // run["curve"][0]["completions"]))
+
+
+def windows(run: Row, name: str) -> list[dict[str, float]]:
+    """The running mean over [`WINDOW`] completions of what the updates logged, each at the middle of its window."""
+    n = window_size(run)
+    points = []
+    for i in range(n, len(run["curve"]) + 1):
+        window = [point for point in run["curve"][i - n : i] if name in point]
+        if window:
+            middle = (window[0]["tokens"] + window[-1]["tokens"]) / 2
+            points.append({"tokens": middle, name: statistics.fmean(point[name] for point in window)})
+    return points
+
+
+def tokens_to_goal(run: Row, goal: float) -> float:
+    """Generated tokens at which the accuracy first reaches a goal; inf if never."""
+    points = windows(run, "accuracy")
+    return tokens_to({"curve": points}, goal) if points else math.inf
 
 
 def best_rate(runs: Sequence[Row], arm: str) -> float | None:
@@ -40,7 +72,7 @@ def best_rate(runs: Sequence[Row], arm: str) -> float | None:
     ]
     if len(tuned) < len(LEARNING_RATES):
         return None
-    return max(tuned, key=lambda r: area(r, r["tokens"]))["learning_rate"]
+    return max(tuned, key=mean_accuracy)["learning_rate"]
 
 
 def runs_of(runs: Sequence[Row], task: str, arm: str) -> list[Row]:
@@ -78,12 +110,16 @@ def tune_table(runs: Sequence[Row]) -> str:
     rows = []
     for arm in MAIN:
         found = {r["learning_rate"]: r for r in runs if r["arm"] == arm and r["seed"] == TUNING_SEED}
-        cells = [
-            f"{area(found[rate], found[rate]['tokens']):.3f}" if rate in found else "-" for rate in LEARNING_RATES
-        ]
+        cells = []
+        for rate in LEARNING_RATES:
+            run = found.get(rate)
+            shown = [mean_accuracy(run), *(windows(run, name)[-1][name] for name in ALONG)] if run else []
+            cells.append(" / ".join(f"{value:.3f}" for value in shown) or "-")
         if found:
             rows.append([ARMS[arm].label, *cells])
-    return markdown(["method", *(f"mean accuracy at {rate:g}" for rate in LEARNING_RATES)], rows)
+    return markdown(
+        ["mean accuracy / at the end / right leading lines", *(f"{rate:g}" for rate in LEARNING_RATES)], rows
+    )
 
 
 def task_table(runs: Sequence[Row], task: str) -> str:
@@ -95,10 +131,12 @@ def task_table(runs: Sequence[Row], task: str) -> str:
             continue
         budget = min(r["tokens"] for r in found)
         ends = [r["end"]["sampled"] for r in found]
-        last = [r["curve"][-1] for r in found]
-        reached = [[tokens_to(r, GOALS[0]) for r in some] for some in (found, grpo)]
+        last = [
+            {name: points[-1][name] for name in ("failed", "entropy") if (points := windows(r, name))} for r in found
+        ]
+        reached = [[tokens_to_goal(r, GOALS[0]) for r in some] for some in (found, grpo)]
         cells = [
-            spread([area(r, budget) for r in found], lambda x: f"{x:.3f}"),
+            spread([mean_accuracy(r) for r in found], lambda x: f"{x:.3f}"),
             spread(reached[0], lambda t, budget=budget: thousands(t, budget)),
             ratio(*(statistics.median(some) if some else math.inf for some in reached), budget, BUDGET[task]),
             *(

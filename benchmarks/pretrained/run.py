@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import provenance, read_lines, record_all
-from benchmarks.pretrained.report import best_rate
+from benchmarks.pretrained.report import best_rate, mean_accuracy
 from benchmarks.pretrained.settings import ARMS, TABLES, TUNED, Run
 from benchmarks.pretrained.weights import MODEL
 from trl_sgpo.analysis.jsonable import append_lines
@@ -67,7 +67,7 @@ def execute(what: Sequence[Run | str], args: argparse.Namespace) -> None:
 
     def keep(record: dict[str, Any]) -> str:
         append_lines(args.output / ("runs.jsonl" if "key" in record else "bases.jsonl"), [record])
-        return f"{record['key']}: {record['end']['sampled']['accuracy']:.3f}" if "key" in record else "base"
+        return f"{record['key']}: {mean_accuracy(record):.3f}" if "key" in record else "base"
 
     record_all(_work, [(item, args, made_with) for item in what], keep, args.workers, args.threads)
 

@@ -9,6 +9,7 @@ SEEDS = (0, 1, 2)
 TUNING_SEED = 100
 LEARNING_RATES = (1e-5, 2e-5)
 BUDGET = {"chains": 150_000, "gsm8k": 400_000}  # generated tokens
+TUNING_BUDGET = 60_000
 GSM8K_RATE = 1e-5
 TUNED = 0.0  # stands for the learning rate that tuning chose
 GROUP_SIZE, GROUPS_PER_UPDATE = 8, 8
@@ -69,7 +70,7 @@ class Run:
 
 
 def _tune() -> list[Run]:
-    return [Run("chains", arm, rate, TUNING_SEED, BUDGET["chains"]) for arm in MAIN for rate in LEARNING_RATES]
+    return [Run("chains", arm, rate, TUNING_SEED, TUNING_BUDGET) for arm in MAIN for rate in LEARNING_RATES]
 
 
 def _main() -> list[Run]:

@@ -1,8 +1,8 @@
 """
 The base of a task, and one run from it. Both can be cut off at any time: a run goes on from its last checkpoint.
 
-Rows without credit are left out of the loss. The trainer keeps 32-bit weights and computes in bf16, and it generates from a
-bf16 copy of the weights, because casting them for each token takes most of the time on a CPU.
+Rows without credit are left out of the loss. The trainer keeps 32-bit weights. Where the device multiplies in bf16, it computes
+in bf16, and it generates from a bf16 copy of the weights, because casting them for each token takes most of the time on a CPU.
 """
 
 import copy
@@ -12,7 +12,8 @@ import shutil
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,19 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.pretrained.settings import ARMS, GROUP_SIZE, GROUPS_PER_UPDATE, Run
+from benchmarks.pretrained.sampling import EFFORT, counts, generate, measure, sample
+from benchmarks.pretrained.settings import ARMS, GROUP_SIZE, GROUPS_PER_UPDATE, TUNING_SEED, Run
 from benchmarks.pretrained.tasks import (
     Problem,
     Task,
     accuracy_reward,
     dataset,
     first_wrong_step,
-    lenient_answer,
     random_step,
     right_lines,
-    strict_answer,
 )
 from benchmarks.pretrained.weights import source_of
 from trl_sgpo import SGPOConfig, SGPOTrainer, StepwiseJudge
-from trl_sgpo.analysis.metrics import pass_at_k
 from trl_sgpo.judges import ArithmeticJudge, JudgeItem, StepJudge
 from trl_sgpo.judges.prm import PRMJudge
 from trl_sgpo.steps import segment
@@ -52,118 +51,49 @@ from trl_sgpo.tasks.token_budget import TokenBudget
 
 MICRO_BATCH = {"cpu": 16, "cuda": 32}  # completions; the update is the same
 SFT_BATCH = 16
-SAMPLING_BATCH = 128
+RIGHT_LINES = "right_lines"
+LOGGED = {  # of each update: TRL's name, or the package's, and that in the record
+    "sgpo/accuracy": "accuracy",
+    RIGHT_LINES: "right_lines",
+    "completions/mean_length": "length",
+    "entropy": "entropy",
+    "sgpo/groups/failed": "failed",
+    "sgpo/groups/mixed": "mixed",
+    "sgpo/groups/rescued": "rescued",
+    "sgpo/rts": "rts",
+    "sgpo/dead_updates": "dead_updates",
+    "sgpo/trained_tokens": "trained_tokens",
+    "sgpo/credit/silent": "silent_credit",
+    "grad_norm": "grad_norm",
+}
 STATE = "watcher.json"  # in a checkpoint: the curve so far
 SAVE_EVERY = 10  # updates
+PROBED = 64  # problems that say how many groups of a base fail
 FINGERPRINT = "fingerprint"  # in a base's folder, when it is finished
-
-
-@dataclass(frozen=True)
-class Effort:
-    """
-    How much is sampled to measure a task: every so many tokens of a run, so many problems, so many samples of each. At the
-    end of it, some problems get many samples for pass@k.
-    """
-
-    every: int
-    along: tuple[int, int]
-    end: tuple[int, int]
-    wide: tuple[int, int] = (0, 0)
-
-
-EFFORT = {
-    "chains": Effort(every=30_000, along=(64, 4), end=(128, 4), wide=(24, 32)),
-    "gsm8k": Effort(every=100_000, along=(64, 2), end=(200, 2)),
-}
 
 
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@torch.no_grad()
-def sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    n: int,
-    max_new_tokens: int,
-    greedy: bool = False,
-) -> tuple[list[list[str]], list[int]]:
-    """`n` completions of each problem, at temperature 1 from a seed of its own, and the lengths of all in tokens."""
-    prompts = [p.row()["prompt"] for p in problems for _ in range(n)]
-    texts: list[str] = []
-    lengths: list[int] = []
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for start in range(0, len(prompts), SAMPLING_BATCH):
-            inputs = tokenizer.apply_chat_template(
-                prompts[start : start + SAMPLING_BATCH],
-                add_generation_prompt=True,
-                padding=True,
-                return_tensors="pt",
-                return_dict=True,
-            ).to(model.device)
-            choice = (
-                {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-            )
-            found = model.generate(
-                **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **choice
-            )
-            completions = found[:, inputs["input_ids"].shape[1] :]
-            lengths += (completions != tokenizer.pad_token_id).sum(dim=1).tolist()
-            texts += tokenizer.batch_decode(completions, skip_special_tokens=True)
-    return [texts[i : i + n] for i in range(0, len(texts), n)], lengths
-
-
-def score(problems: Sequence[Problem], texts: Sequence[Sequence[str]], lengths: Sequence[int]) -> dict[str, Any]:
-    """What a set of completions says: means over problems of the means over their samples."""
-
-    def mean(value: Any) -> float:
-        by_problem = [statistics.fmean(value(p, t) for t in some) for p, some in zip(problems, texts, strict=True)]
-        return round(statistics.fmean(by_problem), 4)
-
-    return {
-        "accuracy": mean(lambda p, t: strict_answer(t) == p.answer),
-        "lenient": mean(lambda p, t: lenient_answer(t) == p.answer),
-        "right_lines": mean(lambda p, t: right_lines(p.solution, t)),
-        "length": round(statistics.fmean(lengths), 1),
-    }
-
-
-def counts(problems: Sequence[Problem], texts: Sequence[Sequence[str]]) -> list[int]:
-    """Right completions of each problem."""
-    return [sum(strict_answer(t) == p.answer for t in some) for p, some in zip(problems, texts, strict=True)]
-
-
-def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, effort: Effort) -> dict[str, Any]:
-    """What a model can do on the held-out problems: sampled, greedy, and pass@k where the task has many samples."""
-    (n_problems, n), (n_wide, n_many) = effort.end, effort.wide
-    problems, wide = task.to_test[:n_problems], task.to_test[-n_wide:] if n_wide else []
-    texts, lengths = sample(model, tokenizer, problems, n, task.max_completion_length)
-    greedy, greedy_lengths = sample(model, tokenizer, problems, 1, task.max_completion_length, greedy=True)
-    found = {
-        "sampled": score(problems, texts, lengths),
-        "greedy": score(problems, greedy, greedy_lengths),
-        "samples": n,
-        "right": counts(problems, texts),
-        "right_greedy": counts(problems, greedy),
-    }
-    if wide:
-        many, _ = sample(model, tokenizer, wide, n_many, task.max_completion_length)
-        right = counts(wide, many)
-        ks = [2**i for i in range(n_many.bit_length())]
-        found["pass"] = {k: round(float(pass_at_k([n_many] * n_wide, right, k).mean()), 4) for k in ks}
-    return found
+def precision() -> torch.dtype:
+    """bf16 where there are instructions for its products. On other CPUs they take eight times as long as in 32 bits."""
+    can = torch.cpu.get_capabilities()
+    has_bf16 = device() == "cuda" or any(can.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 class Policy(SGPOTrainer):
-    """Generates from a bf16 copy of the policy's weights. `imitate`: the advantage is the outcome reward itself."""
+    """
+    Generates from a copy of the policy's weights in [`precision`], and logs the share of right leading lines. `imitate`: the
+    advantage is the outcome reward itself.
+    """
 
     def __init__(self, *args: Any, imitate: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.imitate = imitate
-        self.sampler = copy.deepcopy(self.accelerator.unwrap_model(self.model)).to(torch.bfloat16).eval()
+        self.sampler = copy.deepcopy(self.accelerator.unwrap_model(self.model)).to(precision()).eval()
+        self.sampler.generate = partial(generate, self.sampler)
 
     def sampling(self) -> PreTrainedModel:
         """The copy, with the weights of now."""
@@ -180,30 +110,33 @@ class Policy(SGPOTrainer):
         finally:
             self.model_wrapped = policy
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        rewards_BF = super()._calculate_rewards(*args, **kwargs)
+    def _calculate_rewards(
+        self, inputs: list[dict], prompts: list, completions: list, completion_ids_list: list
+    ) -> torch.Tensor:
+        rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self.outcome_B = rewards_BF[:, 0]
+        shares = [right_lines(row["reference"], c[-1]["content"]) for row, c in zip(inputs, completions, strict=True)]
+        self._metrics["train"][RIGHT_LINES].append(statistics.fmean(shares))
         return rewards_BF
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        if self.imitate and self.model.training:
+        if self.imitate:
             output["advantages"] = self.outcome_B.to(output["advantages"])
         return output
 
 
 class Watcher(TokenBudget):
     """
-    Measures the policy along the way, and keeps the curve beside each checkpoint. At `until`, a `time.time()`, the run stops
-    with a checkpoint to go on from.
+    Keeps what each update logged, beside each checkpoint too. No problem comes twice in a run, so the accuracy of the
+    completions that it is trained on is that of new problems. At `until`, a `time.time()`, the run stops with a checkpoint to
+    go on from.
     """
 
-    def __init__(self, run: Run, trainer: Policy, task: Task, until: float | None = None):
-        super().__init__(run.tokens)
-        self.run, self.trainer, self.task, self.until = run, trainer, task, until
-        self.effort = EFFORT[run.task]
-        self.curve: list[dict[str, Any]] = []
-        self.window: dict[str, list[float]] = {}
+    def __init__(self, tokens: int, until: float | None = None):
+        super().__init__(tokens)
+        self.until = until
+        self.curve: list[dict[str, float]] = []
         self.seconds = 0.0
         self.started = time.perf_counter()
 
@@ -212,57 +145,22 @@ class Watcher(TokenBudget):
             setattr(self, name, value)
 
     def on_save(self, args, state, control, **kwargs):
-        names = ("generated", "updates", "_evaluated_at", "curve", "window")
-        said = {name: getattr(self, name) for name in names} | {"seconds": self.taken()}
+        said = {name: getattr(self, name) for name in ("generated", "updates", "curve")} | {"seconds": self.taken()}
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE).write_text(json.dumps(said))
 
     def taken(self) -> float:
         return self.seconds + time.perf_counter() - self.started
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        if not self.curve:
-            super().on_train_begin(args, state, control, **kwargs)
-
-    def due(self) -> bool:
-        return self.generated // self.effort.every > self.curve[-1]["tokens"] // self.effort.every
-
-    def out_of_time(self) -> bool:
-        return self.until is not None and time.time() > self.until
-
     def on_step_end(self, args, state, control, **kwargs):
-        if self.out_of_time():
+        if self.until is not None and time.time() > self.until:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if not self.out_of_time():
-            super().on_train_end(args, state, control, **kwargs)
-
-    def evaluate(self) -> None:
-        n_problems, n = self.effort.along
-        problems = self.task.to_test[:n_problems]
-        tokenizer = self.trainer.processing_class
-        texts, lengths = sample(self.trainer.sampling(), tokenizer, problems, n, self.task.max_completion_length)
-        logged = {name: round(statistics.fmean(values), 4) for name, values in self.window.items()}
-        self.curve.append({"tokens": self.generated, **score(problems, texts, lengths), **logged})
-        self.window = {}
-
     def on_log(self, args, state, control, logs=None, **kwargs):
-        names = {
-            "entropy": "entropy",
-            "sgpo/accuracy": "train_accuracy",
-            "sgpo/groups/failed": "failed",
-            "sgpo/groups/mixed": "mixed",
-            "sgpo/groups/rescued": "rescued",
-            "sgpo/rts": "rts",
-            "sgpo/dead_updates": "dead_updates",
-            "sgpo/credit/silent": "silent_credit",
-            "grad_norm": "grad_norm",
-        }
-        for name, short in names.items():
-            value = float((logs or {}).get(name, "nan"))
-            if np.isfinite(value):
-                self.window.setdefault(short, []).append(value)
         super().on_log(args, state, control, logs, **kwargs)
+        if logs and "completions/mean_length" in logs:
+            found = {short: float(logs.get(name, "nan")) for name, short in LOGGED.items()}
+            known = {short: round(value, 4) for short, value in found.items() if np.isfinite(value)}
+            self.curve.append({"tokens": self.generated, "completions": args.generation_batch_size, **known})
 
 
 def _load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -293,7 +191,7 @@ def _make_base(task: Task, weights: str, out: Path) -> None:
         learning_rate=1e-4,
         warmup_steps=5,
         max_length=None,
-        bf16=True,
+        bf16=precision() == torch.bfloat16,
         gradient_checkpointing=False,
         use_cpu=device() == "cpu",
         save_strategy="no",
@@ -349,9 +247,9 @@ def describe_base(name: str, task: Task, weights: str, folder: Path) -> dict[str
     effort = EFFORT[name]
     for label, path in (("published", weights), ("base", base)):
         model, tokenizer = _load(path)
-        model = model.to(device(), torch.bfloat16).eval()
+        model = model.to(device(), precision()).eval()
         described[label] = measure(model, tokenizer, task, effort)
-    problems = task.to_train[-effort.along[0] :]
+    problems = task.to_train[-PROBED:]
     texts, _ = sample(model, tokenizer, problems, GROUP_SIZE, task.max_completion_length)
     right = counts(problems, texts)
     described["groups"] = {
@@ -386,7 +284,7 @@ def make_trainer(run: Run, task: Task, base: Path, folder: Path, judge: Path | N
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=10,
         max_steps=100_000,  # the run ends when its tokens are spent
-        bf16=True,
+        bf16=precision() == torch.bfloat16,
         gradient_checkpointing=False,
         use_cpu=device() == "cpu",
         logging_steps=1,
@@ -394,6 +292,8 @@ def make_trainer(run: Run, task: Task, base: Path, folder: Path, judge: Path | N
         save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
+        log_completions=True,  # the report reads the files
+        num_completions_to_print=0,
         seed=run.seed,
         skip_dead_tokens=True,
         **{"num_generations": GROUP_SIZE, **arm.config},
@@ -415,13 +315,13 @@ def train(
     run: Run, task: Task, base: Path, folder: Path, until: float | None = None, judge: Path | None = None
 ) -> dict[str, Any] | None:
     """
-    Runs it, or goes on with it. Its checkpoints are deleted at the end, the policy is kept. None if it is not finished at
+    Runs it, or goes on with it. Its checkpoints are deleted at the end, the policy is kept. A tuning run is not measured at its end. None if it is not finished at
     `until`, a `time.time()`. `judge` is the folder of the trained judge.
     """
     out = folder / run.key.replace("/", "-")
     checkpoint = last_checkpoint(out)
     trainer = make_trainer(run, task, base, out, judge)
-    watcher = Watcher(run, trainer, task, until)
+    watcher = Watcher(run.tokens, until)
     if checkpoint:
         watcher.restore(checkpoint)
     trainer.add_callback(watcher)
@@ -430,14 +330,18 @@ def train(
     if not watcher.finished():
         return None
     seconds = watcher.taken()
-    end = measure(trainer.sampling(), trainer.processing_class, task, EFFORT[run.task])
+    end = {}
+    if run.seed != TUNING_SEED:
+        end = measure(trainer.sampling(), trainer.processing_class, task, EFFORT[run.task])
     trainer.save_model(str(out / "policy"))
+    trainer.save_state()
     for leftover in out.glob("checkpoint-*"):
         shutil.rmtree(leftover)
     trained = {"judge": json.loads((judge / "judge_train.json").read_text())} if judge else {}
     return {
         **asdict(run),
         "base_weights": fingerprint(base),
+        "precision": str(precision()).removeprefix("torch."),
         **(trained if ARMS[run.arm].judge == "trained" else {}),
         "seconds": round(seconds, 1),
         "updates": watcher.updates,

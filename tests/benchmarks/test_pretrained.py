@@ -13,6 +13,7 @@ from toys import all_mixed, byte_tokenizer, save_model, tiny_llama
 
 from benchmarks.pretrained import report, training
 from benchmarks.pretrained import run as run_script
+from benchmarks.pretrained.sampling import Effort, generate
 from benchmarks.pretrained.settings import ARMS, MAIN, TABLES, Run
 from benchmarks.pretrained.tasks import (
     Problem,
@@ -95,12 +96,28 @@ def test_tables_of_no_records_and_the_rate_that_tuning_chose(tmp_path):
     assert report.best_rate([], "grpo") is None
 
     def tuned(arm, rate, accuracy):
-        curve = [{"tokens": 0, "accuracy": 0.0}, {"tokens": 100, "accuracy": accuracy}]
+        curve = [{"tokens": 100, "completions": 64, "accuracy": accuracy, "right_lines": 0.5}]
         return {"task": "chains", "arm": arm, "seed": 100, "learning_rate": rate, "tokens": 100, "curve": curve}
 
     runs = [tuned(arm, rate, accuracy) for arm in MAIN for rate, accuracy in ((1e-5, 0.1), (2e-5, 0.2))]
     assert report.best_rate(runs, "prefix_random") == 2e-5
     assert report.task_table(runs, "chains")
+    assert "| GRPO | 0.100 / 0.100 / 0.500 | 0.200 / 0.200 / 0.500 |" in report.tune_table(runs)
+
+
+def test_accuracy_along_a_run_is_the_running_mean_of_512_completions():
+    accuracies = [0.0] * 8 + [0.4] * 4
+    curve = [{"tokens": 100 * (i + 1), "completions": 64, "accuracy": a} for i, a in enumerate(accuracies)]
+    run = {"curve": curve}
+    assert report.mean_accuracy(run) == pytest.approx(0.4 / 3)
+    points = report.windows(run, "accuracy")
+    assert [p["tokens"] for p in points] == [450, 550, 650, 750, 850]
+    assert [p["accuracy"] for p in points] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    assert report.tokens_to_goal(run, 0.125) == pytest.approx(700)
+    assert report.tokens_to_goal(run, 0.3) == float("inf")
+    assert report.windows(run, "entropy") == []
+    large = {"curve": [{**point, "completions": 128} for point in curve]}
+    assert report.windows(large, "accuracy")[0]["tokens"] == 250
 
 
 def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch, capsys):
@@ -113,7 +130,7 @@ def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch, capsys):
 
     tuning = call("tune", "--tokens", "100")
     assert len(tuning) == 6
-    curve = [{"tokens": 0, "accuracy": 0.0}, {"tokens": 100, "accuracy": 0.1}]
+    curve = [{"tokens": 100, "completions": 64, "accuracy": 0.1}]
     append_lines(tmp_path / "runs.jsonl", [{"key": run.key, **asdict(run), "curve": curve} for run in tuning[:4]])
     assert call("tune", "--tokens", "100") == tuning[4:]
     assert {run.learning_rate for run in call("main", "--arms", "grpo", "--tokens", "100")} == {1e-5}
@@ -132,14 +149,34 @@ def test_the_trained_judge(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rows", [[0, 0, 0, 1, 1, 1], [0, 0, 1, 0], [0, 1], [0, 0, 1]])
+def test_reading_a_prompt_once_changes_no_completion(monkeypatch, rows):
+    tokenizer = byte_tokenizer(chat_template=CHAT)
+    model = tiny_llama(tokenizer)
+    prompts = tokenizer(["Start with 6.", "Add 16, please."], padding=True, padding_side="left", return_tensors="pt")
+    inputs = {name: prompts[name][rows] for name in ("input_ids", "attention_mask")}
+    read = []
+    forward = type(model.base_model).forward
+
+    def reading(self, input_ids=None, **kwargs):
+        read.append(input_ids.shape)
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model.base_model), "forward", reading)
+    found = generate(model, **inputs, max_new_tokens=8, do_sample=False)
+    assert (read[0] == (2, 14)) == (rows == [0, 0, 0, 1, 1, 1])
+    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.slow
 def test_a_run_that_is_cut_off_goes_on(tmp_path, monkeypatch):
     """Base, a run that dies after two updates and is called again, and the tables of both."""
     tokenizer = byte_tokenizer(chat_template=CHAT)
     weights = save_model(tiny_llama(tokenizer), tokenizer, tmp_path / "weights")
     whole = chains()
     task = replace(whole, to_imitate=whole.to_imitate[:32], to_train=whole.to_train[:64], max_completion_length=12)
-    effort = training.Effort(every=2000, along=(4, 2), end=(4, 2), wide=(2, 4))
-    monkeypatch.setattr(training, "EFFORT", {"chains": effort})
+    monkeypatch.setattr(training, "EFFORT", {"chains": Effort(usual=(4, 2), wide=(2, 4))})
     monkeypatch.setattr(training, "SAVE_EVERY", 1)
     described = training.describe_base("chains", task, str(weights), tmp_path)
     base = training.make_base("chains", task, str(weights), tmp_path)
@@ -166,7 +203,10 @@ def test_a_run_that_is_cut_off_goes_on(tmp_path, monkeypatch):
     assert record["updates"] > 3
     assert record["tokens_generated"] >= 3000
     assert [point["tokens"] for point in record["curve"]] == sorted({p["tokens"] for p in record["curve"]})
+    assert len(record["curve"]) == record["updates"]
     assert record["curve"][-1]["mixed"] == 1
+    assert 0 <= record["curve"][-1]["right_lines"] < 1
+    assert len(list((folder / "completions").glob("*.parquet"))) == record["updates"]
     before, after = (tiny_weights(path) for path in (base, folder / "policy"))
     assert not torch.equal(before, after)
     assert not list(folder.glob("checkpoint-*"))
