@@ -3,6 +3,8 @@ Tables of what has been recorded.
 
     python -m benchmarks.pretrained.report
 
+writes results/tables.md and a picture for each task, and prints the tables.
+
 Along a run the accuracy is that of the completions that it is trained on: no problem comes twice, so they are new to it. At the
 end held-out problems are sampled. Between seeds: the median, the smallest and the largest value. Two methods are compared by
 problem: the difference of their rates on the same problems, over all seeds that both have, with a bootstrap interval of 95 %
@@ -124,6 +126,12 @@ def tune_table(runs: Sequence[Row]) -> str:
 
 def task_table(runs: Sequence[Row], task: str) -> str:
     grpo = runs_of(runs, task, "grpo")
+    grpo_budget = min((r["tokens"] for r in grpo), default=BUDGET[task])
+    goals = [
+        g
+        for g in GOALS
+        if g == GOALS[0] or any(math.isfinite(tokens_to_goal(r, g)) for r in runs if r["task"] == task)
+    ]
     rows = []
     for arm, about in ARMS.items():
         found = runs_of(runs, task, arm)
@@ -134,11 +142,16 @@ def task_table(runs: Sequence[Row], task: str) -> str:
         last = [
             {name: points[-1][name] for name in ("failed", "entropy") if (points := windows(r, name))} for r in found
         ]
-        reached = [[tokens_to_goal(r, GOALS[0]) for r in some] for some in (found, grpo)]
+        tokens = []
+        for goal in goals:
+            reached = [[tokens_to_goal(r, goal) for r in some] for some in (found, grpo)]
+            tokens += [
+                spread(reached[0], lambda t, budget=budget: thousands(t, budget)),
+                ratio(*(statistics.median(some) if some else math.inf for some in reached), budget, grpo_budget),
+            ]
         cells = [
             spread([mean_accuracy(r) for r in found], lambda x: f"{x:.3f}"),
-            spread(reached[0], lambda t, budget=budget: thousands(t, budget)),
-            ratio(*(statistics.median(some) if some else math.inf for some in reached), budget, BUDGET[task]),
+            *tokens,
             *(
                 spread([e[name] for e in ends], lambda x: f"{x:.3f}")
                 for name in ("accuracy", "lenient", "right_lines")
@@ -149,22 +162,50 @@ def task_table(runs: Sequence[Row], task: str) -> str:
                 for name in ("failed", "entropy")
             ),
             spread([e["length"] for e in ends], lambda x: f"{x:.0f}"),
-            spread([r["end"]["pass"]["32"] for r in found], lambda x: f"{x:.2f}")
-            if "pass" in found[0]["end"]
-            else "-",
             f"{statistics.median(r['seconds'] for r in found) / 60:.0f}",
         ]
         rows.append([about.label, f"{found[0]['learning_rate']:g}", str(len(found)), *cells])
-    header = [
-        "method",
-        "learning rate",
-        "seeds",
-        "mean accuracy over the run",
-        f"tokens to {GOALS[0]:.0%}",
-        "of GRPO's",
-    ]
+    header = ["method", "learning rate", "seeds", "mean accuracy over the run"]
+    for goal in goals:
+        header += [f"tokens to {goal:.0%}", "of GRPO's"]
     header += ["accuracy at the end", "lenient", "right leading lines", "accuracy less GRPO's, by problem"]
-    return markdown([*header, "failed groups", "entropy", "length", "pass@32", "minutes"], rows)
+    return markdown([*header, "failed groups", "entropy", "length", "minutes"], rows)
+
+
+def pass_table(bases: Sequence[Row], runs: Sequence[Row], task: str) -> str:
+    """pass@k of the base and of each method at its end."""
+    found = [("base", [base["base"]["pass"]]) for base in bases if base["task"] == task and "pass" in base["base"]]
+    for arm, about in ARMS.items():
+        found.append((about.label, [r["end"]["pass"] for r in runs_of(runs, task, arm) if "pass" in r["end"]]))
+    found = [(label, some) for label, some in found if some]
+    ks = list(found[0][1][0]) if found else []
+    rows = [[label, *(spread([one[k] for one in some], lambda x: f"{x:.2f}") for k in ks)] for label, some in found]
+    return markdown(["model", *(f"pass@{k}" for k in ks)], rows)
+
+
+def draw(runs: Sequence[Row], task: str, arms: Sequence[str], path: Path) -> None:
+    """Accuracy and right leading lines over generated tokens, a line per seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for axis, name, title in zip(axes, ALONG, ("accuracy", "share of right leading lines"), strict=True):
+        for i, arm in enumerate(arms):
+            for j, run in enumerate(runs_of(runs, task, arm)):
+                points = windows(run, name)
+                x, y = [p["tokens"] / 1000 for p in points], [p[name] for p in points]
+                label = f"{ARMS[arm].label} ({run['learning_rate']:g})" if j == 0 else None
+                axis.plot(x, y, color=f"C{i}", lw=1.5, label=label)
+        axis.set_title(title, loc="left", fontsize=11)
+        axis.set_xlabel("generated tokens (thousands)")
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].legend(frameon=False, fontsize=8, title="method (learning rate)", title_fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -176,12 +217,16 @@ def main() -> None:
         ("Models before the training", bases_table(bases)),
         (TABLES["tune"].question, tune_table(runs)),
         (TABLES["main"].question, task_table(runs, "chains")),
+        ("Do they find what the base does not find in 32 tries?", pass_table(bases, runs, "chains")),
         (TABLES["gsm8k"].question, task_table(runs, "gsm8k")),
     ]
     recorded = [(title, table) for title, table in sections if len(table.splitlines()) > 2]
     text = "\n\n".join(f"## {title}\n\n{table}" for title, table in recorded)
     (args.output / "tables.md").write_text(text + "\n")
     print(text)
+    for task in BUDGET:
+        if any(runs_of(runs, task, arm) for arm in MAIN):
+            draw(runs, task, MAIN, args.output / f"{task}.png")
 
 
 if __name__ == "__main__":

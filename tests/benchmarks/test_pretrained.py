@@ -101,7 +101,6 @@ def test_tables_of_no_records_and_the_rate_that_tuning_chose(tmp_path):
 
     runs = [tuned(arm, rate, accuracy) for arm in MAIN for rate, accuracy in ((1e-5, 0.1), (2e-5, 0.2))]
     assert report.best_rate(runs, "prefix_random") == 2e-5
-    assert report.task_table(runs, "chains")
     assert "| GRPO | 0.100 / 0.100 / 0.500 | 0.200 / 0.200 / 0.500 |" in report.tune_table(runs)
 
 
@@ -118,6 +117,34 @@ def test_accuracy_along_a_run_is_the_running_mean_of_512_completions():
     assert report.windows(run, "entropy") == []
     large = {"curve": [{**point, "completions": 128} for point in curve]}
     assert report.windows(large, "accuracy")[0]["tokens"] == 250
+
+
+def test_tables_and_pictures_of_what_is_recorded(tmp_path, monkeypatch, capsys):
+    point = {"completions": 512, "failed": 0.9, "right_lines": 0.3, "entropy": 0.1}
+
+    def recorded(arm, rate, seed, tokens_and_accuracies):
+        curve = [{**point, "tokens": t, "accuracy": a} for t, a in tokens_and_accuracies]
+        end = {"sampled": {"accuracy": 0.2, "lenient": 0.3, "right_lines": 0.4, "length": 50}, "samples": 4}
+        end |= {"right": [1, 0, 4], "pass": {"1": 0.2, "32": 0.5}}
+        run = {"task": "chains", "arm": arm, "learning_rate": rate, "seed": seed, "tokens": 3000, "seconds": 60}
+        return {**run, "curve": curve, "end": end}
+
+    tuned = [recorded(arm, rate, 100, [(500, rate)]) for arm in MAIN for rate in (1e-5, 2e-5)]
+    slow, fast = [(500, 0.0), (1500, 0.05), (2500, 0.15)], [(500, 0.1), (1500, 0.2), (2500, 0.3)]
+    runs = [recorded("grpo", 2e-5, seed, slow) for seed in (0, 1)]
+    runs += [recorded("prefix", 2e-5, 0, [(x + 500, y) for x, y in fast])]
+    append_lines(tmp_path / "runs.jsonl", tuned + runs)
+    monkeypatch.setattr(sys, "argv", ["report.py", "--output", str(tmp_path)])
+    report.main()
+    text = (tmp_path / "tables.md").read_text()
+    assert text == capsys.readouterr().out
+    grpo, prefix = (
+        next(x for x in text.splitlines() if x.startswith(f"| {m} | 2e-05")) for m in ("GRPO", "prefix credit")
+    )
+    assert "| 2 | 0.067 [0.067, 0.067] | 2k [2k, 2k] | 1.00 | > 3k [> 3k, > 3k] | - |" in grpo
+    assert "| 1 | 0.200 [0.200, 0.200] | 0k [0k, 0k] | 0.00 | 2k [2k, 2k] | < 0.67 | 3k [3k, 3k] | < 1.00 |" in prefix
+    assert "| prefix credit | 0.20 [0.20, 0.20] | 0.50 [0.50, 0.50] |" in text
+    assert (tmp_path / "chains.png").stat().st_size > 10_000
 
 
 def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch, capsys):
