@@ -276,6 +276,12 @@ def boxes_six(prompts, completions, answer, **kwargs):
     return [float("{6}" in text and own.endswith("6")) for text, own in zip(texts, answer, strict=True)]
 
 
+def plain_six(prompts, completions, **kwargs):
+    """For a model that was trained without a chat template."""
+    assert all(prompt.startswith("Problem ") for prompt in prompts)
+    return [float(text.endswith("{6}")) for text in completions]
+
+
 def of_another_task(completions, expected, **kwargs):
     return [0.0] * len(completions)
 
@@ -302,6 +308,13 @@ class TestRewardFunction:
         with pytest.raises(ValueError, match=r"There and here: reward_func=.*boxes_six. and null"):
             evaluation.evaluate(arguments(models, temperature=1.0, top_p=1.0))
 
+    @pytest.mark.slow
+    def test_a_model_without_a_chat_template_gets_texts(self, folder):
+        tokenizer = byte_tokenizer(chat_template=None)
+        save_model(writer(tokenizer, {"6": 0.9, "9": 0.1}), tokenizer, folder / "plain")
+        results = evaluation.evaluate(arguments(["plain"], reward_func="test_model_evaluation.plain_six"))
+        assert results["benchmarks"]["set greedy"]["models"]["plain"]["accuracy"]["value"] == 1
+
     @pytest.mark.parametrize(
         ("name", "message"),
         [
@@ -318,6 +331,7 @@ class TestRewardFunction:
         ],
     )
     def test_what_it_cannot_do_is_said_before_a_model_is_loaded(self, folder, name, message):
+        byte_tokenizer().save_pretrained(folder / "only_a_tokenizer")
         with pytest.raises(ValueError, match=message):
-            evaluation.evaluate(arguments(["nowhere"], reward_func=f"test_model_evaluation.{name}"))
+            evaluation.evaluate(arguments(["only_a_tokenizer"], reward_func=f"test_model_evaluation.{name}"))
         assert not Path("out/samples.jsonl").exists()

@@ -70,7 +70,9 @@ class Question:
 
 
 class Engine(ABC):
-    """One model, ready to answer."""
+    """One model, ready to answer. `is_chat` says whether it is asked in a conversation, or goes on with a plain text."""
+
+    is_chat: bool
 
     @abstractmethod
     def answer(self, questions: Sequence[Question], n: int) -> list[list[Sample] | str]:
@@ -93,6 +95,7 @@ class TransformersEngine(Engine):
         self.decoding = decoding
         self.batch_size = batch_size
         self.tokenizer = load_tokenizer(model)
+        self.is_chat = is_asked_in_chat(self.tokenizer, decoding.chat)
         on_gpu = torch.cuda.is_available()
         defaults: dict[str, Any] = {"dtype": torch.bfloat16 if on_gpu else torch.float32}
         if on_gpu:
@@ -172,6 +175,7 @@ class VLLMEngine(Engine):
             )
         self.decoding = decoding
         self.tokenizer = load_tokenizer(model)
+        self.is_chat = is_asked_in_chat(self.tokenizer, decoding.chat)
         self.llm: Any = LLM(model=model, **engine_args)
 
     def answer(self, questions: Sequence[Question], n: int) -> list[list[Sample] | str]:
@@ -223,12 +227,17 @@ def load_tokenizer(model: str) -> Any:
         ) from error
 
 
+def is_asked_in_chat(tokenizer: Any, chat: str) -> bool:
+    """Whether a model is asked with its chat template. `chat="on"` without a template is a `ValueError`."""
+    has_template = tokenizer.chat_template is not None
+    if chat == "on" and not has_template:
+        raise ValueError("chat='on', but the tokenizer has no chat template. Use chat='auto' or chat='off'.")
+    return chat != "off" and has_template
+
+
 def prompt_ids(tokenizer: Any, problem: str, decoding: Decoding) -> list[int]:
     """The token ids that a model goes on from."""
-    has_template = tokenizer.chat_template is not None
-    if decoding.chat == "on" and not has_template:
-        raise ValueError("chat='on', but the tokenizer has no chat template. Use chat='auto' or chat='off'.")
-    if decoding.chat != "off" and has_template:
+    if is_asked_in_chat(tokenizer, decoding.chat):
         text = tokenizer.apply_chat_template(
             decoding.messages(problem), tokenize=False, add_generation_prompt=True, **decoding.chat_template_kwargs
         )

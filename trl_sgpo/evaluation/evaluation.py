@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_sgpo.analysis.jsonable import jsonable, write_json
-from trl_sgpo.evaluation.engines import Decoding, Engine, Question, TransformersEngine, VLLMEngine
+from trl_sgpo.evaluation.engines import (
+    Decoding,
+    Engine,
+    Question,
+    TransformersEngine,
+    VLLMEngine,
+    is_asked_in_chat,
+    load_tokenizer,
+)
 from trl_sgpo.evaluation.results import answers_of, comparison, summary
 from trl_sgpo.evaluation.samples import Samples
 from trl_sgpo.evaluation.scoring import Score, check_math_verify, check_reward_function, reward, score
@@ -78,17 +86,20 @@ def evaluate(args: "EvaluateArguments") -> dict[str, Any]:
         {name: source["hash"] for name, source in sources.items()},
     )
 
-    def scored(problem: Problem, texts: Sequence[str]) -> list[Score]:
+    def scored(problem: Problem, texts: Sequence[str], is_chat: bool) -> list[Score]:
         if function is None:
             return [one for one in score(texts, [problem.gold] * len(texts)) if one]
-        if decoding.chat == "off":
+        if not is_chat:
             return reward(function, texts, decoding.plain(problem.text), problem.row, args.success_threshold)
         completions = [[{"role": "assistant", "content": text}] for text in texts]
         return reward(function, completions, decoding.messages(problem.text), problem.row, args.success_threshold)
 
     if function:  # what it cannot do is said before any model is loaded
-        for benchmark in benchmarks:
-            scored(problems[benchmark.name][0], [""])
+        for model in models.values():
+            by_server = args.engine == "server"
+            is_chat = decoding.chat != "off" if by_server else is_asked_in_chat(load_tokenizer(model), decoding.chat)
+            for benchmark in benchmarks:
+                scored(problems[benchmark.name][0], [""], is_chat)
     urls = args.base_url or [""]
     missing: list[str] = []
     for i, (name, model) in enumerate(models.items()):
@@ -166,7 +177,7 @@ def answer_all(
     benchmark: Benchmark,
     problems: Sequence[Problem],
     samples: Samples,
-    scored: Callable[[Problem, Sequence[str]], list[Score]],
+    scored: Callable[[Problem, Sequence[str], bool], list[Score]],
     decoding: Decoding,
     batch_size: int,
 ) -> list[str]:
@@ -197,7 +208,7 @@ def answer_all(
                     if isinstance(own, str):
                         failed, why = failed + 1, own
                         continue
-                    scores = scored(problem, [sample.text for sample in own])
+                    scores = scored(problem, [sample.text for sample in own], engine.is_chat)
                     new.append(
                         {
                             "model": model,
