@@ -20,8 +20,9 @@ It reads GSM8K's form: `question`, and `answer` with calculator marks (`48/2 = <
 
 "Carried on" means that later lines and the answer are computed anew, so that they are consistent with the one wrong step.
 A place is passed over if a reader could not be sure: the number that is carried on is also a number of the problem or of
-another line, a count would become negative or a fraction, or the answer stays right. Two lines that do not need each
-other are not swapped. A line is not just left out, because then every step that is left is still true.
+another line, a count would become negative or a fraction, the answer stays right, or an equation without a mark would
+become false. Two lines that do not need each other are not swapped. A line is not just left out, because then every step
+that is left is still true. A solution whose own equations are not all true is not used.
 
 The package's segmenter cuts the whole text, with the line of the answer, as it cuts a policy's completions.
 """
@@ -35,9 +36,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+from trl_sgpo.judges import ArithmeticJudge, JudgeItem
+from trl_sgpo.loading import read_records
 from trl_sgpo.steps import cut_completion
 
 
@@ -58,14 +62,16 @@ Lines = tuple[str, ...]
 Span = tuple[int, int]
 
 _MARK = re.compile(r"<<([^<>=]+)=([^<>=]+)>>")
-_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
+_NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+")
 _TOKEN = re.compile(rf"{_NUMBER.pattern}|[-+*/()]")
 _SPELLED = {"*": "[*x×]", "/": "[/÷]"}
 _MISTAKEN_FOR = {"+": "-*", "-": "+/", "*": "+/", "/": "*-"}
 # Of weeks, hours, per cent and the like: such a number need not be a result, although it is equal to one
 _CONSTANTS = frozenset({1, 2, 4, 7, 10, 12, 24, 30, 52, 60, 100, 365, 1000})
 _AS_WORD = {"three": 3, "third": 3, "triple": 3, "five": 5, "fifth": 5, "six": 6, "eight": 8, "nine": 9, "eleven": 11}
-_AS_WORD |= {"fifteen": 15, "twenty": 20, "forty": 40, "fifty": 50}
+_AS_WORD |= {"sixth": 6, "eighth": 8, "ninth": 9, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16}
+_AS_WORD |= {"seventeen": 17, "eighteen": 18, "nineteen": 19, "twenty": 20, "forty": 40, "fifty": 50, "seventy": 70}
+_AS_WORD |= {"eighty": 80, "ninety": 90}
 
 
 @dataclass(frozen=True)
@@ -109,11 +115,13 @@ def is_number(token: str) -> bool:
 
 def value(tokens: Sequence[str]) -> Fraction | None:
     """
-    What the left side of an equation comes to. `None` if it cannot be read.
+    What the left side of an equation comes to. `None` if it cannot be read. A power is not read: some never end.
 
     >>> value(["48", "/", "2"])
     Fraction(24, 1)
     """
+    if any(pair in ("**", "//") for pair in map("".join, pairwise(tokens))):
+        return None
     try:  # the tokens are numbers, operators and brackets: nothing else can be evaluated here
         return Fraction(eval("".join(f"Fraction('{number(t)}')" if is_number(t) else t for t in tokens)))
     except (SyntaxError, TypeError, ZeroDivisionError):
@@ -136,8 +144,8 @@ def written(new: Fraction, old: str) -> str | None:
 
 def read_solution(problem: str, answer: str) -> Solution | None:
     """
-    The solution without marks. `None` if it has no marks, if one of them cannot be read or is not true, or if the last one
-    does not give the answer.
+    The solution without marks. `None` if it has no marks, if one of them cannot be read, if a mark or an equation of the
+    text is not true, or if the last mark does not give the answer.
     """
     body, mark, final = answer.rpartition("####")
     final = final.strip()
@@ -158,7 +166,8 @@ def read_solution(problem: str, answer: str) -> Solution | None:
     if not mark or not calculations or _NUMBER.fullmatch(final) is None:
         return None
     solution = Solution(problem, tuple(lines), tuple(calculations), final)
-    return solution if result_of(solution, calculations[-1]) == number(final) else None
+    right = result_of(solution, calculations[-1]) == number(final) and false_equation(solution) is None
+    return solution if right else None
 
 
 def _spelled_out(text: str, tokens: Sequence[str]) -> tuple[Span, ...]:
@@ -213,9 +222,9 @@ def carried_on(
                     return None
                 own.append((found.span(), text))
         lines[i] = replaced(lines[i], own)
-    old_answer = number(solution.answer)
-    answer = written(new_values.get(old_answer, old_answer), solution.answer)
-    return None if answer in (None, solution.answer) else replace(solution, lines=tuple(lines), answer=answer)
+    new_answer = new_values.get(number(solution.answer))
+    answer = new_answer and written(new_answer, solution.answer)
+    return replace(solution, lines=tuple(lines), answer=answer) if answer else None
 
 
 def slips(literal: str) -> list[str]:
@@ -302,7 +311,8 @@ def plant_left_out(solution: Solution, rng: random.Random) -> Iterator[Solution 
 
 def plant_unfinished(solution: Solution, rng: random.Random) -> Iterator[Solution | None]:
     *others, last = solution.calculations
-    if others and last in _one_per_line(solution):
+    # Without a mark in the line before, nobody knows what its result is
+    if others and others[-1].line + 1 == last.line and last in _one_per_line(solution):
         answer = solution.lines[others[-1].line][slice(*others[-1].result)]
         if number(answer) != number(solution.answer):
             left_out = [""] * (len(solution.lines) - last.line)
@@ -328,10 +338,17 @@ PLANTS: dict[str, Callable[[Solution, random.Random], Iterator[Solution | None]]
     "unfinished": plant_unfinished,
     "swapped": plant_swapped,
 }
+FALSE_EQUATIONS = ("number", "result")  # the kinds whose error is one
 
 
 def text_of(solution: Solution) -> str:
     return "\n".join([*filter(None, solution.lines), f"#### {solution.answer}"])
+
+
+def false_equation(solution: Solution) -> int | None:
+    """The first step with an equation that is not true, as far as [`ArithmeticJudge`] can tell."""
+    item = JudgeItem(solution.problem, tuple(cut_completion(text_of(solution)).steps))
+    return ArithmeticJudge().judge([item])[0].first_error
 
 
 def first_difference(right: Solution, wrong: Solution) -> int:
@@ -361,8 +378,16 @@ def row(name: str, solution: Solution, kind: str, wrong: Solution | None = None)
 
 
 def plant(solution: Solution, kind: str, rng: random.Random) -> Solution | None:
-    """The solution with an error of this kind at a random place. `None` if there is no place for it."""
-    return next((wrong for wrong in PLANTS[kind](solution, rng) if wrong is not None), None)
+    """
+    The solution with an error of this kind at a random place. `None` if there is no place for it. A place is passed over
+    if a false equation is left that is not the error: some lines depend on it without a mark, so they are not computed anew.
+    """
+    for wrong in PLANTS[kind](solution, rng):
+        if wrong is not None:
+            expected = row("", solution, kind, wrong)["label"] if kind in FALSE_EQUATIONS else None
+            if false_equation(wrong) in (None, expected):
+                return wrong
+    return None
 
 
 def make_rows(
@@ -393,12 +418,7 @@ def make_rows(
 
 def read_data(name: str, config: str | None, split: str) -> list[dict[str, str]]:
     """Rows with `question` and `answer`, from a file of JSON lines or from the Hub."""
-    if Path(name).exists():
-        rows = [json.loads(line) for line in Path(name).read_text().splitlines() if line.strip()]
-    else:
-        from datasets import load_dataset
-
-        rows = list(load_dataset(name, config, split=split))
+    rows = [row for _, records in read_records(name, split, "data", config) for _, row in records]
     if not rows or not {"question", "answer"} <= rows[0].keys():
         raise SystemExit(f"data={name!r} has no rows with the fields `question` and `answer`, such as GSM8K's.")
     return rows

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from recipes.judge.plant_errors import PLANTS, SHARES, main, make_rows, read_solution, row, text_of
+from recipes.judge.plant_errors import PLANTS, SHARES, main, make_rows, plant, read_solution, row, text_of
 from trl_sgpo.judge_evaluation.data import read_rows
 from trl_sgpo.judges import ArithmeticJudge, JudgeItem
 
@@ -132,6 +132,7 @@ def test_lines_that_do_not_need_each_other_are_not_swapped():
         # 31 is a result and a number of the problem: nobody can tell which one the second line takes
         ("48 less 17, and 31 more?", "48-17 = <<48-17=31>>31\n31+31 = <<31+31=62>>62\n#### 62"),
         ("Five and thirteen, and eighteen, 18 more?", "5+13 = <<5+13=18>>18\n18+18 = <<18+18=36>>36\n#### 36"),
+        ("Nine and seven, and sixteen more?", "9+7 = <<9+7=16>>16\n16+16 = <<16+16=32>>32\n#### 32"),
         # A dozen need not be the sum
         ("9 and 3 for a dozen days?", "9+3 = <<9+3=12>>12\n12*12 = <<12*12=144>>144\n#### 144"),
         # Two results are equal
@@ -140,6 +141,32 @@ def test_lines_that_do_not_need_each_other_are_not_swapped():
 )
 def test_a_number_that_may_come_from_elsewhere_is_not_carried_on(problem, answer, kind):
     assert all(label == len(text.splitlines()) - 2 for label, text, _ in planted(problem, answer, kind))
+
+
+@pytest.mark.parametrize("kind", ["operand", "operator", "left_out"])
+def test_a_line_without_a_mark_is_not_carried_on(kind):
+    """It would be a second wrong step: `45*2 = 62`. So the first line, which it depends on, gets no error."""
+    lines = "There are 48-17 = <<48-17=31>>31 pens.", "They cost 31*2 = 62.", "31+48 = <<31+48=79>>79.", "#### 79"
+    solution = read_solution("48 pens less 17, at $2, and 48 more?", "\n".join(lines))
+    assert any(wrong and wrong.lines[1] != solution.lines[1] for wrong in PLANTS[kind](solution, random.Random(0)))
+    for seed in range(20):
+        wrong = plant(solution, kind, random.Random(seed))
+        if kind == "left_out":
+            assert wrong is None
+        else:
+            assert row("x", solution, kind, wrong)["label"] == 2
+
+
+def test_the_answer_of_an_unfinished_solution_is_the_last_result():
+    answer = "5*3 = <<5*3=15>>15 pens.\nSo 15-8 = 7 are left.\n7*2 = <<7*2=14>>14.\n#### 14"
+    assert not planted("5 boxes of 3 pens less 8, twice?", answer, "unfinished")
+    assert planted("5 boxes of 3 pens less 8, twice?", answer.replace("= 7", "= <<15-8=7>>7"), "unfinished")
+
+
+def test_a_comma_after_a_number_stays():
+    answer = "If there are 13+8 = <<13+8=21>>21, 21, not 13, are fed: 21*60 = <<21*60=1260>>1,260.\n#### 1260"
+    texts = {text for _, text, _ in planted("13 cats, 8 more, 60 fish?", answer, "result")}
+    assert "If there are 13+8 = 12, 12, not 13, are fed: 12*60 = 720.\n#### 720" in texts
 
 
 def test_counts_stay_counts_and_money_stays_money():
@@ -171,6 +198,8 @@ def test_the_label_of_a_solution_on_one_line():
         "48-17 = <<x-17=31>>31\n#### 31",
         "48-17 = <<48-=31>>31\n#### 31",
         "48-17 = <<48/0=31>>31\n#### 31",
+        "2**5 = <<2**5=32>>32\n#### 32",  # a power
+        "48-17 = 30\n30+1 = <<30+1=31>>31\n#### 31",  # an equation without a mark is not true
     ],
 )
 def test_solutions_that_cannot_be_read(answer):
