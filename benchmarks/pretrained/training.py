@@ -315,8 +315,8 @@ def train(
     run: Run, task: Task, base: Path, folder: Path, until: float | None = None, judge: Path | None = None
 ) -> dict[str, Any] | None:
     """
-    Runs it, or goes on with it. Its checkpoints are deleted at the end, the policy is kept. A tuning run is not measured at its end. None if it is not finished at
-    `until`, a `time.time()`. `judge` is the folder of the trained judge.
+    Runs it, or goes on with it. Its checkpoints are deleted at the end, the policy is kept. A tuning run is not measured at its
+    end. None if it is not finished at `until`, a `time.time()`. `judge` is the folder of the trained judge.
     """
     out = folder / run.key.replace("/", "-")
     checkpoint = last_checkpoint(out)

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassificat
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations import is_fsdp_enabled
 
-from trl_sgpo import JudgeItem, StepwiseJudge
+from trl_sgpo import JudgeItem, StepwiseJudge, Verdict
 from trl_sgpo.judges.local_model import outside_deepspeed
 from trl_sgpo.judges.prm import PRMEncoder, PRMJudge, PRMSpec, best_threshold, median_step, verdict_from_scores
 from trl_sgpo.judges.prm.spec import PRESETS
@@ -374,7 +374,8 @@ def test_verdicts_by_the_median():
     assert verdict([1.0, 1.0], 2).status == "no_error"
     # The steps that do not fit share what is left of 1: 0.40, then 0.54. A low score does not decide alone
     assert verdict([0.8, 0.5], 9).first_error == 1
-    assert verdict([0.9, 0.6], 9, threshold=0.7).status == "abstain"
+    reason = "only the first 2 of 9 steps fit into the model, and the median of the first wrong step comes after them"
+    assert verdict([0.9, 0.6], 9, threshold=0.7) == Verdict.abstain(reason)
 
 
 def test_the_rule_for_completions_known_to_be_wrong(families):

@@ -25,8 +25,8 @@ class PRMJudge(LocalModelJudge, StepScorer):
     error.
 
     The confidence of a verdict is the probability that the model gives it. For an error that is one minus the score of
-    the step (by the rule `"median"`, the step's share), for "no error" the lowest score of all. If a completion is too long for the model, the steps that fit are
-    scored. An error among them counts. Without one the judge abstains.
+    the step (by the rule `"median"`, the step's share), for "no error" the lowest score of all. If a completion is too
+    long for the model, the steps that fit are scored. An error among them counts. Without one the judge abstains.
 
     Args:
         model (`str`, `Path` or `tuple`):

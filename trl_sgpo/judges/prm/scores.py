@@ -60,6 +60,11 @@ def verdict_from_scores(
         if found is not None:
             i, share = found
             return Verdict.error(i, n_steps, share, f"step {i + 1} is the median of the first wrong step")
+        if len(scores) < n_steps:
+            return Verdict.abstain(
+                f"only the first {len(scores)} of {n_steps} steps fit into the model, and the median of the first wrong step "
+                "comes after them"
+            )
     else:
         for i, score in enumerate(scores):
             if score < threshold:
