@@ -42,6 +42,7 @@ from benchmarks.pretrained.tasks import (
     right_lines,
 )
 from benchmarks.pretrained.weights import source_of
+from benchmarks.real_judge.judges import batch_tokens
 from trl_sgpo import SGPOConfig, SGPOTrainer, StepwiseJudge
 from trl_sgpo.judges import ArithmeticJudge, JudgeItem, StepJudge
 from trl_sgpo.judges.prm import PRMJudge
@@ -265,7 +266,8 @@ def _judge(name: str, task: Task, trained: Path | None) -> StepwiseJudge:
     judge: StepJudge | Any
     if name == "trained":
         assert trained is not None, "run.py asks for the folder"
-        judge = PRMJudge(trained, known_wrong_rule="median")  # it is asked about wrong completions only
+        # It is asked about wrong completions only
+        judge = PRMJudge(trained, known_wrong_rule="median", max_tokens_per_batch=batch_tokens())
     else:
         judge = {"task": task.judge, "arithmetic": ArithmeticJudge(), "random": random_step}[name]
     return StepwiseJudge(judge, reference_column="reference")

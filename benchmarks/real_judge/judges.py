@@ -6,10 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.common import read_lines
 from trl_sgpo.analysis.jsonable import append_lines
 from trl_sgpo.judges import JudgeItem
 from trl_sgpo.judges.prm import PRMJudge
+
+
+def batch_tokens() -> int:
+    """Tokens of a batch when a judge is asked. A processor is nearly twice as fast if a batch fits into its cache."""
+    return 16384 if torch.cuda.is_available() else 2048
 
 
 class KeptScoresJudge(PRMJudge):

@@ -25,6 +25,7 @@ from benchmarks.judges.run import JUDGES as WITHOUT_MODEL
 from benchmarks.judges.run import compact, rounded
 from benchmarks.pretrained.weights import MODEL, source_of
 from benchmarks.real_judge import data
+from benchmarks.real_judge.judges import batch_tokens
 from trl_sgpo.analysis.jsonable import write_json
 from trl_sgpo.judge_evaluation.data import read_rows
 from trl_sgpo.judge_evaluation.evaluation import evaluate
@@ -59,11 +60,6 @@ GENERATIVE = {
     "gradient_accumulation_steps": 2,
     "warmup_steps": 5,
 }
-
-
-def batch_tokens() -> int:
-    """Tokens of a batch when a judge is asked. A processor is nearly twice as fast if a batch fits into its cache."""
-    return 16384 if torch.cuda.is_available() else 2048
 
 
 def files(args: argparse.Namespace, *names: str) -> list[str]:
