@@ -1,9 +1,11 @@
 """From a verdict's step to the tokens: against a naive mapping character by character, with three kinds of tokenizers."""
 
 import json
+import random
 from importlib import resources
 from itertools import pairwise
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from toys import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 from trl.chat_template_utils import add_response_schema, parse_response
 
+from trl_sgpo import credit
 from trl_sgpo.credit import StepTokens, locate_steps
 from trl_sgpo.policy import Policy
 from trl_sgpo.steps import completion_turns, cut_completion
@@ -111,7 +114,8 @@ def test_tokens_equal_those_of_the_naive_mapping(kind, pieces, data):
         step = steps[i]
         return begin + len(step) - len(step.lstrip()), begin + len(step.rstrip())
 
-    place = locate_steps(decoder(tokenizer), ids, cut_at(*steps), first_error)
+    with mock.patch.object(credit, "_CONTEXT", data.draw(st.sampled_from([1, credit._CONTEXT]))):
+        place = locate_steps(decoder(tokenizer), ids, cut_at(*steps), first_error)
     start, end = visible(first_error)
     # The first token with a visible character of the wrong step, and the first behind its last one
     error = first_with(start)
@@ -139,6 +143,38 @@ def test_steps_that_earn_different_values_are_kept_apart(kind, pieces, data):
     begins = [locate_steps(decoder(tokenizer), ids, cut_at(*steps), i).error[0] for i in range(first_error + 1)]
     ends = [begins[i] for i in (*place.steps[1:], first_error)]
     assert list(place.verified) == [(begins[i], end) for i, end in zip(place.steps, ends, strict=True)]
+
+
+def cleaned(tokenizer):
+    """As `clean_up_tokenization_spaces` does it."""
+    return lambda ids: tokenizer.clean_up_tokenization(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("form", [decoder, cleaned])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(seed=st.integers(0, 2**32), context=st.sampled_from([1, 2, credit._CONTEXT]))
+@settings(max_examples=60, deadline=None)
+def test_decoding_from_the_middle_finds_the_same_tokens(kind, form, seed, context):
+    """Of any ids, also of those that no text has: broken characters, runs of spaces and quotes, special tokens."""
+    rng, tokenizer = random.Random(seed), TOKENIZERS[kind]
+    text = "".join(
+        "".join(rng.choices(rng.choice(["ab 12=é京🙂.\n", " .'nt s,!?mvre", "京東🙂", " '", "abc ", "b ; c "]), k=20))
+        for _ in range(rng.randint(1, 15))
+    )
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for _ in range(rng.randint(0, 6)):
+        at = rng.randint(0, len(ids))
+        ids[at : at + rng.randint(0, 2)] = [rng.randrange(len(tokenizer)) for _ in range(rng.randint(0, 3))]
+    text = form(tokenizer)(ids)
+    ends = sorted({0, len(text), *(rng.randint(0, len(text)) for _ in range(10))})
+    cut = cut_completion(text, lambda text: list(pairwise(ends)))
+    values = list(range(len(cut.spans)))  # so that every step is located
+
+    def located(context):
+        with mock.patch.object(credit, "_CONTEXT", context):
+            return locate_steps(form(tokenizer), ids, cut, len(values) - 1, values=values)
+
+    assert located(context) == located(len(ids))  # with so much context, everything is decoded from the first id on
 
 
 def test_words():
@@ -457,15 +493,18 @@ class TestFamilies:
         assert text == "So f gives 4."
 
 
-def test_long_completions_are_fast():
+@pytest.mark.parametrize("values", [None, list(range(60))], ids=["two_boundaries", "sixty_boundaries"])
+def test_long_completions_are_fast(values):
     calls = []
     tokenizer = TOKENIZERS["byte_level"]
-    steps = [f"Step {i}: we add {i} and {i}.\n\n" for i in range(700)]
+    steps = ["".join(f"Line {i}, {k}: we add {i} and {k}.\n" for k in range(10)) + "\n" for i in range(61)]
     ids = tokenizer("".join(steps))["input_ids"]
 
     def decode(part):
         calls.append(len(part))
         return tokenizer.decode(part, skip_special_tokens=True)
 
-    assert locate_steps(decode, ids, cut_at(*steps), 650).error[0] > 0
-    assert len(calls) < 100  # not one per token
+    place = locate_steps(decode, ids, cut_at(*steps), 60, values=values)
+    assert len(place.verified) == (60 if values else 1)
+    assert len(calls) < (900 if values else 60)  # not one per token
+    assert sum(calls) < (9 if values else 4) * len(ids)  # not all of the text for each boundary

@@ -3,8 +3,10 @@ Where a verdict's steps stand among the tokens of a completion: from spans of ch
 credit the tokens get is decided in `treatments/prefix.py`. Nothing here knows about TRL.
 """
 
+from bisect import bisect, insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import takewhile
+from math import inf
 from typing import NamedTuple
 
 from trl_sgpo.steps import CutCompletion, Span, Turn
@@ -13,6 +15,8 @@ from trl_sgpo.steps.tool_calls import place_calls, visible
 
 
 Decode = Callable[[Sequence[int]], str]
+
+_CONTEXT = 16  # how many known ids are decoded again in front of others, see `_DecodedText`
 
 
 class StepTokens(NamedTuple):
@@ -193,11 +197,17 @@ def _runs(by_policy: Sequence[bool] | None, length: int) -> list[tuple[int, int]
 
 
 class _DecodedText:
-    """The text of a list of ids, and which id has part in which character."""
+    """
+    The text of a list of ids, and which id has part in which character. This shows in what the list's beginnings decode
+    to. A completion may have many steps, so a beginning is not decoded from the first id on, but from shortly before the
+    end of the longest known beginning that is not longer.
+    """
 
     def __init__(self, decode: Decode, ids: Sequence[int]):
         self.decode, self.ids, self.text = decode, ids, decode(ids)
         self._beginnings: dict[int, tuple[int, bool]] = {}
+        # (n, start, position): for every m from n on, `ids[start:m]` decode to what stands from `position` on
+        self._anchors = [(0, 0, 0)]
         self._n_visible = len(ids)
         while self._n_visible and self._is_silent(self._n_visible - 1):
             self._n_visible -= 1
@@ -213,13 +223,29 @@ class _DecodedText:
         front of it.
         """
         if n not in self._beginnings:
+            _, start, position = self._anchors[bisect(self._anchors, (n, inf)) - 1]
             k, length = n, 0
-            while not self.text.startswith(beginning := self.decode(self.ids[:k])):
-                same = takewhile(lambda pair: pair[0] == pair[1], zip(beginning, self.text, strict=False))
-                length = max(length, sum(1 for _ in same))
+            while not self.text.startswith(piece := self.decode(self.ids[start:k]), position):
+                same = takewhile(lambda pair: pair[0] == pair[1], zip(piece, self.text[position:], strict=False))
+                length = max(length, position + sum(1 for _ in same))
                 k -= 1
-            self._beginnings[n] = max(length, len(beginning)), k < n
+            end = position + len(piece)
+            self._beginnings[n] = max(length, end), k < n
+            if k - start > 4 * _CONTEXT:
+                self._add_anchor(k, end)
         return self._beginnings[n]
+
+    def _add_anchor(self, n: int, end: int) -> None:
+        """
+        Lets beginnings from `n` ids on be decoded from shortly before id `n`, where the text has `end` characters. The ids
+        in front of an id can change what it decodes to: the first bytes of a character, a run of bytes, spaces that the
+        tokenizer puts in or takes out. None of this reaches across a letter or digit that stands where it should.
+        """
+        for start in range(n - _CONTEXT, n - _CONTEXT - 4, -1):  # a character has up to four bytes, each may be an id
+            piece = self.decode(self.ids[start:n])
+            if any(map(str.isalnum, piece)) and self.text.endswith(piece, 0, end):
+                insort(self._anchors, (n, start, end - len(piece)))
+                break
 
     def token_at(self, position: int) -> int:
         """The first id that has part in the character at `position`."""
