@@ -42,8 +42,6 @@ def test_adds_only_what_the_trainer_decides():
         "prefix_reward",
         "error_penalty",
         "prefix_baseline",
-        "prefix_share",
-        "prefix_unit",
         "failed_groups",
         "exclude_dead_groups",
         "skip_dead_tokens",

@@ -40,13 +40,7 @@ WITHOUT_JUDGE = {
 PER_TOKEN = {"prefix": {"failed_groups": "prefix"}}
 # Of three groups the second failed, half of it on each rank, and the third one is mixed
 BASELINE = {
-    f"baseline_{unit}": {
-        "failed_groups": "prefix",
-        "prefix_baseline": "group",
-        "prefix_unit": unit,
-        "judge_scope": "all_incorrect",
-    }
-    for unit in ("steps", "characters")
+    "baseline": {"failed_groups": "prefix", "prefix_baseline": "group", "judge_scope": "all_incorrect"},
 }
 # Every completion of rank 1 is truncated, so half of the second group and the whole third one are
 MASKED = {"masked": {"mask_truncated_completions": True}}

@@ -6,7 +6,6 @@ from typing import cast
 
 from trl import GRPOConfig
 
-from trl_sgpo.judges.stepwise import UNITS
 from trl_sgpo.treatments import TREATMENTS
 
 
@@ -86,15 +85,6 @@ class SGPOConfig(GRPOConfig):
             teaches nothing. A failed group in which all get equally far is tied. With `judge_scope="all_incorrect"` the
             right completions of a mixed group count as right in every step. The wrong ones get this credit in the place
             of GRPO's blame, if at least half of them have a verdict.
-        prefix_share (`float`, *optional*, defaults to `0.0`):
-            With `prefix_baseline="group"`, the share of the plain credit that is added to the centred one, in [0, 1]: a
-            right step gets `prefix_reward * (1 - p + prefix_share)`. The first wrong one gets
-            `-error_penalty * (p + prefix_share)`, or by default `-(p + 0.5 * prefix_share)`. In mixed groups nothing is
-            added, because that could lift a wrong completion above a correct one.
-        prefix_unit (`str`, *optional*, defaults to `"steps"`):
-            With `prefix_baseline="group"`, what tells that two completions are at the same place: `"steps"`, their
-            number, or `"characters"`, the share of a completion's characters, for texts whose k-th steps do not
-            correspond.
         exclude_dead_groups (`bool`, *optional*, defaults to `False`):
             Whether groups without any advantage are left out of what the loss divides by (AGPO, arXiv 2503.15952). TRL
             divides by the tokens or rows of all groups. With many dead groups the others then take smaller steps, and
@@ -179,20 +169,6 @@ class SGPOConfig(GRPOConfig):
             "choices": list(PREFIX_BASELINES),
         },
     )
-    prefix_share: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the plain credit that prefix_baseline='group' adds to the centred one, in [0, 1]."
-        },
-    )
-    prefix_unit: str = field(
-        default="steps",
-        metadata={
-            "help": "What tells prefix_baseline='group' that completions are at the same place: 'steps' (their number) or "
-            "'characters' (the share of a completion's characters).",
-            "choices": list(UNITS),
-        },
-    )
     exclude_dead_groups: bool = field(
         default=False,
         metadata={
@@ -244,26 +220,10 @@ def _check(args: SGPOConfig) -> None:
         value = getattr(args, name)
         if (name, value) != ("error_penalty", None) and not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"{name}={value} must be a finite number of at least 0: {why}")
-    for name, choices, advice in (
-        ("prefix_baseline", PREFIX_BASELINES, "Use 'none' for credit that does not depend on the group."),
-        ("prefix_unit", UNITS, "Use 'steps' if the k-th steps of completions correspond."),
-    ):
-        if (value := getattr(args, name)) not in choices:
-            raise ValueError(f"{name}={value!r} is unknown: it must be one of {list(choices)}. {advice}")
-    if not 0 <= args.prefix_share <= 1:
+    if args.prefix_baseline not in PREFIX_BASELINES:
         raise ValueError(
-            f"prefix_share={args.prefix_share} must lie in [0, 1]: it is the share of the plain credit that is added to the "
-            "centred one. Use 0 for the centred credit alone."
-        )
-    if args.prefix_share > 0 and args.prefix_baseline == "none":
-        raise ValueError(
-            f"prefix_share={args.prefix_share} is added to the credit against a baseline, but prefix_baseline='none' has none: "
-            "the whole credit is the plain one. Set prefix_baseline='group', or leave prefix_share out."
-        )
-    if args.prefix_unit != "steps" and args.prefix_baseline == "none":
-        raise ValueError(
-            f"prefix_unit={args.prefix_unit!r} says how completions are compared, but prefix_baseline='none' compares none. Set "
-            "prefix_baseline='group', or leave prefix_unit out."
+            f"prefix_baseline={args.prefix_baseline!r} is unknown: it must be one of {list(PREFIX_BASELINES)}. Use 'none' for "
+            "credit that does not depend on the group."
         )
     if args.failed_groups not in TREATMENTS:
         raise ValueError(

@@ -78,7 +78,6 @@ def _coefficients(prefix_reward: float, error_penalty: float) -> dict[str, Any]:
 
 PREFIX = _coefficients(1.0, 0.5)
 CENTRED = {"failed_groups": "prefix", "prefix_baseline": "group"}
-TEXT = {**CENTRED, "prefix_unit": "characters"}
 
 
 ARMS = {
@@ -103,8 +102,8 @@ ARMS = {
         Arm("prefix_1_1", "prefix credit, +1 / -1", _coefficients(1.0, 1.0), judge=True),
         Arm("prefix_1_0", "prefix credit, +1 / 0", _coefficients(1.0, 0.0), judge=True),
         Arm("prefix_centred", "prefix credit against the group", CENTRED, judge=True),
-        Arm("prefix_centred_half", "prefix credit against the group, and half as it is", {**CENTRED, "prefix_share": 0.5}, judge=True),
-        Arm("prefix_centred_text", "prefix credit against the group, by characters", TEXT, judge=True),
+        Arm("prefix_centred_half", "prefix credit against the group, and half as it is", judge=True, retired=True),
+        Arm("prefix_centred_text", "prefix credit against the group, by characters", judge=True, retired=True),
         Arm("prefix_centred_all_incorrect", "prefix credit against the group, also in mixed groups", {**CENTRED, "judge_scope": "all_incorrect"}, judge=True),
         Arm("sign", "NSR: -1 in failed groups", {"failed_groups": "nsr"}),
         Arm("sign_.1", "NSR: -0.1 in failed groups", {"failed_groups": "nsr", "failed_group_weight": 0.1}),

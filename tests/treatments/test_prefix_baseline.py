@@ -2,7 +2,6 @@
 
 import math
 import random
-from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,135 +14,80 @@ from hypothesis import strategies as st
 from toys import FixedJudge, all_failed, all_mixed, fixed, stepwise, tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_sgpo import SGPOConfig, StepwiseJudge, Verdict
+from trl_sgpo import SGPOConfig, Verdict
 from trl_sgpo.judges.stepwise import StepScore
-from trl_sgpo.steps import cut_completion, rts_by_characters, rts_by_steps
+from trl_sgpo.steps import rts_by_steps
 from trl_sgpo.treatments.prefix import credited_groups
-from trl_sgpo.treatments.prefix_baseline import centred_credit, step_starts, verified_extent
+from trl_sgpo.treatments.prefix_baseline import centred_credit, verified_steps
 
 
-UNITS = ("steps", "characters")
-
-
-def starts_of(lengths, unit):
-    """Where the steps of these lengths start, and where the last one ends."""
-    if unit == "steps" or not lengths:
-        return list(range(len(lengths) + 1))
-    return [Fraction(sum(lengths[:k]), sum(lengths)) for k in range(len(lengths) + 1)]
-
-
-def naive_credit(group, own, unit, reward=1.0, penalty=1.0, share=0.0, plain_penalty=0.0):
+def naive_credit(group, error, reward=1.0, penalty=1.0):
     """
-    What each verified step of a completion earns, and then the first wrong one. `group` holds for each completion the lengths
-    of its steps and the index of its first wrong one, which is infinite if there is none; without a verdict it is None.
+    What each verified step of a completion earns, and then the first wrong one, whose index is `error`. `group` holds that
+    index for each completion: infinite if there is none, None without a verdict.
     """
-
-    def right_until(completion, place):
-        lengths, error = completion
-        return error == math.inf or starts_of(lengths, unit)[error] >= place
-
-    def right_beyond(completion, place):
-        lengths, error = completion
-        return error == math.inf or starts_of(lengths, unit)[error] > place
-
-    judged = [completion for completion in group if completion[1] is not None]
-    lengths, error = own
-    places = starts_of(lengths, unit)
     earned = []
     for k in range(error + 1):
-        here = [completion for completion in judged if right_until(completion, places[k])]
-        if k < error:
-            p = sum(right_until(completion, places[k + 1]) for completion in here) / len(here)
-            earned.append(reward * (1 - p) + share * reward)
-        else:
-            p = sum(right_beyond(completion, places[k]) for completion in here) / len(here)
-            earned.append(-penalty * p - share * plain_penalty)
+        here = [other for other in group if other is not None and other >= k]
+        p = sum(other > k for other in here) / len(here)
+        earned.append(reward * (1 - p) if k < error else -penalty * p)
     return earned
 
 
-@st.composite
-def groups_of_completions(draw):
-    def completion():
-        lengths = draw(st.lists(st.integers(1, 9), max_size=6))
-        kinds = [None, math.inf, *(range(len(lengths)) if lengths else [0])]
-        return lengths, draw(st.sampled_from(kinds))
-
-    return [completion() for _ in range(draw(st.integers(1, 8)))]
-
-
-def score_of(lengths, error):
-    if not lengths:
-        return StepScore("error", None, 0, 0.0, 0.0, "", called=False)
-    ends = [sum(lengths[: k + 1]) for k in range(len(lengths))]
-    cut = cut_completion("x" * sum(lengths), lambda text: list(zip([0, *ends], ends, strict=False)))
-    by_characters = rts_by_characters(error, cut.spans)
-    return StepScore("error", error, len(lengths), rts_by_steps(error, len(lengths)), by_characters, "", True, cut)
-
-
-def gathered(scores, right=()):
+def gathered(scores):
     """What all ranks know of a group's scores, in the precision in which they know it."""
-    rows = [[score.rts_steps, score.rts_characters, score.n_steps] if score else [None] * 3 for score in scores]
-    steps, characters, n_steps = tensor(rows).T
-    return SimpleNamespace(rts_steps_PG=steps[None], rts_characters_PG=characters[None], n_steps_PG=n_steps[None])
+    steps, n_steps = tensor([[score.rts_steps, score.n_steps] if score else [None] * 2 for score in scores]).T
+    return SimpleNamespace(rts_steps_PG=steps[None], n_steps_PG=n_steps[None])
 
 
-@pytest.mark.parametrize("unit", UNITS)
-@given(group=groups_of_completions())
-def test_credit_equals_a_naive_loop(unit, group):
-    scores = [None if error in (None, math.inf) else score_of(lengths, error) for lengths, error in group]
-    (verified,) = verified_extent(gathered(scores), unit)
-    verified[torch.tensor([error == math.inf for _, error in group])] = torch.inf
-    for score, own in zip(scores, group, strict=True):
+def score_of(error, n_steps):
+    return StepScore("error", error, n_steps, rts_by_steps(error, n_steps), 0.0, "", True)
+
+
+@given(st.lists(st.sampled_from([None, math.inf, *range(7)]), min_size=1, max_size=8))
+def test_credit_equals_a_naive_loop(group):
+    scores = [None if error in (None, math.inf) else score_of(error, error + 3) for error in group]
+    (verified,) = verified_steps(gathered(scores))
+    verified[torch.tensor([error == math.inf for error in group])] = torch.inf
+    for score, error in zip(scores, group, strict=True):
         if score is not None:
-            found = centred_credit(verified, step_starts(score, unit), 0.7, 0.4)
-            assert found.tolist() == pytest.approx(naive_credit(group, own, unit, 0.7, 0.4), abs=1e-6)
+            found = centred_credit(verified, error, 0.7, 0.4)
+            assert found.tolist() == pytest.approx(naive_credit(group, error, 0.7, 0.4), abs=1e-6)
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=8))
 def test_the_credit_of_a_step_sums_to_zero(n_verified):
     verified = torch.tensor(n_verified, dtype=torch.float32)
-    earned = [centred_credit(verified, range(n + 1)).tolist() for n in n_verified]
+    earned = [centred_credit(verified, n).tolist() for n in n_verified]
     for k in range(max(n_verified) + 1):
         assert sum(values[k] for values in earned if k < len(values)) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("unit", UNITS)
-@given(lengths=st.lists(st.integers(1, 99), min_size=1, max_size=9), size=st.integers(1, 16), data=st.data())
-def test_where_all_get_equally_far_nothing_is_left(unit, lengths, size, data):
+@given(st.integers(0, 99), st.integers(1, 16))
+def test_where_all_get_equally_far_nothing_is_left(error, size):
     """Not even a rounding residue, which Adam would turn into a full-size step."""
-    score = score_of(lengths, data.draw(st.integers(0, len(lengths) - 1)))
-    (verified,) = verified_extent(gathered([score] * size), unit)
-    assert not centred_credit(verified, step_starts(score, unit), 0.3, 0.7).any()
+    (verified,) = verified_steps(gathered([score_of(error, error + 1)] * size))
+    assert not centred_credit(verified, error, 0.3, 0.7).any()
 
 
 def test_a_step_that_all_get_right_earns_nothing():
     verified = torch.tensor([3.0, 7.0, 4.0, math.nan, math.inf])
     for n in (3, 7, 4):
-        assert not centred_credit(verified, range(n + 1))[:3].any()
+        assert not centred_credit(verified, n)[:3].any()
 
 
 @given(st.integers(1, 4_000_000), st.data())
 def test_the_number_of_verified_steps_is_exact(n_steps, data):
     first_error = data.draw(st.integers(0, n_steps - 1))
-    score = StepScore("error", first_error, n_steps, rts_by_steps(first_error, n_steps), 0.0, "", True)
-    assert verified_extent(gathered([score]), "steps").item() == first_error
+    assert verified_steps(gathered([score_of(first_error, n_steps)])).item() == first_error
 
 
-@given(lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=60), data=st.data())
-def test_the_last_place_is_the_one_that_all_ranks_know(lengths, data):
-    score = score_of(lengths, data.draw(st.integers(0, len(lengths) - 1)))
-    starts = torch.tensor(step_starts(score, "characters"))
-    assert starts[-1] == verified_extent(gathered([score]), "characters").item()
-    assert (starts.diff() >= 0).all()
-
-
-@pytest.mark.parametrize("unit", UNITS)
-def test_an_empty_completion_and_no_verdict(unit):
+def test_an_empty_completion_and_no_verdict():
+    empty = StepScore("error", None, 0, 0.0, 0.0, "", called=False)
     abstains = StepScore("abstain", None, 3, None, None, "", True)
-    verified = verified_extent(gathered([score_of([], 0), abstains, None]), unit)
+    verified = verified_steps(gathered([empty, abstains, None]))
     assert verified[0, 0] == 0
     assert torch.isnan(verified[0, 1:]).all()
-    assert step_starts(score_of([], 0), unit) == [0.0]
 
 
 def test_a_group_in_which_all_get_equally_far_is_tied():
@@ -184,9 +128,7 @@ def random_outcome(prompts, completions, **kwargs):
 
 def reference(table, plain, length, config):
     """The advantages of each token, by a loop over the groups of the completions table."""
-    unit, share = config.get("prefix_unit", "steps"), config.get("prefix_share", 0.0)
-    reward, penalty = config.get("prefix_reward", 1.0), config.get("error_penalty")
-    penalties = (1.0, 0.5) if penalty is None else (penalty, penalty)
+    reward, penalty = config.get("prefix_reward", 1.0), config.get("error_penalty", 1.0)
     weight = config.get("failed_group_weight", 1.0)
     expected = plain.unsqueeze(1).repeat(1, length)
     kinds = []
@@ -196,44 +138,31 @@ def reference(table, plain, length, config):
         right = [j for j in scored if table["random_outcome"][j] >= 0.5]
         group, judged = [], []
         for j in rows:
-            lengths = [len(word) for word in table["completion"][j].split(" ") if word]
             error = table["judge_first_error"][j]
             if j in right:
-                group.append((lengths, math.inf))
+                group.append(math.inf)
             elif table["judge_status"][j] == "error":
                 judged.append(j)
-                group.append((lengths, 0 if math.isnan(error) else int(error)))
+                group.append(0 if math.isnan(error) else int(error))
             else:
-                group.append((lengths, None))
+                group.append(None)
         wrong = [j for j in scored if j not in right]
         if len(scored) < 2 or not judged or 2 * len(judged) < len(wrong):
             kinds.append("too few in a mixed group" if right and judged else "left")
             continue
-        places = {starts_of(lengths, unit)[error] for lengths, error in (group[j - i] for j in judged)}
-        if not right and not share and len(places) == 1:
-            kinds.append("tied")
-            continue
-        if not right and share and max(places) == 0:
+        if not right and len({group[j - i] for j in judged}) == 1:
             kinds.append("tied")
             continue
         kinds.append("mixed" if right else "rescued")
         for j in judged:
-            plain_share = 0.0 if right else share  # in a mixed group plain credit would outbid the right completions
-            earned = naive_credit(group, group[j - i], unit, reward, penalties[0], plain_share, penalties[1])
             if right:
                 expected[j] = expected[j].clamp(min=0)
-            for t, value in enumerate(earned):
+            for t, value in enumerate(naive_credit(group, group[j - i], reward, penalty)):
                 expected[j, t] += value * (1.0 if right else weight)
     return expected, kinds
 
 
-CONFIGS = [
-    {},
-    {"prefix_share": 0.5},
-    {"prefix_unit": "characters"},
-    {"prefix_unit": "characters", "prefix_share": 1.0, "failed_group_weight": 0.5},
-    {"error_penalty": 0.3, "prefix_reward": 2.0, "prefix_share": 0.25},
-]
+CONFIGS = [{}, {"failed_group_weight": 0.5}, {"error_penalty": 0.3, "prefix_reward": 2.0}]
 
 
 class TestTrainer:
@@ -288,16 +217,13 @@ class TestTrainer:
         ]
         assert logged(ours, "sgpo/credit/silent") == pytest.approx([sum(silent) / len(silent)])
 
-    @pytest.mark.parametrize("share", [0.0, 1.0])
-    def test_in_a_mixed_group_no_token_ends_above_a_right_completion(self, make_trainer, share):
+    def test_in_a_mixed_group_no_token_ends_above_a_right_completion(self, make_trainer):
         """Also if most of the group is right, so that a right completion has a small advantage."""
 
         def one_wrong(prompts, completions, **kwargs):
             return [float(i % 4 > 0) for i in range(len(completions))]
 
-        trainer = make_trainer(
-            [one_wrong, fixed(5)], judge_scope="all_incorrect", prefix_share=share, scale_rewards="none", max_steps=1
-        )
+        trainer = make_trainer([one_wrong, fixed(5)], judge_scope="all_incorrect", scale_rewards="none", max_steps=1)
         rounds = record_advantages(trainer)
         trainer.train()
         wrong = torch.arange(8) % 4 == 0
@@ -305,15 +231,8 @@ class TestTrainer:
         assert not rounds[0][wrong][:, :5].any()
         assert (rounds[0][wrong][:, 5] == -0.75).all()
 
-    @pytest.mark.parametrize("unit", UNITS)
-    def test_a_group_in_which_all_get_equally_far_stays_as_grpo_leaves_it(self, make_trainer, unit):
-        """The steps are of equal length, so that their shares of the characters are equal too."""
-
-        def halves(text):
-            return [(0, len(text) // 2), (len(text) // 2, len(text) // 2 * 2)]
-
-        judge = StepwiseJudge(lambda problem, steps: 1, segmenter=halves)
-        trainer = make_trainer([all_failed, judge], prefix_unit=unit, max_steps=1)
+    def test_a_group_in_which_all_get_equally_far_stays_as_grpo_leaves_it(self, make_trainer):
+        trainer = make_trainer([all_failed, fixed(1)], max_steps=1)
         before = parameters(trainer)
         trainer.train()
         assert logged(trainer, "sgpo/groups/tied") == [1.0]
@@ -321,34 +240,21 @@ class TestTrainer:
         assert logged(trainer, "sgpo/credit/size") == []
         assert_same_parameters(trainer, before)
 
-    def test_with_a_share_of_the_plain_credit_it_teaches(self, make_trainer):
-        trainer = make_trainer([all_failed, fixed(1)], prefix_share=0.5, max_steps=1)
-        rounds = record_advantages(trainer)
-        trainer.train()
-        assert logged(trainer, "sgpo/groups/rescued") == [1.0]
-        assert (rounds[0][:, 0] == 0.5).all()
-        assert (rounds[0][:, 1] == -0.25).all()
-        assert not rounds[0][:, 2:].any()
-
     def test_ending_at_once_is_blamed(self, make_trainer, tokenizer):
         ends_often = {
             "sequence_bias": [[[tokenizer.eos_token_id], 2.0]],
             "suppress_tokens": [tokenizer.pad_token_id],
         }
-        for unit in UNITS:
-            trainer = make_trainer(
-                [all_failed, fixed(1)], prefix_unit=unit, max_steps=1, generation_kwargs=ends_often, num_generations=8
-            )
-            outputs, inner = [], trainer._generate_and_score_completions
-            trainer._generate_and_score_completions = lambda inputs, o=outputs, f=inner: o.append(f(inputs)) or o[-1]
-            trainer.train()
-            empty = outputs[0]["completion_mask"].sum(dim=1) == 1
-            assert 0 < empty.sum() < 8
-            assert (outputs[0]["advantages"][empty][:, 0] < 0).all()
+        trainer = make_trainer([all_failed, fixed(1)], max_steps=1, generation_kwargs=ends_often, num_generations=8)
+        outputs, inner = [], trainer._generate_and_score_completions
+        trainer._generate_and_score_completions = lambda inputs: outputs.append(inner(inputs)) or outputs[-1]
+        trainer.train()
+        empty = outputs[0]["completion_mask"].sum(dim=1) == 1
+        assert 0 < empty.sum() < 8
+        assert (outputs[0]["advantages"][empty][:, 0] < 0).all()
 
-    @pytest.mark.parametrize("share", [0.0, 0.5])
-    def test_without_a_failed_group_it_is_grpo(self, make_trainer, share):
-        ours = make_trainer([all_mixed, fixed(0)], prefix_share=share, max_steps=2)
+    def test_without_a_failed_group_it_is_grpo(self, make_trainer):
+        ours = make_trainer([all_mixed, fixed(0)], max_steps=2)
         ours.train()
         theirs = make_trainer([all_mixed], GRPOTrainer, GRPOConfig, max_steps=2)
         theirs.train()
@@ -360,7 +266,7 @@ class TestTrainer:
         def first_or_none(items):
             return [Verdict.error(0) if i % 4 == 0 else Verdict.no_error() for i in range(len(items))]
 
-        judge = stepwise(FixedJudge(first_or_none), no_error="last_step", unit="characters")
+        judge = stepwise(FixedJudge(first_or_none), no_error="last_step")
         trainer = make_trainer([all_failed, judge], max_steps=1)
         rounds = record_advantages(trainer)
         trainer.train()
@@ -381,7 +287,7 @@ class TestTrainer:
             {"loss_type": "grpo"},
             {"mask_truncated_completions": True},
             {"exclude_dead_groups": True},
-            {"judge_scope": "all_incorrect", "prefix_unit": "characters"},
+            {"judge_scope": "all_incorrect"},
         ],
         ids=lambda config: "-".join(map(str, config.items())),
     )
@@ -398,17 +304,6 @@ class TestTrainer:
                 {"prefix_baseline": "batch"},
                 r"prefix_baseline='batch' is unknown: it must be one of \['none', 'group'\]",
             ),
-            (
-                {"prefix_unit": "characters"},
-                "prefix_unit='characters' says how completions are compared, but prefix_baseline='none' compares none",
-            ),
-            (
-                {"prefix_unit": "tokens"},
-                r"prefix_unit='tokens' is unknown: it must be one of \['steps', 'characters'\]",
-            ),
-            ({"prefix_baseline": "group", "prefix_share": 1.5}, r"prefix_share=1.5 must lie in \[0, 1\]"),
-            ({"prefix_baseline": "group", "prefix_share": math.nan}, r"prefix_share=nan must lie in \[0, 1\]"),
-            ({"prefix_share": 0.5}, r"prefix_share=0.5 is added to .* but prefix_baseline='none' has none"),
             ({"prefix_baseline": "group", "error_penalty": -1.0}, "error_penalty=-1.0 must be a finite number"),
         ],
     )

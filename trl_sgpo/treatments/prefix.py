@@ -7,7 +7,6 @@ wrong one are verified, that step is wrong, and nobody has judged what follows. 
 """
 
 from collections.abc import Sequence
-from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +17,7 @@ from trl_sgpo.groups import SortedGroups, enough_verdicts, value_range
 from trl_sgpo.policy import Policy
 from trl_sgpo.rounds import Judged, Round
 from trl_sgpo.treatments.base import Treatment
-from trl_sgpo.treatments.prefix_baseline import centred_credit, step_starts, verified_extent
+from trl_sgpo.treatments.prefix_baseline import centred_credit, verified_steps
 
 
 if TYPE_CHECKING:
@@ -38,15 +37,14 @@ class PrefixCredit(Treatment):
     def setup(self, args: "SGPOConfig") -> None:
         super().setup(args)
         self.weight, self.prefix_reward = args.failed_group_weight, args.prefix_reward
-        self.centred, self.unit = args.prefix_baseline == "group", args.prefix_unit
-        self.plain_share = args.prefix_share if self.centred else 1.0
-        penalty = args.error_penalty
-        self.plain_penalty, self.centred_penalty = (0.5, 1.0) if penalty is None else (penalty, penalty)
+        self.centred = args.prefix_baseline == "group"
+        usual = 1.0 if self.centred else 0.5
+        self.error_penalty = usual if args.error_penalty is None else args.error_penalty
 
     def sort(self, round: Round) -> SortedGroups:
         assert round.judged is not None, "a round that nobody judged cannot be sorted"
-        verified_PG = verified_extent(round.judged, self.unit)
-        return credited_groups(round.askable_PG, verified_PG, round.kinds.failed_P, relative=self.plain_share == 0)
+        verified_PG = verified_steps(round.judged)
+        return credited_groups(round.askable_PG, verified_PG, round.kinds.failed_P, relative=self.centred)
 
     def advantages(self, round: Round, policy: Policy) -> Tensor:
         assert round.judged is not None, "it treats judged rounds only"
@@ -108,18 +106,16 @@ class PrefixCredit(Treatment):
         """
         # A right completion of a mixed group has every step right, however many it has
         right_PG = round.outcome_PG >= round.success_threshold
-        verified_PG = verified_extent(judged, self.unit).masked_fill(right_PG, torch.inf).cpu()
+        verified_PG = verified_steps(judged).masked_fill(right_PG, torch.inf).cpu()
         earned: list[list[float]] = []
-        # Plain credit is for failed groups only: in a mixed one it would lift wrong completions above right ones
-        share_B = (self.plain_share * round.local(round.kinds.failed_P)).tolist()
-        for row, score, share in zip(count(round.rows.start), judged.scores, share_B, strict=False):
+        for row, score in enumerate(judged.scores, start=round.rows.start):
             values: list[float] = []
             if score is not None and (score.first_error is not None or score.status == "error"):
-                values = [share * self.prefix_reward] * (score.first_error or 0) + [-share * self.plain_penalty]
+                n_verified = score.first_error or 0  # an empty completion has none: ending at once is its error
+                values = [self.prefix_reward] * n_verified + [-self.error_penalty]
                 if self.centred:
-                    starts, verified_G = step_starts(score, self.unit), verified_PG[row // verified_PG.shape[1]]
-                    centred_K = centred_credit(verified_G, starts, self.prefix_reward, self.centred_penalty)
-                    values = (centred_K + torch.tensor(values)).tolist()
+                    verified_G = verified_PG[row // verified_PG.shape[1]]
+                    values = centred_credit(verified_G, n_verified, self.prefix_reward, self.error_penalty).tolist()
             earned.append(values)
         return earned
 
@@ -145,7 +141,7 @@ class PrefixCredit(Treatment):
 
 def credited_groups(outcome_PG: Tensor, verified_PG: Tensor, failed_P: Tensor, relative: bool = False) -> SortedGroups:
     """
-    The failed groups whose verdicts pay tokens. `verified_PG` says how far each completion is verified, in any unit; NaN
+    The failed groups whose verdicts pay tokens. `verified_PG` holds the number of verified steps of each completion; NaN
     without a verdict. What a token earns is not relative to the group, so equal scores teach too. Two kinds of groups do
     not:
 
