@@ -79,9 +79,10 @@ def device() -> str:
 
 def precision() -> torch.dtype:
     """bf16 where there are instructions for its products. On other CPUs they take eight times as long as in 32 bits."""
-    can = torch.cpu.get_capabilities()
-    has_bf16 = device() == "cuda" or any(can.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-    return torch.bfloat16 if has_bf16 else torch.float32
+    if device() == "cuda":
+        return torch.bfloat16
+    can = torch.cpu.get_capabilities()  # older versions of PyTorch do not have it
+    return torch.bfloat16 if any(map(can.get, ("amx_bf16", "avx512_bf16", "bf16"))) else torch.float32
 
 
 class Policy(SGPOTrainer):
