@@ -8,32 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.pretrained.shared_prompts import generate
 from benchmarks.pretrained.tasks import Problem, Task, lenient_answer, right_lines, strict_answer
 from trl_sgpo.analysis.metrics import pass_at_k
 
 
 SAMPLING_BATCH = 128
-
-
-@torch.no_grad()
-def generate(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any
-) -> torch.Tensor:
-    """
-    As the model's own `generate`, but a prompt that comes several times in a row is read once. With eight completions of each
-    prompt on a CPU this saves a third of the time, and the completions are the same.
-    """
-    rows = torch.cat([attention_mask, input_ids], dim=1)
-    different = [True, *(rows[1:] != rows[:-1]).any(dim=1).tolist()]
-    first = [i for i, is_new in enumerate(different) if is_new]
-    n, left_over = divmod(len(rows), len(first))
-    if n > 1 and not left_over and first == list(range(0, len(rows), n)):
-        mask = attention_mask[::n, :-1]  # the last token is left for `generate`
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        read = model.base_model(input_ids[::n, :-1], attention_mask=mask, position_ids=positions, use_cache=True)
-        read.past_key_values.batch_repeat_interleave(n)
-        kwargs["past_key_values"] = read.past_key_values
-    return type(model).generate(model, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
 
 def sample(

@@ -30,8 +30,9 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.pretrained.sampling import EFFORT, counts, generate, measure, sample
+from benchmarks.pretrained.sampling import EFFORT, counts, measure, sample
 from benchmarks.pretrained.settings import ARMS, GROUP_SIZE, GROUPS_PER_UPDATE, TUNING_SEED, Run
+from benchmarks.pretrained.shared_prompts import generate, log_probs
 from benchmarks.pretrained.tasks import (
     Problem,
     Task,
@@ -50,7 +51,7 @@ from trl_sgpo.steps import segment
 from trl_sgpo.tasks.token_budget import TokenBudget
 
 
-MICRO_BATCH = {"cpu": 16, "cuda": 32}  # completions; the update is the same
+MICRO_BATCH = 32  # completions; the update is the same
 SFT_BATCH = 16
 RIGHT_LINES = "right_lines"
 LOGGED = {  # of each update: TRL's name, or the package's, and that in the record
@@ -87,8 +88,8 @@ def precision() -> torch.dtype:
 
 class Policy(SGPOTrainer):
     """
-    Generates from a copy of the policy's weights in [`precision`], and logs the share of right leading lines. `imitate`: the
-    advantage is the outcome reward itself.
+    Generates from a copy of the policy's weights in [`precision`], reads a prompt once for all its completions, and logs the
+    share of right leading lines. `imitate`: the advantage is the outcome reward itself.
     """
 
     def __init__(self, *args: Any, imitate: bool = False, **kwargs: Any) -> None:
@@ -111,6 +112,17 @@ class Policy(SGPOTrainer):
             return super()._generate_single_turn(*args, **kwargs)
         finally:
             self.model_wrapped = policy
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        with self.accelerator.autocast():
+            return *log_probs(model, input_ids, attention_mask, logits_to_keep), None
 
     def _calculate_rewards(
         self, inputs: list[dict], prompts: list, completions: list, completion_ids_list: list
@@ -280,8 +292,8 @@ def make_trainer(run: Run, task: Task, base: Path, folder: Path, judge: Path | N
     model, tokenizer = _load(base)
     args = SGPOConfig(
         output_dir=str(folder),
-        per_device_train_batch_size=MICRO_BATCH[device()],
-        gradient_accumulation_steps=GROUPS_PER_UPDATE * group_size // MICRO_BATCH[device()],
+        per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=GROUPS_PER_UPDATE * group_size // MICRO_BATCH,
         max_completion_length=task.max_completion_length,
         learning_rate=run.learning_rate,
         lr_scheduler_type="constant_with_warmup",

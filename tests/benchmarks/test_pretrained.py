@@ -10,11 +10,13 @@ import pytest
 import torch
 from prm_families import make_family
 from toys import all_mixed, byte_tokenizer, save_model, tiny_llama
+from trl.trainer.utils import add_fused_lm_head
 
 from benchmarks.pretrained import report, training
 from benchmarks.pretrained import run as run_script
-from benchmarks.pretrained.sampling import Effort, generate
+from benchmarks.pretrained.sampling import Effort
 from benchmarks.pretrained.settings import ARMS, MAIN, TABLES, Run
+from benchmarks.pretrained.shared_prompts import generate, log_probs
 from benchmarks.pretrained.tasks import (
     Problem,
     accuracy_reward,
@@ -176,24 +178,60 @@ def test_the_trained_judge(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [[0, 0, 0, 1, 1, 1], [0, 0, 1, 0], [0, 1], [0, 0, 1]])
-def test_reading_a_prompt_once_changes_no_completion(monkeypatch, rows):
-    tokenizer = byte_tokenizer(chat_template=CHAT)
-    model = tiny_llama(tokenizer)
-    prompts = tokenizer(["Start with 6.", "Add 16, please."], padding=True, padding_side="left", return_tensors="pt")
-    inputs = {name: prompts[name][rows] for name in ("input_ids", "attention_mask")}
-    read = []
-    forward = type(model.base_model).forward
+class TestSharedPrompts:
+    @pytest.fixture(params=[[0, 0, 0, 1, 1, 1], [0, 1, 0], [1, 0], [0]])
+    def rows(self, request):
+        return request.param
 
-    def reading(self, input_ids=None, **kwargs):
-        read.append(input_ids.shape)
-        return forward(self, input_ids=input_ids, **kwargs)
+    @pytest.fixture
+    def model(self):
+        return tiny_llama(byte_tokenizer(chat_template=CHAT))
 
-    monkeypatch.setattr(type(model.base_model), "forward", reading)
-    found = generate(model, **inputs, max_new_tokens=8, do_sample=False)
-    assert (read[0] == (2, 14)) == (rows == [0, 0, 0, 1, 1, 1])
-    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    assert torch.equal(found, expected)
+    @pytest.fixture
+    def prompts(self, rows):
+        texts = ["Start with 6.", "Add 16, please."]
+        both = byte_tokenizer(chat_template=CHAT)(texts, padding=True, padding_side="left", return_tensors="pt")
+        return {name: both[name][rows] for name in ("input_ids", "attention_mask")}
+
+    def test_generates_the_same(self, monkeypatch, model, prompts, rows):
+        read = []
+        forward = type(model.base_model).forward
+
+        def reading(self, input_ids=None, **kwargs):
+            read.append(input_ids.shape)
+            return forward(self, input_ids=input_ids, **kwargs)
+
+        monkeypatch.setattr(type(model.base_model), "forward", reading)
+        found = generate(model, **prompts, max_new_tokens=8, do_sample=False)
+        assert (read[0] == (len(set(rows)), 14)) == (len(rows) > 2)
+        expected = model.generate(**prompts, max_new_tokens=8, do_sample=False)
+        assert torch.equal(found, expected)
+
+    def test_trains_the_same(self, model, prompts, rows):
+        add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+        n_rows, n_tokens = len(rows), 5
+        torch.manual_seed(0)
+        completions = torch.randint(3, 100, (n_rows, n_tokens))
+        mask = torch.arange(n_tokens) < torch.tensor([[5, 3, 4, 1, 5, 2][:n_rows]]).T
+        input_ids = torch.cat([prompts["input_ids"], completions], dim=1)
+        attention_mask = torch.cat([prompts["attention_mask"], mask.long()], dim=1)
+        weight = torch.randn(n_rows, n_tokens)
+
+        def gradients(log_probs):
+            model.zero_grad()
+            (log_probs * weight * mask).sum().backward()
+            return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        labels[:, :-n_tokens] = -100
+        expected = model(input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
+        found, entropies = log_probs(model, input_ids, attention_mask, n_tokens)
+        assert found.shape == entropies.shape == (n_rows, n_tokens)
+        torch.testing.assert_close(found[mask], expected.log_probs[:, -n_tokens:][mask])
+        torch.testing.assert_close(entropies[mask], expected.entropy[:, -n_tokens:][mask])
+        torch.testing.assert_close(
+            gradients(found), gradients(expected.log_probs[:, -n_tokens:]), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.slow
