@@ -20,6 +20,7 @@ from trl_sgpo import SGPOConfig
         ({"judge_until": math.nan}, r"judge_until=nan must lie in \(0, 1\]"),
         ({"failed_group_weight": -1.0}, "failed_group_weight=-1.0 must be a finite number of at least 0"),
         ({"failed_group_weight": math.inf}, "failed_group_weight=inf must be a finite number"),
+        ({"rts_share_of": "group"}, r"rts_share_of='group' is unknown: it must be one of \['completion', 'longest'\]"),
         (
             {"failed_groups": "sign"},
             r"failed_groups='sign' is unknown: it must be one of \['sgpo', 'prefix', 'none', 'nsr', 'ngrpo', 'zvp', 'lens'\]",
@@ -42,6 +43,7 @@ def test_adds_only_what_the_trainer_decides():
         "prefix_reward",
         "error_penalty",
         "prefix_baseline",
+        "rts_share_of",
         "failed_groups",
         "exclude_dead_groups",
         "skip_dead_tokens",

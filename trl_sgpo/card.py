@@ -22,7 +22,9 @@ def describe_run(treatment: Treatment, judge: StepwiseJudge | None, args: "SGPOC
     return (
         "Completions of groups in which every answer was wrong "
         + ("(and every other wrong completion) " if args.judge_scope == "all_incorrect" else "")
-        + f"were judged step by step by `{judge!r}` (treatment `{treatment.name}`)"
+        + f"were judged step by step by `{judge!r}` (treatment `{treatment.name}`"
+        + (", shares of the longest completion" if treatment.name == "sgpo" and args.rts_share_of == "longest" else "")
+        + ")"
         + (f" during the first {args.judge_until:.0%} of the updates." if args.judge_until < 1 else ".")
     )
 

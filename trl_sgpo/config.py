@@ -11,6 +11,7 @@ from trl_sgpo.treatments import TREATMENTS
 
 JUDGE_SCOPES = ("failed_groups", "all_incorrect")
 PREFIX_BASELINES = ("none", "group")
+RTS_SHARES = ("completion", "longest")
 
 
 @dataclass
@@ -73,6 +74,11 @@ class SGPOConfig(GRPOConfig):
             Factor on what `failed_groups` gives a failed group: with `"sgpo"` on the judge's part of its advantages,
             with the others on the advantages that they add (with `"zvp"` it is ten times the alpha of RL-ZVP). 1 is
             the paper.
+        rts_share_of (`str`, *optional*, defaults to `"completion"`):
+            What the RTS in Eq. 2 is a share of, under `failed_groups="sgpo"`. `"completion"`: the completion itself, as
+            in the paper. Then stopping early raises the reward: three right steps and a wrong answer have 3/4, three
+            right steps of six have 3/6. `"longest"`: the longest completion of the group with a verdict, so that both
+            have 3/6. What is logged as RTS stays a share of the completion itself.
         prefix_reward (`float`, *optional*, defaults to `1.0`):
             Advantage of the tokens of the verified prefix, under `failed_groups="prefix"`.
         error_penalty (`float`, *optional*):
@@ -150,6 +156,14 @@ class SGPOConfig(GRPOConfig):
     failed_group_weight: float = field(
         default=1.0, metadata={"help": "Factor on what failed_groups gives a failed group. 1 is the paper."}
     )
+    rts_share_of: str = field(
+        default="completion",
+        metadata={
+            "help": "What the score in a reward is a share of, with failed_groups='sgpo': 'completion' (itself, as in the paper) "
+            "or 'longest' (the longest completion of its group with a verdict, so that stopping early does not pay).",
+            "choices": list(RTS_SHARES),
+        },
+    )
     prefix_reward: float = field(
         default=1.0,
         metadata={"help": "Advantage of the tokens before the first wrong step, with failed_groups='prefix'."},
@@ -224,6 +238,11 @@ def _check(args: SGPOConfig) -> None:
         raise ValueError(
             f"prefix_baseline={args.prefix_baseline!r} is unknown: it must be one of {list(PREFIX_BASELINES)}. Use 'none' for "
             "credit that does not depend on the group."
+        )
+    if args.rts_share_of not in RTS_SHARES:
+        raise ValueError(
+            f"rts_share_of={args.rts_share_of!r} is unknown: it must be one of {list(RTS_SHARES)}. Use 'completion' for "
+            "the paper's setting."
         )
     if args.failed_groups not in TREATMENTS:
         raise ValueError(

@@ -19,7 +19,7 @@ from trl_sgpo.judges.stepwise import StepScore, StepwiseJudge
 
 STATUSES = ("error", "no_error", "abstain")
 
-_N_NUMBERS = 9  # of a completion, as they are gathered
+_N_NUMBERS = 10  # of a completion, as they are gathered
 
 
 class Judged(NamedTuple):
@@ -38,7 +38,7 @@ class Judged(NamedTuple):
         masked_PG (`torch.Tensor`):
             Which completions were truncated and have no loss, boolean. Nobody was asked about them.
         reward_PG (`torch.Tensor`):
-            The rewards of `rts_PG` by Eq. 2.
+            The rewards of `rts_PG` by Eq. 2, or of its shares of the longest completion (`rts_share_of="longest"`).
         seconds (`float`):
             What the slowest rank spent judging.
     """
@@ -244,12 +244,13 @@ def judge_round(
     rows: Sequence[Mapping[str, Any]],
     gather: Callable[[Tensor], Tensor],
     decode: Callable[[Sequence[int]], str] | None = None,
+    of_longest: bool = False,
 ) -> Judged:
     """
     Each rank asks about its own completions in `to_judge_PG`, but those that have no loss, and all ranks learn the scores.
     `prompts`, `completions` and `rows` are those of this rank, `gather` gives from its `(B, N)` numbers those of all
     ranks, `(P * G, N)`. Every rank joins it, with or without anything to ask. `decode` gives the text of a completion's
-    ids.
+    ids. With `of_longest` the rewards are those of shares of the longest completion, see [`of_longest_completion`].
     """
     start = time.perf_counter()
     masked = round.masked_B or [False] * len(completions)
@@ -264,9 +265,8 @@ def judge_round(
     rows_BN = [[*_numbers(score, judge), *row, seconds] for score, *row in zip(scores, lengths, masked, strict=True)]
     numbers_BN = torch.tensor(rows_BN, device=round.outcome_PG.device)
     numbers_NPG = gather(numbers_BN).T.reshape(_N_NUMBERS, *round.outcome_PG.shape)
-    rts_PG, by_steps_PG, by_characters_PG, n_steps_PG, status_PG, called_PG, length_PG, masked_PG, seconds_PG = (
-        numbers_NPG
-    )
+    rts_PG, size_PG, by_steps_PG, by_characters_PG, n_steps_PG, status_PG, called_PG = numbers_NPG[:7]
+    length_PG, masked_PG, seconds_PG = numbers_NPG[7:]
     return Judged(
         scores,
         rts_PG,
@@ -277,18 +277,37 @@ def judge_round(
         called_PG,
         length_PG,
         masked_PG.bool(),
-        reward_PG=judge.rewards(rts_PG),
+        reward_PG=judge.rewards(of_longest_completion(rts_PG, size_PG) if of_longest else rts_PG),
         seconds=seconds_PG.max().item(),
     )
+
+
+def of_longest_completion(rts_PG: Tensor, size_PG: Tensor) -> Tensor:
+    """
+    Scores as shares of the longest scored completion of their group, from shares of the completions themselves. A
+    completion that stops early no longer scores higher than one that gets as many steps right and goes on. Both arguments
+    have the shape `(P, G)`, with NaN where there is no score. Sizes are in steps or characters.
+
+    Example:
+
+    ```python
+    >>> rts_PG = torch.tensor([[3 / 4, 3 / 6, 4 / 6]])  # three right steps of four, three of six, four of six
+    >>> of_longest_completion(rts_PG, torch.tensor([[4.0, 6.0, 6.0]]))
+    tensor([[0.5000, 0.5000, 0.6667]])
+    ```
+    """
+    longest_P = size_PG.nan_to_num(nan=0.0).amax(dim=1).clamp(min=1)
+    # The products are whole numbers: rounded, so that ties stay ties
+    return (rts_PG * size_PG).round() / longest_P.unsqueeze(1)
 
 
 def _numbers(score: StepScore | None, judge: StepwiseJudge) -> list[float]:
     """A score as a row of numbers that can be gathered, in the order of [`Judged`]; NaN for what is not there."""
     if score is None:
         return [math.nan] * (_N_NUMBERS - 3)
-    rts = (judge.rts(score), score.rts_steps, score.rts_characters)
+    scores = (judge.rts(score), judge.size(score), score.rts_steps, score.rts_characters)
     return [
-        *(math.nan if value is None else float(value) for value in rts),
+        *(math.nan if value is None else float(value) for value in scores),
         float(score.n_steps),
         float(STATUSES.index(score.status)),
         float(score.called),

@@ -254,7 +254,15 @@ class SGPOTrainer(GRPOTrainer):
             round.to_judge_PG = to_judge_PG = self.treatment.to_judge(round)
             if to_judge_PG.any():
                 round.judged = judge_round(
-                    round, to_judge_PG, judge, prompts, completions, inputs, gather, self._policy.decoder(completions)
+                    round,
+                    to_judge_PG,
+                    judge,
+                    prompts,
+                    completions,
+                    inputs,
+                    gather,
+                    self._policy.decoder(completions),
+                    of_longest=self._settings.rts_share_of == "longest",
                 )
                 round.groups = self.treatment.sort(round)
         self._round_log.write(round)

@@ -23,7 +23,16 @@ import numpy as np
 from benchmarks.cells import markdown, ratio, spread, thousands
 from benchmarks.common import read_lines
 from benchmarks.curves import tokens_to
-from benchmarks.pretrained.settings import ARMS, BUDGET, GSM8K_RATE, LEARNING_RATES, MAIN, TABLES, TUNING_SEED
+from benchmarks.pretrained.settings import (
+    ARMS,
+    BUDGET,
+    GSM8K_RATE,
+    LEARNING_RATES,
+    MAIN,
+    TABLES,
+    TUNED_ARMS,
+    TUNING_SEED,
+)
 from trl_sgpo.analysis.metrics import mean_estimate
 
 
@@ -70,7 +79,9 @@ def best_rate(runs: Sequence[Row], arm: str) -> float | None:
     """
     tuned = [r for r in runs if r["task"] == "chains" and r["seed"] == TUNING_SEED]
     tuned = [
-        r for r in tuned if r["arm"] == (arm if arm in MAIN else "prefix") and r["learning_rate"] in LEARNING_RATES
+        r
+        for r in tuned
+        if r["arm"] == (arm if arm in TUNED_ARMS else "prefix") and r["learning_rate"] in LEARNING_RATES
     ]
     if len(tuned) < len(LEARNING_RATES):
         return None
@@ -110,17 +121,21 @@ def bases_table(bases: Sequence[Row]) -> str:
 
 def tune_table(runs: Sequence[Row]) -> str:
     rows = []
-    for arm in MAIN:
+    for arm in TUNED_ARMS:
         found = {r["learning_rate"]: r for r in runs if r["arm"] == arm and r["seed"] == TUNING_SEED}
         cells = []
         for rate in LEARNING_RATES:
             run = found.get(rate)
-            shown = [mean_accuracy(run), *(windows(run, name)[-1][name] for name in ALONG)] if run else []
-            cells.append(" / ".join(f"{value:.3f}" for value in shown) or "-")
+            if run:
+                accuracy, right = (windows(run, name)[-1][name] for name in ALONG)
+                length = run["curve"][-1]["length"]
+                cells.append(f"{mean_accuracy(run):.3f} / {accuracy:.3f} / {right:.3f} / {length:.0f}")
+            else:
+                cells.append("-")
         if found:
             rows.append([ARMS[arm].label, *cells])
     return markdown(
-        ["mean accuracy / at the end / right leading lines", *(f"{rate:g}" for rate in LEARNING_RATES)], rows
+        ["mean accuracy / at the end / right leading lines / length", *(f"{rate:g}" for rate in LEARNING_RATES)], rows
     )
 
 

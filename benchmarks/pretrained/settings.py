@@ -42,6 +42,7 @@ PREFIX = {"failed_groups": "prefix"}
 ARMS = {
     "grpo": Arm("GRPO"),
     "sgpo": Arm("SGPO, as in the paper", judge="task"),
+    "sgpo_longest": Arm("SGPO, share of the longest completion", {"rts_share_of": "longest"}, judge="task"),
     "prefix": Arm("prefix credit", PREFIX, judge="task"),
     "prefix_centred": Arm("prefix credit against the group", {**PREFIX, "prefix_baseline": "group"}, judge="task"),
     "grpo_16": Arm("GRPO, 16 completions per group", {"num_generations": 16}),
@@ -51,7 +52,8 @@ ARMS = {
     "imitation": Arm("rejection-sampling SFT", imitate=True),
 }
 MAIN = ("grpo", "sgpo", "prefix")
-OTHERS = ("prefix_centred", "grpo_16", "prefix_arithmetic", "prefix_random", "imitation")
+TUNED_ARMS = (*MAIN, "sgpo_longest")
+OTHERS = ("sgpo_longest", "prefix_centred", "grpo_16", "prefix_arithmetic", "prefix_random", "imitation")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Run:
 
 
 def _tune() -> list[Run]:
-    return [Run("chains", arm, rate, TUNING_SEED, TUNING_BUDGET) for arm in MAIN for rate in LEARNING_RATES]
+    return [Run("chains", arm, rate, TUNING_SEED, TUNING_BUDGET) for arm in TUNED_ARMS for rate in LEARNING_RATES]
 
 
 def _main() -> list[Run]:

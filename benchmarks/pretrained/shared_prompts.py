@@ -1,5 +1,6 @@
 """
-A prompt that several rows share is read once, in generating and in training. The completions and the gradients are the same.
+A prompt that several rows share is read once, in generating and in training. The completions and, up to rounding, the gradients
+are the same. It is for models with rotary positions, without dropout, and without gradient checkpointing, which keeps no cache.
 
 In both, the rows' prompts are read without their last token, and their keys and values are given to every row that needs them.
 """
@@ -21,7 +22,7 @@ def _read(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, row
 
 
 def _different(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The different prompts of a batch, padding first, with their masks; and of each row its prompt."""
+    """The different prompts of a batch, padded on the left, with their masks; and of each row its prompt."""
     both, rows = torch.cat([attention_mask, input_ids * attention_mask], dim=1).unique(dim=0, return_inverse=True)
     mask, ids = both.chunk(2, dim=1)
     return ids, mask, rows
@@ -41,7 +42,7 @@ def log_probs(
 ) -> tuple[Tensor, Tensor]:
     """
     Log-probabilities and entropies of the last `n_tokens` of each row, shape `(B, n_tokens)`, as
-    `GRPOTrainer._get_per_token_logps_and_entropies` gives them. It scores the tokens of prompts too where there is no Triton.
+    `GRPOTrainer._get_per_token_logps_and_entropies` gives them. Without Triton, TRL computes logits for prompts too.
     """
     start = input_ids.shape[1] - n_tokens - 1  # the prompt's last token says the completion's first
     past = _read(model, *_different(input_ids[:, :start], attention_mask[:, :start]))

@@ -98,12 +98,12 @@ def test_tables_of_no_records_and_the_rate_that_tuning_chose(tmp_path):
     assert report.best_rate([], "grpo") is None
 
     def tuned(arm, rate, accuracy):
-        curve = [{"tokens": 100, "completions": 64, "accuracy": accuracy, "right_lines": 0.5}]
+        curve = [{"tokens": 100, "completions": 64, "accuracy": accuracy, "right_lines": 0.5, "length": 50.4}]
         return {"task": "chains", "arm": arm, "seed": 100, "learning_rate": rate, "tokens": 100, "curve": curve}
 
     runs = [tuned(arm, rate, accuracy) for arm in MAIN for rate, accuracy in ((1e-5, 0.1), (2e-5, 0.2))]
     assert report.best_rate(runs, "prefix_random") == 2e-5
-    assert "| GRPO | 0.100 / 0.100 / 0.500 | 0.200 / 0.200 / 0.500 |" in report.tune_table(runs)
+    assert "| GRPO | 0.100 / 0.100 / 0.500 / 50 | 0.200 / 0.200 / 0.500 / 50 |" in report.tune_table(runs)
 
 
 def test_accuracy_along_a_run_is_the_running_mean_of_512_completions():
@@ -122,7 +122,7 @@ def test_accuracy_along_a_run_is_the_running_mean_of_512_completions():
 
 
 def test_tables_and_pictures_of_what_is_recorded(tmp_path, monkeypatch, capsys):
-    point = {"completions": 512, "failed": 0.9, "right_lines": 0.3, "entropy": 0.1}
+    point = {"completions": 512, "failed": 0.9, "right_lines": 0.3, "entropy": 0.1, "length": 50.0}
 
     def recorded(arm, rate, seed, tokens_and_accuracies):
         curve = [{**point, "tokens": t, "accuracy": a} for t, a in tokens_and_accuracies]
@@ -158,7 +158,7 @@ def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch, capsys):
         return asked
 
     tuning = call("tune", "--tokens", "100")
-    assert len(tuning) == 6
+    assert len(tuning) == 8
     curve = [{"tokens": 100, "completions": 64, "accuracy": 0.1}]
     append_lines(tmp_path / "runs.jsonl", [{"key": run.key, **asdict(run), "curve": curve} for run in tuning[:4]])
     assert call("tune", "--tokens", "100") == tuning[4:]
@@ -228,6 +228,9 @@ class TestSharedPrompts:
         found, entropies = log_probs(model, input_ids, attention_mask, n_tokens)
         assert found.shape == entropies.shape == (n_rows, n_tokens)
         torch.testing.assert_close(found[mask], expected.log_probs[:, -n_tokens:][mask])
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded, _ = log_probs(model, input_ids, attention_mask, n_tokens)
+        torch.testing.assert_close(rounded[mask].float(), found[mask], rtol=0, atol=0.05)
         torch.testing.assert_close(entropies[mask], expected.entropy[:, -n_tokens:][mask])
         torch.testing.assert_close(
             gradients(found), gradients(expected.log_probs[:, -n_tokens:]), rtol=1e-4, atol=1e-5

@@ -322,3 +322,8 @@ class TestTrainer:
     def test_bad_settings(self, config, message):
         with pytest.raises(ValueError, match=message):
             SGPOConfig("out", report_to="none", use_cpu=True, bf16=False, **config)
+
+
+def test_a_share_of_the_longest_is_warned_of(make_trainer):
+    with pytest.warns(UserWarning, match="rts_share_of='longest' has no effect with failed_groups='prefix'"):
+        make_trainer([all_failed, fixed(1)], failed_groups="prefix", rts_share_of="longest")

@@ -7,10 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import matrix, tensor
+from toys import FixedJudge, all_failed, matrix, stepwise, tensor
 
-from trl_sgpo import SGPOConfig
+from trl_sgpo import SGPOConfig, Verdict
+from trl_sgpo.card import describe_run
 from trl_sgpo.groups import group_advantages, group_kinds, rts_to_reward, weighted_sum
+from trl_sgpo.rounds import of_longest_completion
 from trl_sgpo.treatments.sequence import SequenceReward, blend_advantages, fill_failed_groups, fill_mixed_groups
 
 
@@ -118,6 +120,66 @@ class TestFillMixedGroups:
         reward = tensor([[None, 0.2, 0.4, None], [None, None, 0.4, None]])
         column = fill_mixed_groups(outcome, reward, outcome, torch.tensor([True, True]), 0.5, judge_weight=1.0)
         torch.testing.assert_close(column, tensor([[None, 0.2, 0.4, 0.3], [None] * 4]), equal_nan=True)
+
+
+class TestShareOfTheLongest:
+    @given(st.data())
+    @settings(max_examples=200, deadline=None)
+    def test_equals_loop(self, data):
+        size = data.draw(st.integers(1, 6))
+        steps = st.none() | st.integers(1, 60).flatmap(lambda n: st.tuples(st.integers(0, n - 1), st.just(n)))
+        rows = data.draw(st.lists(st.lists(steps, min_size=size, max_size=size), min_size=1, max_size=3))
+        found = of_longest_completion(
+            tensor([[s and s[0] / s[1] for s in row] for row in rows]),
+            tensor([[s and s[1] for s in row] for row in rows]),
+        )
+        longest = [max((s[1] for s in row if s), default=1) for row in rows]
+        expected = [[s and s[0] / n for s in row] for row, n in zip(rows, longest, strict=True)]
+        torch.testing.assert_close(found, tensor(expected), rtol=0, atol=0, equal_nan=True)  # ties stay ties
+
+    @pytest.mark.parametrize("unit", ["steps", "characters"])
+    def test_in_training(self, make_trainer, unit):
+        """Only what is right before the first error counts, whatever comes after it."""
+        judge = stepwise(FixedJudge(lambda items: [Verdict.error(len(i.steps) // 2) for i in items]), unit=unit)
+        trainer = make_trainer([all_failed, judge], rts_share_of="longest", max_steps=1, max_completion_length=48)
+        rounds = []
+        trainer.round_observers.append(lambda round, output: rounds.append(round))
+        trainer.train()
+        (judged,) = [round.judged for round in rounds]
+        right, whole = [], []
+        for score in judged.scores:
+            lengths = [1.0 if unit == "steps" else end - start for start, end in score.cut.spans]
+            right.append(sum(lengths[: score.first_error]))
+            whole.append(sum(lengths))
+        assert len(set(whole)) > 1
+        longest = torch.tensor(whole).view(2, 4).amax(dim=1, keepdim=True)
+        assert longest[0] != longest[1]
+        assert "(treatment `sgpo`, shares of the longest completion)" in describe_run(
+            trainer.treatment, trainer.stepwise_judge, trainer.args
+        )
+        right_PG = torch.tensor(right).view(2, 4)
+        torch.testing.assert_close(judged.reward_PG, rts_to_reward(right_PG / longest))
+        torch.testing.assert_close(judged.rts_PG, right_PG / torch.tensor(whole).view(2, 4))
+        assert trainer.state.log_history[0]["sgpo/rts"] == pytest.approx(judged.rts_PG.mean().item())
+        torch.testing.assert_close(
+            rounds[0].judge_rewards_PG,
+            torch.where(rounds[0].groups.rescued_P[:, None], judged.reward_PG, NAN),
+            equal_nan=True,
+        )
+
+    def test_equal_shares_of_different_lengths_are_no_tie(self):
+        rts_PG, size_PG = torch.full((1, 4), 0.5), torch.tensor([[2.0, 4.0, 2.0, 4.0]])
+        reward_PG = of_longest_completion(rts_PG, size_PG)
+        groups = fill_failed_groups(torch.zeros(1, 4), rts_PG, reward_PG, torch.tensor([True]))
+        assert groups.rescued_P.item()
+        assert groups.column_PG.tolist() == [[0.25, 0.5, 0.25, 0.5]]
+
+    def test_empty_completions_have_nothing_right(self):
+        judge = stepwise(unit="characters")
+        (score,) = judge.score(["2 + 2?"], [""], [{}], known_wrong=True)
+        assert judge.size(score) == 0
+        nothing = torch.zeros(1, 4)
+        assert torch.equal(of_longest_completion(nothing, nothing), nothing)
 
 
 def test_a_factor_of_one_keeps_the_bits_and_zero_gives_grpo():

@@ -224,6 +224,17 @@ class StepwiseJudge:
         """The RTS of a score in this judge's `unit`, in [0, 1]; `None` where there is none."""
         return score.rts_steps if self.unit == "steps" else score.rts_characters
 
+    def size(self, score: StepScore) -> int | None:
+        """
+        What the RTS of a completion known to be wrong is a share of: its steps, or the characters in them. `None` where
+        there is no RTS.
+        """
+        if self.rts(score) is None:
+            return None
+        if self.unit == "steps":
+            return score.n_steps
+        return sum(end - start for start, end in score.cut.spans) if score.cut else 0
+
     def score(
         self,
         prompts: Sequence[Any],

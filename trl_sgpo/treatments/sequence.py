@@ -157,7 +157,7 @@ def fill_failed_groups(
     askable_PG = outcome_PG if masked_PG is None else outcome_PG.masked_fill(masked_PG, torch.nan)
     enough_P = failed_P & (n_judged_P >= 2) & enough_verdicts(askable_PG, rts_PG)
     # Different scores may still earn equal rewards, where the logistic is flat to machine precision
-    flat_P = (value_range(rts_PG) == 0) | (value_range(reward_PG) == 0)
+    flat_P = value_range(reward_PG) == 0
     rescued_P = enough_P & ~flat_P
 
     mean_P = torch.nanmean(reward_PG, dim=1)
