@@ -374,8 +374,14 @@ def test_the_true_value_is_never_flagged(expression, setting):
 @given(expressions(), SETTING, st.integers(-1000, 1000).filter(bool))
 def test_a_changed_value_is_always_flagged(expression, setting, change):
     text, value = expression
+    calculates = any(sign in text for sign in ")]")
+    plain = text.replace(",", "")
+    assert verdict(setting.format(f"{plain} = {value + change}")).status == ("error" if calculates else "abstain"), (
+        plain
+    )
+    # With decimal commas it may be right: 1,000 - 1,001 = 0
     answer = verdict(setting.format(f"{text} = {value + change}"))
-    assert answer.status == ("error" if any(sign in text for sign in ")]") else "abstain"), text
+    assert answer.status in (("error", "abstain") if calculates else ("abstain",)), text
 
 
 SIGNS = st.text("0123456789+-*/^%!=≈()[]{}$<>.,:;x_\\& \nAa²√")
