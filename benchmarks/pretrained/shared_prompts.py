@@ -13,9 +13,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 
+def _positions(attention_mask: Tensor) -> Tensor:
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
 def _read(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, rows: Tensor) -> Cache:
     """Keys and values of prompts, shape `(N, P)`, one entry for each of `rows`, which says its prompt."""
-    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    positions = _positions(attention_mask)
     read = model.base_model(input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=True)
     read.past_key_values.batch_select_indices(rows)
     return read.past_key_values
@@ -50,7 +54,7 @@ def log_probs(
     found = model(
         input_ids[:, start:],
         attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:],
+        position_ids=_positions(attention_mask)[:, start:],
         past_key_values=past,
         labels=labels[:, start:],
         fused_lm_head=True,

@@ -6,6 +6,7 @@ stands in the `Round`, never on the treatment.
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -59,6 +60,16 @@ class Treatment(ABC):
         self.judge_scope = args.judge_scope
         if self.per_token:
             _warn_if_tokens_are_tied(args, self.name)
+
+    def warn_of_unused(self, args: "SGPOConfig", names: Sequence[str], why: str) -> None:
+        """To be called in `setup`: warns of settings that are not at their default and have no effect."""
+        for name in names:
+            if (value := getattr(args, name)) != type(args).__dataclass_fields__[name].default:
+                warnings.warn(
+                    f"{name}={value!r} has no effect with failed_groups={self.name!r}, {why}",
+                    UserWarning,
+                    stacklevel=4,
+                )
 
     def to_judge(self, round: Round) -> Tensor:
         """

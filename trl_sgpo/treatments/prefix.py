@@ -6,7 +6,6 @@ wrong one are verified, that step is wrong, and nobody has judged what follows. 
 `prefix_baseline="group"` compares each step with what the group makes of it (`prefix_baseline.py`).
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -37,13 +36,7 @@ class PrefixCredit(Treatment):
 
     def setup(self, args: "SGPOConfig") -> None:
         super().setup(args)
-        if args.rts_share_of != "completion":
-            warnings.warn(
-                f"rts_share_of={args.rts_share_of!r} has no effect with failed_groups='prefix', whose credit is per step and no "
-                "share of anything. Leave it out.",
-                UserWarning,
-                stacklevel=3,
-            )
+        self.warn_of_unused(args, ["rts_share_of"], "whose credit is per step and no share of anything. Leave it out.")
         self.weight, self.prefix_reward = args.failed_group_weight, args.prefix_reward
         self.centred = args.prefix_baseline == "group"
         usual = 1.0 if self.centred else 0.5

@@ -5,7 +5,6 @@ TRL's own formula makes of that copy. All other groups keep TRL's advantages, bi
 abstentions and tied groups, is in [`fill_failed_groups`].
 """
 
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,14 +35,11 @@ class SequenceReward(Treatment):
                 "'normalize_then_sum': each reward is normalised by itself there, so the judge could lift a wrong "
                 "completion above a correct one. Use 'sum_then_normalize', or judge_scope='failed_groups'."
             )
-        for name, default in {"prefix_reward": 1.0, "error_penalty": None, "prefix_baseline": "none"}.items():
-            if (value := getattr(args, name)) != default:
-                warnings.warn(
-                    f"{name}={value!r} has no effect with failed_groups='sgpo', which gives one reward for the whole "
-                    "completion. Set failed_groups='prefix' for credit per token, or leave it out.",
-                    UserWarning,
-                    stacklevel=3,
-                )
+        self.warn_of_unused(
+            args,
+            ["prefix_reward", "error_penalty", "prefix_baseline"],
+            "which gives one reward for the whole completion. Set failed_groups='prefix' for credit per token, or leave it out.",
+        )
         self.weight = args.failed_group_weight
         self.scale_rewards = args.scale_rewards
         self.aggregation = args.multi_objective_aggregation
