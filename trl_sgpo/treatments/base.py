@@ -7,6 +7,7 @@ stands in the `Round`, never on the treatment.
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -63,8 +64,11 @@ class Treatment(ABC):
 
     def warn_of_unused(self, args: "SGPOConfig", names: Sequence[str], why: str) -> None:
         """To be called in `setup`: warns of settings that are not at their default and have no effect."""
+        from trl_sgpo.config import SGPOConfig  # it names the treatments, so it imports this module
+
+        defaults = {own.name: own.default for own in fields(SGPOConfig)}  # `args` may be a plain GRPOConfig
         for name in names:
-            if (value := getattr(args, name)) != type(args).__dataclass_fields__[name].default:
+            if (value := getattr(args, name)) != defaults[name]:
                 warnings.warn(
                     f"{name}={value!r} has no effect with failed_groups={self.name!r}, {why}",
                     UserWarning,
