@@ -38,11 +38,12 @@ def sample(
                 return_tensors="pt",
                 return_dict=True,
             ).to(model.device)
-            choice = (
-                {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-            )
             found = generate(
-                model, **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **choice
+                model,
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                do_sample=not greedy,
             )
             completions = found[:, inputs["input_ids"].shape[1] :]
             lengths += (completions != tokenizer.pad_token_id).sum(dim=1).tolist()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 from transformers.cache_utils import Cache
 
 
@@ -32,13 +32,30 @@ def _different(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tenso
     return ids, mask, rows
 
 
+class _Draw(LogitsProcessor):
+    """
+    Draws each row's token at temperature 1 and leaves no other. A row needs one random number. `torch.multinomial` takes one for
+    each token of the vocabulary, which on a CPU is half of the time of a step.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cumulative = scores.softmax(dim=-1).cumsum(dim=-1)
+        drawn = torch.rand(len(scores), 1, device=scores.device) * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, drawn, right=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
+
+
 @torch.no_grad()
-def generate(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
-    """As the model's own `generate`. With eight completions of each prompt on a CPU this saves a third of the time."""
+def generate(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, do_sample: bool = True, **kwargs: Any
+) -> Tensor:
+    """As the model's own `generate`, at temperature 1 or greedy. With eight completions of each prompt on a CPU this saves half of the time."""
     ids, mask, rows = _different(input_ids[:, :-1], attention_mask[:, :-1])
     if len(ids) < len(rows):
         kwargs["past_key_values"] = _read(model, ids, mask, rows)
-    return type(model).generate(model, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+    if do_sample:
+        kwargs["logits_processor"] = [_Draw()]
+    return type(model).generate(model, input_ids=input_ids, attention_mask=attention_mask, do_sample=False, **kwargs)
 
 
 def log_probs(

@@ -96,6 +96,7 @@ class Policy(SGPOTrainer):
         super().__init__(*args, **kwargs)
         self.imitate = imitate
         self.sampler = copy.deepcopy(self.accelerator.unwrap_model(self.model)).to(precision()).eval()
+        self.sampler.__dict__.pop("forward", None)  # TRL's is the policy's own, on its 32-bit weights
         self.sampler.generate = partial(generate, self.sampler)
 
     def sampling(self) -> PreTrainedModel:
