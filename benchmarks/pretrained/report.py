@@ -30,7 +30,6 @@ from benchmarks.pretrained.settings import (
     LEARNING_RATES,
     MAIN,
     TABLES,
-    TUNED_ARMS,
     TUNING_SEED,
 )
 from trl_sgpo.analysis.metrics import mean_estimate
@@ -79,9 +78,7 @@ def best_rate(runs: Sequence[Row], arm: str) -> float | None:
     """
     tuned = [r for r in runs if r["task"] == "chains" and r["seed"] == TUNING_SEED]
     tuned = [
-        r
-        for r in tuned
-        if r["arm"] == (arm if arm in TUNED_ARMS else "prefix") and r["learning_rate"] in LEARNING_RATES
+        r for r in tuned if r["arm"] == (arm if arm in MAIN else "prefix") and r["learning_rate"] in LEARNING_RATES
     ]
     if len(tuned) < len(LEARNING_RATES):
         return None
@@ -121,7 +118,7 @@ def bases_table(bases: Sequence[Row]) -> str:
 
 def tune_table(runs: Sequence[Row]) -> str:
     rows = []
-    for arm in TUNED_ARMS:
+    for arm in MAIN:
         found = {r["learning_rate"]: r for r in runs if r["arm"] == arm and r["seed"] == TUNING_SEED}
         cells = []
         for rate in LEARNING_RATES:

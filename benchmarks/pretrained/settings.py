@@ -52,7 +52,6 @@ ARMS = {
     "imitation": Arm("rejection-sampling SFT", imitate=True),
 }
 MAIN = ("grpo", "sgpo", "prefix")
-TUNED_ARMS = (*MAIN, "sgpo_longest")
 OTHERS = ("sgpo_longest", "prefix_centred", "grpo_16", "prefix_arithmetic", "prefix_random", "imitation")
 
 
@@ -72,7 +71,7 @@ class Run:
 
 
 def _tune() -> list[Run]:
-    return [Run("chains", arm, rate, TUNING_SEED, TUNING_BUDGET) for arm in TUNED_ARMS for rate in LEARNING_RATES]
+    return [Run("chains", arm, rate, TUNING_SEED, TUNING_BUDGET) for arm in MAIN for rate in LEARNING_RATES]
 
 
 def _main() -> list[Run]:
