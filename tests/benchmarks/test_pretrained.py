@@ -14,9 +14,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 from benchmarks.pretrained import report, training
 from benchmarks.pretrained import run as run_script
-from benchmarks.pretrained.sampling import Effort
+from benchmarks.pretrained.sampling import Effort, sample
 from benchmarks.pretrained.settings import ARMS, MAIN, TABLES, Run
-from benchmarks.pretrained.shared_prompts import generate, log_probs
+from benchmarks.pretrained.shared_prompts import _Draw, generate, log_probs
 from benchmarks.pretrained.tasks import (
     Problem,
     accuracy_reward,
@@ -175,6 +175,33 @@ def test_the_trained_judge(tmp_path, monkeypatch):
     judge = training._judge(ARMS[run.arm].judge, chains(), make_family("trl", tmp_path).folder)
     wrong = judge.score(["What is 1 + 1?"], ["1 + 1 is\n\nthree"], [{"reference": "2"}])[0]
     assert "the median of the first wrong step" in wrong.reason
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    logits = torch.tensor([-torch.inf, 0.0, 2.0, -torch.inf, 1.0, -torch.inf]).repeat(20_000, 1)
+    left = _Draw()(None, logits)
+    assert (left > -torch.inf).sum(dim=1).eq(1).all()
+    drawn = left.argmax(dim=1).bincount(minlength=6) / len(logits)
+    torch.testing.assert_close(drawn, logits[0].softmax(dim=0), rtol=0, atol=0.02)
+    assert drawn[[0, 3, 5]].eq(0).all()
+
+
+@pytest.mark.slow
+def test_completions_come_from_the_copy_in_16_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "precision", lambda: torch.bfloat16)
+    tokenizer = byte_tokenizer(chat_template=CHAT)
+    base = save_model(tiny_llama(tokenizer), tokenizer, tmp_path / "base")
+    trainer = training.make_trainer(Run("chains", "grpo", 1e-3, 0, 1000), chains(), base, tmp_path)
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(-1)
+    read = []
+    for model in (trainer.model, trainer.sampler):
+        model.base_model.register_forward_hook(lambda model, inputs, output: read.append(output[0].dtype))
+    problems = chains().to_test[:2]
+    texts, _ = sample(trainer.sampling(), tokenizer, problems, 2, 4)
+    assert set(read) == {torch.bfloat16}
+    assert len(texts) == 2
+    assert torch.equal(trainer.sampler.lm_head.weight, trainer.model.lm_head.weight.bfloat16())
 
 
 @pytest.mark.slow
