@@ -109,7 +109,7 @@ def load_stepwise_judge(
 
 
 def as_mapping(given: dict[str, Any] | str | None, argument: str, example: str) -> dict[str, Any]:
-    """A mapping of arguments, from YAML or JSON."""
+    """A mapping of arguments, from a YAML file, or from the command line in JSON."""
     if not given:
         return {}
     try:

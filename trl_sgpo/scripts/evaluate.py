@@ -70,7 +70,7 @@ class EvaluateArguments:
         },
     )
     chat_template_kwargs: dict | str | None = field(
-        default=None, metadata={"help": 'Arguments of the chat template, in YAML or JSON: {"enable_thinking": false}.'}
+        default=None, metadata={"help": 'Arguments of the chat template, in JSON: {"enable_thinking": false}.'}
     )
     engine: str = field(
         default="transformers",
@@ -82,7 +82,7 @@ class EvaluateArguments:
     engine_args: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Further arguments in YAML or JSON: of from_pretrained, of vLLM's LLM, or keys of a request to a server."
+            "help": "Further arguments in JSON: of from_pretrained, of vLLM's LLM, or keys of a request to a server."
         },
     )
     base_url: list[str] | None = field(

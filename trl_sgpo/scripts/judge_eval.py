@@ -47,7 +47,10 @@ class JudgeEvalArguments:
     data: list[str] = field(metadata={"help": "Names of the Hub or local files."})
     output: str = field(metadata={"help": "Folder for the results. It belongs to one judge."})
     judge_args: dict | str | None = field(
-        default=None, metadata={"help": "Arguments for the constructor of a judge class, a mapping in YAML or JSON."}
+        default=None,
+        metadata={
+            "help": "Arguments for the constructor of a judge class, a mapping in a YAML file, JSON on the command line."
+        },
     )
     split: str | None = field(default=None, metadata={"help": "Split of a dataset of the Hub. All by default."})
     limit: int | None = field(

@@ -44,7 +44,10 @@ class SGPOScriptArguments(GRPOScriptArguments):
         },
     )
     judge_args: dict | str | None = field(
-        default=None, metadata={"help": "Arguments for the constructor of a judge class, a mapping in YAML or JSON."}
+        default=None,
+        metadata={
+            "help": "Arguments for the constructor of a judge class, a mapping in a YAML file, JSON on the command line."
+        },
     )
     stepwise_judge_args: dict | str | None = field(
         default=None,
