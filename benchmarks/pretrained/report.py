@@ -164,10 +164,8 @@ def task_table(runs: Sequence[Row], task: str) -> str:
         cells = [
             spread([mean_accuracy(r) for r in found], lambda x: f"{x:.3f}"),
             *tokens,
-            *(
-                spread([e[name] for e in ends], lambda x: f"{x:.3f}")
-                for name in ("accuracy", "lenient", "right_lines")
-            ),
+            spread([rates(r).mean() for r in found], lambda x: f"{x:.3f}"),
+            *(spread([e[name] for e in ends], lambda x: f"{x:.3f}") for name in ("lenient", "right_lines")),
             difference(found, grpo) if arm != "grpo" else "",
             *(
                 spread([p[name] for p in last if name in p] or [math.nan], lambda x: f"{x:.2f}")

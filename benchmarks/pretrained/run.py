@@ -43,12 +43,16 @@ def _work(job: tuple[Run | str, argparse.Namespace, dict[str, Any]]) -> dict[str
     what, args, made_with = job
     if args.until and time.time() > args.until:
         return None
+    import torch
     import transformers
 
     from benchmarks.pretrained.tasks import get_task
-    from benchmarks.pretrained.training import describe_base, fingerprint, make_base, train
+    from benchmarks.pretrained.training import describe_base, fingerprint, make_base, precision, train
 
     transformers.utils.logging.set_verbosity_error()
+    if precision() == torch.bfloat16:
+        # The gradient of the output layer is a product of bf16 numbers that is summed in 32 bits: this multiplies them as such
+        torch.set_float32_matmul_precision("medium")
     name = what if isinstance(what, str) else what.task
     task = get_task(name, args.gsm8k)
     if isinstance(what, str):
@@ -63,7 +67,10 @@ def _work(job: tuple[Run | str, argparse.Namespace, dict[str, Any]]) -> dict[str
 
 
 def execute(what: Sequence[Run | str], args: argparse.Namespace) -> None:
-    made_with = provenance(("trl", "transformers", "torch"))
+    import torch
+
+    # The runs have their own number of threads
+    made_with = provenance(("trl", "transformers", "torch"), None if torch.cuda.is_available() else args.threads)
 
     def keep(record: dict[str, Any]) -> str:
         append_lines(args.output / ("runs.jsonl" if "key" in record else "bases.jsonl"), [record])

@@ -1,6 +1,6 @@
 """
-A prompt that several rows share is read once, in generating and in training. The completions and, up to rounding, the gradients
-are the same. It is for models with rotary positions, without dropout, and without gradient checkpointing, which keeps no cache.
+A prompt that several rows share is read once, in generating and in training. Greedy completions and, up to rounding, the
+gradients are the same. Sampled completions have the same distribution. It is for models with rotary positions, without dropout, and without gradient checkpointing, which keeps no cache.
 
 In both, the rows' prompts are read without their last token, and their keys and values are given to every row that needs them.
 """
@@ -49,7 +49,10 @@ class _Draw(LogitsProcessor):
 def generate(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, do_sample: bool = True, **kwargs: Any
 ) -> Tensor:
-    """As the model's own `generate`, at temperature 1 or greedy. With eight completions of each prompt on a CPU this saves half of the time."""
+    """
+    As the model's own `generate`, greedy or from the whole distribution at temperature 1, whatever a generation config says of
+    it. With eight completions of each prompt on a CPU this saves half of the time.
+    """
     ids, mask, rows = _different(input_ids[:, :-1], attention_mask[:, :-1])
     if len(ids) < len(rows):
         kwargs["past_key_values"] = _read(model, ids, mask, rows)

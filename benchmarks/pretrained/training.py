@@ -334,9 +334,6 @@ def train(
     Runs it, or goes on with it. Its checkpoints are deleted at the end, the policy is kept. A tuning run is not measured at its
     end. None if it is not finished at `until`, a `time.time()`. `judge` is the folder of the trained judge.
     """
-    if precision() == torch.bfloat16:
-        # The gradient of the output layer is a product of bf16 numbers that is summed in 32 bits: this multiplies them as such
-        torch.set_float32_matmul_precision("medium")
     out = folder / run.key.replace("/", "-")
     checkpoint = last_checkpoint(out)
     trainer = make_trainer(run, task, base, out, judge)

@@ -66,7 +66,8 @@ class Treatment(ABC):
         """To be called in `setup`: warns of settings that are not at their default and have no effect."""
         from trl_sgpo.config import SGPOConfig  # it names the treatments, so it imports this module
 
-        defaults = {own.name: own.default for own in fields(SGPOConfig)}  # `args` may be a plain GRPOConfig
+        # `args` may be a plain GRPOConfig, or of a subclass with fields and defaults of its own
+        defaults = {own.name: own.default for own in (*fields(SGPOConfig), *fields(args))}
         for name in names:
             if (value := getattr(args, name)) != defaults[name]:
                 warnings.warn(
