@@ -158,7 +158,7 @@ def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch, capsys):
         return asked
 
     tuning = call("tune", "--tokens", "100")
-    assert len(tuning) == 8
+    assert len(tuning) == 2 * len(MAIN)
     curve = [{"tokens": 100, "completions": 64, "accuracy": 0.1}]
     append_lines(tmp_path / "runs.jsonl", [{"key": run.key, **asdict(run), "curve": curve} for run in tuning[:4]])
     assert call("tune", "--tokens", "100") == tuning[4:]
