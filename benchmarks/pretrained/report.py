@@ -23,15 +23,7 @@ import numpy as np
 from benchmarks.cells import markdown, ratio, spread, thousands
 from benchmarks.common import read_lines
 from benchmarks.curves import tokens_to
-from benchmarks.pretrained.settings import (
-    ARMS,
-    BUDGET,
-    GSM8K_RATE,
-    LEARNING_RATES,
-    MAIN,
-    TABLES,
-    TUNING_SEED,
-)
+from benchmarks.pretrained.settings import ARMS, BUDGET, GSM8K_RATE, LEARNING_RATES, MAIN, TABLES, TUNING_SEED
 from trl_sgpo.analysis.metrics import mean_estimate
 
 

@@ -1,6 +1,7 @@
 """
 A prompt that several rows share is read once, in generating and in training. Greedy completions and, up to rounding, the
-gradients are the same. Sampled completions have the same distribution. It is for models with rotary positions, without dropout, and without gradient checkpointing, which keeps no cache.
+gradients are the same. Sampled completions have the same distribution. It is for models with rotary positions, without
+dropout, and without gradient checkpointing, which keeps no cache.
 
 In both, the rows' prompts are read without their last token, and their keys and values are given to every row that needs them.
 """
@@ -51,7 +52,7 @@ def generate(
 ) -> Tensor:
     """
     As the model's own `generate`, greedy or from the whole distribution at temperature 1, whatever a generation config says of
-    it. With eight completions of each prompt on a CPU this saves half of the time.
+    it. With eight completions of each prompt on a CPU, in bf16, this saves 40 % of the time of a token.
     """
     ids, mask, rows = _different(input_ids[:, :-1], attention_mask[:, :-1])
     if len(ids) < len(rows):
