@@ -158,6 +158,17 @@ class TestWithoutHope:
         assert len(server.requests) < 2 * 128
         assert "IS DOWN" not in caplog.text
 
+    def test_what_has_only_just_begun_at_the_deadline_is_no_fault(self, serve, clock, caplog):
+        """But silence is one, when the last sign of the server is old."""
+        server = serve(lambda request: "FIRST_ERROR: 2" if request.number < 8 else Answer("", seconds=30))
+        judge = OpenAIJudge("m", server.url, max_concurrency=8, breaker_failures=4, batch_deadline=3)
+        assert reasons(judge.judge(ITEMS[:8])) == set()
+        assert len(reasons(judge.judge(ITEMS[8:16]))) == 1
+        assert "IS DOWN" not in caplog.text
+        clock.skip(6)
+        judge.judge(ITEMS[8:16])
+        assert "IS DOWN" in caplog.text
+
     @pytest.mark.parametrize("delay", ["3600", "20", "Fri, 01 Jan 2100 00:00:00 GMT"])
     def test_a_server_that_wants_to_be_left_alone_is(self, serve, clock, caplog, delay):
         """For as long as it says, but for a minute at most: then one batch tries again."""
