@@ -38,7 +38,7 @@ _LONGEST_MESSAGE = 4000  # characters of it that are looked through for what was
 _WALKS = 8  # of the whole ladder in vain, before an unexplained refusal is taken for the request's fault
 _EMPTY = 4  # empty answers in a row, before the output constraint is taken for their cause
 _EMPTY_AGAIN = 64  # further empty answers, after which it is tried again whether the constraint is their cause
-_RECENT = 5.0  # seconds: a server that answered within them is not down, if it is busy or the batch's deadline comes
+_RECENT = 5.0  # seconds: a server that has answered within them is not down, if it says that it is busy
 _LONGEST_PAUSE = 10  # times the first pause of the breaker
 
 # As OpenAI, vLLM, SGLang, llama.cpp, TGI and Anthropic's adapter say that a prompt is too long
@@ -198,10 +198,9 @@ class Endpoint:
                 self.breaker.succeeded(trial)
             raise
         except BaseException:
-            # Cancelled. A server that said nothing until the deadline of the batch counts as one that timed out, but not
-            # for a request that had only just begun
-            now = monotonic()
-            if now > end - 0.01 and self._last_sign < min(started, now - _RECENT):
+            # Cancelled. A server that said nothing in the whole time of the batch counts as one that timed out. If it said
+            # something, this request may have only just begun
+            if monotonic() > end - 0.01 and self._last_sign < end - self.settings.batch_deadline:
                 self.breaker.failed("no answer before batch_deadline", trial)
             else:
                 self.breaker.ended(trial)
