@@ -51,7 +51,7 @@ from trl_sgpo.steps import segment
 from trl_sgpo.tasks.token_budget import TokenBudget
 
 
-MICRO_BATCH = 32  # completions; the update is the same
+MICRO_BATCH = {"chains": 32, "gsm8k": 8}  # completions, about 2,000 tokens at most; the update is the same for any
 SFT_BATCH = 16
 RIGHT_LINES = "right_lines"
 LOGGED = {  # of each update: TRL's name, or the package's, and that in the record
@@ -293,8 +293,8 @@ def make_trainer(run: Run, task: Task, base: Path, folder: Path, judge: Path | N
     model, tokenizer = _load(base)
     args = SGPOConfig(
         output_dir=str(folder),
-        per_device_train_batch_size=MICRO_BATCH,
-        gradient_accumulation_steps=GROUPS_PER_UPDATE * group_size // MICRO_BATCH,
+        per_device_train_batch_size=MICRO_BATCH[run.task],
+        gradient_accumulation_steps=GROUPS_PER_UPDATE * group_size // MICRO_BATCH[run.task],
         max_completion_length=task.max_completion_length,
         learning_rate=run.learning_rate,
         lr_scheduler_type="constant_with_warmup",
