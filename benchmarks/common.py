@@ -5,12 +5,19 @@ import multiprocessing
 import os
 import platform
 import subprocess
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 from trl_sgpo.analysis.jsonable import jsonable, whole_lines
+
+
+JOBS_PER_PROCESS = 8  # what a process does not give back is kept small
 
 
 def commit() -> str:
@@ -89,6 +96,10 @@ def _set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def _killed(job: Any) -> dict[str, Any]:
+    return {"key": str(job)[:200], "error": "its process was killed, most likely because the memory was used up"}
+
+
 def record_all(
     work: Callable[[Any], dict[str, Any] | None],
     jobs: Sequence[Any],
@@ -106,12 +117,34 @@ def record_all(
 
     os.environ["OMP_NUM_THREADS"] = str(threads)
     context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, _set_threads, (threads,), maxtasksperchild=8) as pool:
-        bar = tqdm(pool.imap_unordered(work, jobs), total=len(jobs), unit="run")
-        for record in bar:
-            if record is None:
-                continue
-            if "error" in record:
-                bar.write(f"FAILED {record['key']}: {record['error']}")
-            else:
-                bar.set_postfix_str(keep(record))
+    mine = threading.local()  # each thread has a process, and another one when it was killed
+    ended = threading.Event()
+
+    def in_process(job: Any) -> dict[str, Any] | None:
+        if ended.is_set():
+            return None
+        if not getattr(mine, "jobs_left", 0):
+            mine.process, mine.jobs_left = ProcessPoolExecutor(1, context, _set_threads, (threads,)), JOBS_PER_PROCESS
+        mine.jobs_left -= 1
+        try:
+            return mine.process.submit(work, job).result()
+        except BrokenProcessPool:
+            mine.jobs_left = 0
+            return _killed(job)
+
+    with ThreadPool(workers) as pool:
+        bar = tqdm(pool.imap_unordered(in_process, jobs), total=len(jobs), unit="run")
+        try:
+            for record in bar:
+                if record is None:
+                    continue
+                if "error" in record:
+                    bar.write(f"FAILED {record['key']}: {record['error']}")
+                else:
+                    bar.set_postfix_str(keep(record))
+        except BaseException:  # an interrupt, or a full disk
+            ended.set()
+            for process in multiprocessing.active_children():
+                process.terminate()
+                process.join()
+            raise

@@ -1,11 +1,14 @@
 """Where records come from and how they are written, and that what is recorded is written so."""
 
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from benchmarks.common import provenance, write_results
+from benchmarks.common import provenance, record_all, write_results
 
 
 RECORDS = sorted(Path(__file__).parents[2].glob("benchmarks/**/results.json"))
@@ -42,3 +45,31 @@ def test_provenance():
     assert set(found["versions"]) == {"trl", "torch"}
     assert found["hardware"].endswith("CPU, 1 thread")
     assert found["commit"]
+
+
+def job(name):
+    if name == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name == "stopped":
+        return None
+    return {"key": name, "error": "it broke"} if name == "broken" else {"key": name}
+
+
+class TestJobs:
+    def test_one_that_breaks_or_is_killed_does_not_lose_the_others(self, capfd):
+        kept = []
+        record_all(
+            job, ["one", "killed", "broken", "stopped", "two"], lambda r: kept.append(r["key"]) or "", workers=1
+        )
+        assert kept == ["one", "two"]
+        shown = capfd.readouterr()
+        assert "FAILED broken: it broke" in shown.out + shown.err
+        assert "FAILED killed: its process was killed" in shown.out + shown.err
+
+    def test_a_record_that_cannot_be_kept_ends_all(self):
+        def keep(record):
+            raise OSError("no space left")
+
+        with pytest.raises(OSError, match="no space"):
+            record_all(job, ["one", "two"], keep, workers=2)
+        assert not multiprocessing.active_children()
