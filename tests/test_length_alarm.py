@@ -1,6 +1,8 @@
-"""When completions of failed groups grow longer and not better, one warning says so."""
+"""When completions of failed groups grow longer or shorter and not better, one warning says so."""
 
-from trl_sgpo.length_alarm import GROWTH, WINDOW, LengthAlarm
+import pytest
+
+from trl_sgpo.length_alarm import GROWTH, SHRINKAGE, WINDOW, LengthAlarm
 
 
 def rung(rounds):
@@ -37,6 +39,23 @@ def test_a_slow_drift_is_measured_against_the_beginning():
     first = rung(rounds)[0]
     mean = sum(length for length, _ in rounds[first - WINDOW + 1 : first + 1]) / WINDOW
     assert mean - 1 < GROWTH * sum(length for length, _ in rounds[:WINDOW]) / WINDOW <= mean
+
+
+def test_rings_when_they_are_shorter_and_worse():
+    assert rung([(100, 0.1)] * WINDOW + [(89, 0.09)] * WINDOW) == [2 * WINDOW - 1]
+
+
+@pytest.mark.parametrize(("length", "accuracy"), [(100 * SHRINKAGE + 1, 0.0), (50, 0.1), (50, 0.2)])
+def test_is_silent_when_they_are_hardly_shorter_or_no_worse(length, accuracy):
+    assert rung([(100, 0.1)] * WINDOW + [(length, accuracy)] * 100) == []
+
+
+def test_says_that_they_are_shorter():
+    alarm = LengthAlarm()
+    said = [alarm.add(*round) for round in [(45, 0.025)] * WINDOW + [(35, 0.005)] * WINDOW][-1]
+    assert "shorter, from 45 to 35 tokens" in said
+    assert "fallen (0.025, now 0.005)" in said
+    assert "failed_groups='prefix'" in said
 
 
 def test_says_what_it_saw():

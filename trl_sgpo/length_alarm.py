@@ -1,9 +1,10 @@
 """
-[`LengthAlarm`]: notices that completions grow longer and not better.
+[`LengthAlarm`]: notices that completions grow longer or shorter and not better.
 
-A reward for wrong completions can teach length instead of the task: if the judge finds errors too late, more steps earn a
+A reward for wrong completions can teach length instead of the task. If the judge finds errors too late, more steps earn a
 higher score. This happened in a public run with such a reward, where accuracy fell from 0.715 to 0.10 in 40 updates
-(https://github.com/verl-project/verl-recipe/pull/125).
+(https://github.com/verl-project/verl-recipe/pull/125). And a share of a completion's steps is higher without the steps that
+would be wrong. This happened in benchmarks/pretrained, where a policy learnt to stop early.
 """
 
 import statistics
@@ -13,6 +14,7 @@ from collections.abc import Iterable
 
 WINDOW = 20  # rounds
 GROWTH = 1.3
+SHRINKAGE = 0.9
 
 
 class LengthAlarm:
@@ -33,7 +35,8 @@ class LengthAlarm:
                 Share of correct completions in the round.
 
         Returns:
-            `str` or `None`: What has happened, if the mean length has grown by 30 % and accuracy has not risen.
+            `str` or `None`: What has happened, if the mean length has grown by 30 % and accuracy has not risen, or has
+            shrunk by 10 % and accuracy has fallen.
         """
         if len(self._first) < WINDOW:
             self._first.append((length, accuracy))
@@ -42,15 +45,25 @@ class LengthAlarm:
         if len(self._last) < WINDOW:
             return None
         (length_before, accuracy_before), (length_now, accuracy_now) = _means(self._first), _means(self._last)
-        if not length_now >= GROWTH * length_before or accuracy_now > accuracy_before:
-            return None
-        return (
-            f"The completions of failed groups have grown from {length_before:.0f} to {length_now:.0f} tokens (means of {WINDOW} "
-            f"rounds), and accuracy has not risen ({accuracy_before:.3f}, now {accuracy_now:.3f}). The judge's reward may "
-            "teach length: a judge that blames late steps pays for more steps. Read some completions with their verdicts "
-            "(`log_completions=True`), measure the judge (`trl-sgpo judge-eval`), and lower "
-            "`failed_group_weight` or set `judge_until` if it is at fault. This is said once."
+        changed = (
+            f"from {length_before:.0f} to {length_now:.0f} tokens (means of {WINDOW} rounds), and accuracy has %s "
+            f"({accuracy_before:.3f}, now {accuracy_now:.3f}). "
         )
+        if length_now >= GROWTH * length_before and accuracy_now <= accuracy_before:
+            return (
+                f"The completions of failed groups have grown {changed % 'not risen'}The judge's reward may teach length: a judge "
+                "that blames late steps pays for more steps. Read some completions with their verdicts "
+                "(`log_completions=True`), measure the judge (`trl-sgpo judge-eval`), and lower "
+                "`failed_group_weight` or set `judge_until` if it is at fault. This is said once."
+            )
+        if length_now <= SHRINKAGE * length_before and accuracy_now < accuracy_before:
+            return (
+                f"The completions of failed groups have become shorter, {changed % 'fallen'}The policy may learn to stop early: "
+                "RTS is a share of a completion's steps, so it is higher without the steps that would be wrong. Read "
+                "some completions (`log_completions=True`). failed_groups='prefix' rewards right steps and no share; "
+                "rts_share_of='longest' takes the share of the group's longest completion. This is said once."
+            )
+        return None
 
 
 def _means(rounds: Iterable[tuple[float, float]]) -> tuple[float, float]:

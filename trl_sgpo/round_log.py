@@ -209,7 +209,7 @@ class RoundLog:
             )
 
     def _log_lengths(self, round: Round, judged: Judged) -> None:
-        """How long the completions of failed groups are; says once if they grow and accuracy does not."""
+        """How long the completions of failed groups are; says once if that changes and accuracy gets no better."""
         if not round.kinds.failed_P.any():
             return
         length = judged.length_PG[round.kinds.failed_P].mean().item()
@@ -217,9 +217,9 @@ class RoundLog:
         n_steps = torch.nanmean(judged.n_steps_PG[round.kinds.failed_P]).item()
         if not math.isnan(n_steps):
             self._log(round, "sgpo/failed/mean_steps", n_steps)
-        grown = self._length_alarm.add(length, self.metrics["train"]["sgpo/accuracy"][-1])
-        if grown is not None and self.main_process:
-            self._log_once("length", grown)
+        changed = self._length_alarm.add(length, self.metrics["train"]["sgpo/accuracy"][-1])
+        if changed is not None and self.main_process:
+            self._log_once("length", changed)
 
     def _log_verdicts(self, round: Round, judged: Judged, judge: StepwiseJudge) -> None:
         """Metrics of the judge, from what all ranks found; says loudly if it judged nothing."""

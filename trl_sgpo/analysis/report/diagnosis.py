@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from trl_sgpo.length_alarm import GROWTH, SHRINKAGE
+
 
 @dataclass(frozen=True)
 class RunFacts:
@@ -30,6 +32,10 @@ class RunFacts:
     rts: float = math.nan  # mean of the judged completions
     rts_gap_start: float = math.nan  # RTS by steps minus RTS by characters, in the first fifth
     rts_gap_end: float = math.nan  # and in the last fifth
+    length_start: float = math.nan  # mean length of a completion, in tokens
+    length_end: float = math.nan
+    accuracy_start: float = math.nan
+    accuracy_end: float = math.nan
 
 
 # True of every run, so the page says it once
@@ -81,6 +87,12 @@ def advice(facts: RunFacts) -> list[str]:
         )
     alike = facts.distinct < 1.5 and facts.teaching < 0.5
     pads = facts.rts_gap_end - facts.rts_gap_start > 0.1
+    lengths = f"{facts.length_start:.0f} → {facts.length_end:.0f} tokens"
+    accuracies = f"({_percent(facts.accuracy_start, 1)} → {_percent(facts.accuracy_end, 1)})"
+    judged_worse = facts.has_judge and facts.accuracy_end < facts.accuracy_start
+    judged_no_better = facts.has_judge and facts.accuracy_end <= facts.accuracy_start
+    longer = judged_no_better and facts.length_end >= GROWTH * facts.length_start
+    shorter = judged_worse and facts.length_end <= SHRINKAGE * facts.length_start
     # How urgent it is, from which value on to say it, and what to say. NaN is below every value
     said = [
         (
@@ -127,13 +139,25 @@ def advice(facts: RunFacts) -> list[str]:
             f"{facts.rts_gap_start:+.2f} → {facts.rts_gap_end:+.2f}): the policy pads with small right steps. Use "
             "unit='characters'.",
         ),
+        (
+            1.0 * longer,
+            1.0,
+            f"Completions grew ({lengths}), and accuracy did not rise {accuracies}: a judge that blames late steps pays for more steps. Read some, measure the judge "
+            "(`trl-sgpo judge-eval`), and lower failed_group_weight or set judge_until.",
+        ),
+        (
+            1.0 * shorter,
+            1.0,
+            f"Completions became shorter ({lengths}), and accuracy fell {accuracies}: the policy may learn to stop early, because RTS is a share of a completion's "
+            "steps. Use failed_groups='prefix', or rts_share_of='longest'.",
+        ),
     ]
     urgent = [(urgency, text) for urgency, least, text in said if urgency >= least]
     return [text for _, text in sorted(urgent, key=lambda pair: -pair[0])]
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+def _percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f} %"
 
 
 def _small(value: float) -> str:

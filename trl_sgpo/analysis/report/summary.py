@@ -238,6 +238,10 @@ def _facts(run: Run, numbers: Mapping[str, Mapping[str, Series]]) -> RunFacts:
         rts=mean("rts"),
         rts_gap_start=mean("rts_gap", "start"),
         rts_gap_end=mean("rts_gap", "end"),
+        length_start=mean("length", "start"),
+        length_end=mean("length", "end"),
+        accuracy_start=mean("accuracy", "start"),
+        accuracy_end=mean("accuracy", "end"),
     )
 
 
