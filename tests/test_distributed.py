@@ -13,8 +13,8 @@ import torch
 from trl_sgpo.groups import group_advantages
 
 
-ON_ONE = ("baseline", "lens", "zvp", "whole", "live")
-ON_TWO = (*ON_ONE[:4], "live", "straddle", "one_sided", "prefix", "fails_on_one_rank", "masked")
+ON_ONE = ("baseline", "longest", "lens", "zvp", "whole", "live")
+ON_TWO = (*ON_ONE, "straddle", "one_sided", "prefix", "fails_on_one_rank", "masked")
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,21 @@ def test_the_baseline_of_a_group_on_two_ranks_is_that_of_the_whole_group(two_ran
         assert ours[0] == ours[1] == pytest.approx(ours[2])
         assert ours[0]["sgpo/credit/size"] > 0
         assert 0 <= ours[0]["sgpo/credit/silent"] < 1
+
+
+def test_the_longest_completion_of_a_group_may_lie_on_the_other_rank(two_ranks):
+    (whole,), _, _ = two_ranks("longest", n_processes=1)
+    (rank0, rank1), _, folder = two_ranks("longest")
+    assert rank0["checksum"] == rank1["checksum"] == pytest.approx(whole["checksum"], rel=1e-6)
+    for step, (a, b, both) in enumerate(zip(rank0["rounds"], rank1["rounds"], whole["rounds"], strict=True), start=1):
+        advantages = torch.tensor(a["advantages"] + b["advantages"])
+        torch.testing.assert_close(advantages, torch.tensor(both["advantages"]), rtol=1e-4, atol=1e-5)
+        table = pd.read_parquet(folder / "completions" / f"completions_{step:05d}.parquet").iloc[:8]
+        n_steps = torch.tensor(table["judge_n_steps"].tolist()).view(2, 4)
+        longest = n_steps.amax(dim=1, keepdim=True)
+        assert n_steps[1, :2].max() != n_steps[1, 2:].max()  # so one rank has to learn of the other's
+        shares = torch.tensor(table["judge_first_error"].tolist()).view(2, 4) / longest
+        torch.testing.assert_close(advantages[:8].view(2, 4), 0.5 * group_advantages(shares), rtol=1e-4, atol=1e-5)
 
 
 def test_a_judge_that_fails_on_one_rank(two_ranks):

@@ -1,7 +1,7 @@
 """
 Run by `test_distributed.py` on one or two processes: trains in each of several modes, with groups that straddle the ranks, and
 writes down what each rank saw. Rank 1 never has anything to judge in the mode `one_sided`. The modes of `WITHOUT_JUDGE` ask no judge. They and those of
-`BASELINE` take completions that are the same however many processes there are, so that two can be compared with one.
+`STRADDLING` take completions that are the same however many processes there are, so that two can be compared with one.
 """
 
 import json
@@ -38,9 +38,10 @@ WITHOUT_JUDGE = {
 }
 # As one_sided, with credit per token
 PER_TOKEN = {"prefix": {"failed_groups": "prefix"}}
-# Of three groups the second failed, half of it on each rank, and the third one is mixed
-BASELINE = {
+# Of three groups two failed, the second one with half of it on each rank, and the third one is mixed
+STRADDLING = {
     "baseline": {"failed_groups": "prefix", "prefix_baseline": "group", "judge_scope": "all_incorrect"},
+    "longest": {"rts_share_of": "longest"},
 }
 # Every completion of rank 1 is truncated, so half of the second group and the whole third one are
 MASKED = {"masked": {"mask_truncated_completions": True}}
@@ -69,7 +70,7 @@ class RecordingJudge(StepJudge):
         self.sizes.append(len(items))
         if self.mode == "fails_on_one_rank" and rank == 1:
             raise RuntimeError("this rank has lost its judge")
-        if self.mode in BASELINE:
+        if self.mode in STRADDLING:
             return [Verdict.error(sum(map(len, item.steps)) % len(item.steps)) for item in items]
         return [Verdict.error((len(item.steps[0]) + i) % len(item.steps)) for i, item in enumerate(items)]
 
@@ -81,7 +82,7 @@ def outcome_of(mode):
         rows = range(rank * len(completions), (rank + 1) * len(completions))
         if mode == "lens":
             return [[1.0, 0.0, float(row % 2)][row // 4] for row in rows]
-        if mode in BASELINE:
+        if mode in STRADDLING:
             return [[0.0, 0.0, float(row % 2)][row // 4] for row in rows]
         if mode in ("whole", "live"):
             n_outcomes.append(len(completions))
@@ -116,7 +117,7 @@ def train(mode):
             logging_steps=1,
             log_completions=True,
             failed_group_weight=0.5,
-            **(WITHOUT_JUDGE | PER_TOKEN | BASELINE | MASKED).get(mode, {}),
+            **(WITHOUT_JUDGE | PER_TOKEN | STRADDLING | MASKED).get(mode, {}),
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
@@ -152,7 +153,7 @@ def train(mode):
         ], None
 
     trainer._calculate_rewards, trainer._generate_and_score_completions = record_rewards, record_advantages
-    if mode in WITHOUT_JUDGE | BASELINE | MASKED:
+    if mode in WITHOUT_JUDGE | STRADDLING | MASKED:
         trainer._generate_single_turn = same_completions
     trainer.train()
     checksum = sum(p.double().abs().sum().item() for p in trainer.model.parameters())
