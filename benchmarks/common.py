@@ -90,14 +90,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole_lines(path)]
 
 
-def _set_threads(threads: int) -> None:
+def _start(threads: int) -> None:
+    """In a new process, which ends with the command that started it, however that ends."""
     import torch
 
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(threads)
-
-
-def _killed(job: Any) -> dict[str, Any]:
-    return {"key": str(job)[:200], "error": "its process was killed, most likely because the memory was used up"}
 
 
 def record_all(
@@ -119,18 +123,29 @@ def record_all(
     context = multiprocessing.get_context("spawn")
     mine = threading.local()  # each thread has a process, and another one when it was killed
     ended = threading.Event()
+    starts = threading.Lock()
 
     def in_process(job: Any) -> dict[str, Any] | None:
-        if ended.is_set():
-            return None
-        if not getattr(mine, "jobs_left", 0):
-            mine.process, mine.jobs_left = ProcessPoolExecutor(1, context, _set_threads, (threads,)), JOBS_PER_PROCESS
-        mine.jobs_left -= 1
         try:
-            return mine.process.submit(work, job).result()
-        except BrokenProcessPool:
+            with starts:
+                if ended.is_set():
+                    return None
+                if not getattr(mine, "jobs_left", 0):
+                    mine.process, mine.jobs_left = (
+                        ProcessPoolExecutor(1, context, _start, (threads,)),
+                        JOBS_PER_PROCESS,
+                    )
+                mine.jobs_left -= 1
+                future = mine.process.submit(work, job)
+            return future.result()
+        except (BrokenProcessPool, OSError, SystemExit, KeyboardInterrupt) as error:
             mine.jobs_left = 0
-            return _killed(job)
+            said = (
+                "its process was killed. Was the memory used up?"
+                if isinstance(error, BrokenProcessPool)
+                else repr(error)
+            )
+            return {"key": str(job)[:200], "error": said}
 
     with ThreadPool(workers) as pool:
         bar = tqdm(pool.imap_unordered(in_process, jobs), total=len(jobs), unit="run")
@@ -143,7 +158,8 @@ def record_all(
                 else:
                     bar.set_postfix_str(keep(record))
         except BaseException:  # an interrupt, or a full disk
-            ended.set()
+            with starts:
+                ended.set()
             for process in multiprocessing.active_children():
                 process.terminate()
                 process.join()

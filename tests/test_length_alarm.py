@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_sgpo.length_alarm import GROWTH, SHRINKAGE, WINDOW, LengthAlarm
+from trl_sgpo.length_alarm import FALL, GROWTH, SHRINKAGE, WINDOW, LengthAlarm
 
 
 def rung(rounds):
@@ -42,10 +42,10 @@ def test_a_slow_drift_is_measured_against_the_beginning():
 
 
 def test_rings_when_they_are_shorter_and_worse():
-    assert rung([(100, 0.1)] * WINDOW + [(89, 0.09)] * WINDOW) == [2 * WINDOW - 1]
+    assert rung([(100, 0.1)] * WINDOW + [(89, 0.06)] * WINDOW) == [2 * WINDOW - 1]
 
 
-@pytest.mark.parametrize(("length", "accuracy"), [(100 * SHRINKAGE + 1, 0.0), (50, 0.1), (50, 0.2)])
+@pytest.mark.parametrize(("length", "accuracy"), [(100 * SHRINKAGE + 1, 0.0), (50, 0.1 * FALL + 0.001), (50, 0.2)])
 def test_is_silent_when_they_are_hardly_shorter_or_no_worse(length, accuracy):
     assert rung([(100, 0.1)] * WINDOW + [(length, accuracy)] * 100) == []
 
@@ -53,14 +53,18 @@ def test_is_silent_when_they_are_hardly_shorter_or_no_worse(length, accuracy):
 def test_says_that_they_are_shorter():
     alarm = LengthAlarm()
     said = [alarm.add(*round) for round in [(45, 0.025)] * WINDOW + [(35, 0.005)] * WINDOW][-1]
-    assert "shorter, from 45 to 35 tokens" in said
-    assert "fallen (0.025, now 0.005)" in said
-    assert "failed_groups='prefix'" in said
+    kind, text = said
+    assert kind == "shorter"
+    assert "shorter, from 45 to 35 tokens" in text
+    assert "fallen (0.025, now 0.005)" in text
+    assert "failed_groups='prefix'" in text
 
 
 def test_says_what_it_saw():
     alarm = LengthAlarm()
     said = [alarm.add(*round) for round in [(100, 0.25)] * WINDOW + [(150, 0.125)] * WINDOW][-1]
-    assert "from 100 to 150 tokens" in said
-    assert "0.250, now 0.125" in said
-    assert "judge_until" in said
+    kind, text = said
+    assert kind == "longer"
+    assert "from 100 to 150 tokens" in text
+    assert "0.250, now 0.125" in text
+    assert "judge_until" in text

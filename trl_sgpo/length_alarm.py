@@ -15,6 +15,7 @@ from collections.abc import Iterable
 WINDOW = 20  # rounds
 GROWTH = 1.3
 SHRINKAGE = 0.9
+FALL = 0.7  # of the accuracy, with fewer tokens: a policy that learns to be brief may be as good as before
 
 
 class LengthAlarm:
@@ -24,7 +25,7 @@ class LengthAlarm:
         self._first: list[tuple[float, float]] = []
         self._last: deque[tuple[float, float]] = deque(maxlen=WINDOW)
 
-    def add(self, length: float, accuracy: float) -> str | None:
+    def add(self, length: float, accuracy: float) -> tuple[str, str] | None:
         """
         Takes in one judged round.
 
@@ -35,8 +36,8 @@ class LengthAlarm:
                 Share of correct completions in the round.
 
         Returns:
-            `str` or `None`: What has happened, if the mean length has grown by 30 % and accuracy has not risen, or has
-            shrunk by 10 % and accuracy has fallen.
+            `tuple[str, str]` or `None`: What has happened, in a word (`"longer"` or `"shorter"`) and in full, if the mean
+            length has grown by 30 % and accuracy has not risen, or has shrunk by 10 % and accuracy has fallen by 30 %.
         """
         if len(self._first) < WINDOW:
             self._first.append((length, accuracy))
@@ -50,18 +51,18 @@ class LengthAlarm:
             f"({accuracy_before:.3f}, now {accuracy_now:.3f}). "
         )
         if length_now >= GROWTH * length_before and accuracy_now <= accuracy_before:
-            return (
+            return "longer", (
                 f"The completions of failed groups have grown {changed % 'not risen'}The judge's reward may teach length: a judge "
                 "that blames late steps pays for more steps. Read some completions with their verdicts "
                 "(`log_completions=True`), measure the judge (`trl-sgpo judge-eval`), and lower "
                 "`failed_group_weight` or set `judge_until` if it is at fault. This is said once."
             )
-        if length_now <= SHRINKAGE * length_before and accuracy_now < accuracy_before:
-            return (
-                f"The completions of failed groups have become shorter, {changed % 'fallen'}The policy may learn to stop early: "
-                "RTS is a share of a completion's steps, so it is higher without the steps that would be wrong. Read "
-                "some completions (`log_completions=True`). failed_groups='prefix' rewards right steps and no share; "
-                "rts_share_of='longest' takes the share of the group's longest completion. This is said once."
+        if length_now <= SHRINKAGE * length_before and accuracy_now <= FALL * accuracy_before and accuracy_before > 0:
+            return "shorter", (
+                f"The completions of failed groups have become shorter, {changed % 'fallen'}The policy may learn to stop early. "
+                "Read some completions (`log_completions=True`). With failed_groups='sgpo' the reward is a share of a "
+                "completion's steps, which is higher without the steps that would be wrong; failed_groups='prefix' or "
+                "rts_share_of='longest' takes that away. This is said once."
             )
         return None
 

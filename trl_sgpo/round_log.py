@@ -219,7 +219,7 @@ class RoundLog:
             self._log(round, "sgpo/failed/mean_steps", n_steps)
         changed = self._length_alarm.add(length, self.metrics["train"]["sgpo/accuracy"][-1])
         if changed is not None and self.main_process:
-            self._log_once("length", changed)
+            self._log_once(*changed)
 
     def _log_verdicts(self, round: Round, judged: Judged, judge: StepwiseJudge) -> None:
         """Metrics of the judge, from what all ranks found; says loudly if it judged nothing."""

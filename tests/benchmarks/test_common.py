@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -52,24 +53,54 @@ def job(name):
         os.kill(os.getpid(), signal.SIGKILL)
     if name == "stopped":
         return None
+    if name == "exits":
+        raise SystemExit("no tuned rate")
+    if name == "long":
+        time.sleep(600)
+    if isinstance(name, Path):
+        name.write_text(str(os.getpid()))
+        time.sleep(600)
     return {"key": name, "error": "it broke"} if name == "broken" else {"key": name}
+
+
+def wait_until(is_so, seconds=60):
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 class TestJobs:
     def test_one_that_breaks_or_is_killed_does_not_lose_the_others(self, capfd):
         kept = []
         record_all(
-            job, ["one", "killed", "broken", "stopped", "two"], lambda r: kept.append(r["key"]) or "", workers=1
+            job,
+            ["one", "killed", "broken", "exits", "stopped", "two"],
+            lambda r: kept.append(r["key"]) or "",
+            workers=1,
         )
         assert kept == ["one", "two"]
         shown = capfd.readouterr()
         assert "FAILED broken: it broke" in shown.out + shown.err
         assert "FAILED killed: its process was killed" in shown.out + shown.err
+        assert "FAILED exits: SystemExit('no tuned rate')" in shown.out + shown.err
 
     def test_a_record_that_cannot_be_kept_ends_all(self):
         def keep(record):
             raise OSError("no space left")
 
         with pytest.raises(OSError, match="no space"):
-            record_all(job, ["one", "two"], keep, workers=2)
+            record_all(job, ["one", "long"], keep, workers=2)
         assert not multiprocessing.active_children()
+
+    @pytest.mark.parametrize("signal_sent", [signal.SIGKILL, signal.SIGTERM])
+    def test_a_process_ends_with_the_command_that_started_it(self, tmp_path, signal_sent):
+        command = multiprocessing.get_context("spawn").Process(
+            target=record_all, args=(job, [tmp_path / "pid"], str, 1), daemon=False
+        )
+        command.start()
+        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+        os.kill(command.pid, signal_sent)
+        command.join()
+        status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/status")
+        wait_until(lambda: not status.exists() or "State:\tZ" in status.read_text())

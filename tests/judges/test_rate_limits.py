@@ -158,14 +158,13 @@ class TestWithoutHope:
         assert len(server.requests) < 2 * 128
         assert "IS DOWN" not in caplog.text
 
-    def test_what_begins_just_before_the_deadline_is_no_fault(self, serve, caplog):
-        """But a server that says nothing in a whole batch is down."""
-        server = serve(lambda request: "FIRST_ERROR: 2" if request.number < 1 else Answer("", seconds=30))
-        judge = OpenAIJudge("m", server.url, max_concurrency=1, breaker_failures=1, batch_deadline=3)
-        assert len(reasons(judge.judge(ITEMS[:3]))) == 1
-        assert "IS DOWN" not in caplog.text
-        judge.judge(ITEMS[3:6])
-        assert "IS DOWN" in caplog.text
+    @pytest.mark.parametrize(("seconds", "is_down"), [(2.5, False), (0, True)])
+    def test_what_begins_shortly_before_the_deadline_is_no_fault(self, serve, caplog, seconds, is_down):
+        """The first request is answered after so many seconds, the second one never."""
+        server = serve(lambda request: Answer("FIRST_ERROR: 2", seconds=30 if request.number else seconds))
+        judge = OpenAIJudge("m", server.url, max_concurrency=1, breaker_failures=1, batch_deadline=4)
+        assert len(reasons(judge.judge(ITEMS[:2]))) == 1
+        assert ("IS DOWN" in caplog.text) == is_down
 
     @pytest.mark.parametrize("delay", ["3600", "20", "Fri, 01 Jan 2100 00:00:00 GMT"])
     def test_a_server_that_wants_to_be_left_alone_is(self, serve, clock, caplog, delay):

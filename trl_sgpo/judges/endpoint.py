@@ -198,9 +198,10 @@ class Endpoint:
                 self.breaker.succeeded(trial)
             raise
         except BaseException:
-            # Cancelled. A server that said nothing in the whole time of the batch counts as one that timed out. If it said
-            # something, this request may have only just begun
-            if monotonic() > end - 0.01 and self._last_sign < end - self.settings.batch_deadline:
+            # Cancelled. A server that said nothing until the deadline of the batch counts as one that timed out, but not
+            # because of a request that began shortly before
+            now, patience = monotonic(), min(self.settings.timeout, self.settings.batch_deadline) / 2
+            if now > end - 0.01 and self._last_sign < started < now - patience:
                 self.breaker.failed("no answer before batch_deadline", trial)
             else:
                 self.breaker.ended(trial)

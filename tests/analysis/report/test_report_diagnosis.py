@@ -9,6 +9,8 @@ from trl_sgpo.analysis.report.diagnosis import RunFacts, advice, answer
 
 def drift(length_start, length_end, accuracy_start, accuracy_end):
     return {
+        "has_judge": True,
+        "n_updates": 40,
         "length_start": length_start,
         "length_end": length_end,
         "accuracy_start": accuracy_start,
@@ -50,11 +52,11 @@ def test_answer(facts, words):
         ({"distinct": 1.1, "teaching": 0.2}, "temperature"),
         ({"rts_gap_start": 0.0, "rts_gap_end": 0.3}, "pads with small right steps"),
         (
-            {"has_judge": True, **drift(40, 60, 0.1, 0.1)},
+            drift(40, 60, 0.1, 0.1),
             "Completions grew (40 → 60 tokens), and accuracy did not rise (10.0 %",
         ),
         (
-            {"has_judge": True, **drift(45, 35, 0.026, 0.007)},
+            drift(45, 35, 0.026, 0.007),
             "shorter (45 → 35 tokens), and accuracy fell (2.6 % → 0.7 %)",
         ),
         ({"group_size": 1}, "num_generations must be 2"),
@@ -68,7 +70,10 @@ def test_advice(facts, words):
 @pytest.mark.parametrize(
     "facts",
     [
-        drift(45, 35, 0.1, 0.1),
+        drift(45, 35, 0.1, 0.08),
+        drift(45, 35, 0.0, 0.0),
+        {**drift(45, 35, 0.1, 0.0), "n_updates": 39},
+        {**drift(45, 35, 0.1, 0.0), "has_judge": False},
         drift(45, 35, 0.1, 0.2),
         drift(45, 42, 0.1, 0.0),
         drift(40, 60, 0.1, 0.2),
@@ -78,7 +83,7 @@ def test_advice(facts, words):
     ],
 )
 def test_lengths_that_need_no_word(facts):
-    assert advice(RunFacts(n_groups=10, group_size=8, has_judge=True, **facts)) == []
+    assert advice(RunFacts(n_groups=10, group_size=8, **facts)) == []
 
 
 def test_nothing_to_say():

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from trl_sgpo.length_alarm import GROWTH, SHRINKAGE
+from trl_sgpo.length_alarm import FALL, GROWTH, SHRINKAGE, WINDOW
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,7 @@ class RunFacts:
     """
 
     n_groups: int = 0  # logged groups
+    n_updates: int = 0
     group_size: int = 0
     teaching: float = math.nan
     solved: float = math.nan
@@ -89,10 +90,18 @@ def advice(facts: RunFacts) -> list[str]:
     pads = facts.rts_gap_end - facts.rts_gap_start > 0.1
     lengths = f"{facts.length_start:.0f} → {facts.length_end:.0f} tokens"
     accuracies = f"({_percent(facts.accuracy_start, 1)} → {_percent(facts.accuracy_end, 1)})"
-    judged_worse = facts.has_judge and facts.accuracy_end < facts.accuracy_start
-    judged_no_better = facts.has_judge and facts.accuracy_end <= facts.accuracy_start
-    longer = judged_no_better and facts.length_end >= GROWTH * facts.length_start
-    shorter = judged_worse and facts.length_end <= SHRINKAGE * facts.length_start
+    is_long_enough = facts.has_judge and facts.n_updates >= 2 * WINDOW
+    longer = (
+        is_long_enough
+        and facts.length_end >= GROWTH * facts.length_start
+        and facts.accuracy_end <= facts.accuracy_start
+    )
+    shorter = (
+        is_long_enough
+        and facts.length_end <= SHRINKAGE * facts.length_start
+        and facts.accuracy_end <= FALL * facts.accuracy_start
+        and facts.accuracy_start > 0
+    )
     # How urgent it is, from which value on to say it, and what to say. NaN is below every value
     said = [
         (
@@ -140,16 +149,17 @@ def advice(facts: RunFacts) -> list[str]:
             "unit='characters'.",
         ),
         (
-            1.0 * longer,
-            1.0,
-            f"Completions grew ({lengths}), and accuracy did not rise {accuracies}: a judge that blames late steps pays for more steps. Read some, measure the judge "
-            "(`trl-sgpo judge-eval`), and lower failed_group_weight or set judge_until.",
+            0.5 * longer,
+            0.5,
+            f"Completions grew ({lengths}), and accuracy did not rise {accuracies}: a judge that blames late steps pays for "
+            "more steps. Read some, measure the judge (`trl-sgpo judge-eval`), and lower failed_group_weight or set judge_until.",
         ),
         (
-            1.0 * shorter,
-            1.0,
-            f"Completions became shorter ({lengths}), and accuracy fell {accuracies}: the policy may learn to stop early, because RTS is a share of a completion's "
-            "steps. Use failed_groups='prefix', or rts_share_of='longest'.",
+            0.5 * shorter,
+            0.5,
+            f"Completions became shorter ({lengths}), and accuracy fell {accuracies}: the policy may learn to stop early. With "
+            "failed_groups='sgpo' the reward is a share of a completion's steps; failed_groups='prefix' or "
+            "rts_share_of='longest' takes that away.",
         ),
     ]
     urgent = [(urgency, text) for urgency, least, text in said if urgency >= least]

@@ -189,7 +189,7 @@ def _describe(
             "No probes of the base model, so no verdict on sharpening or expansion: SharpeningCallback writes them to "
             "<output_dir>/sharpening."
         ]
-    groups, facts = run.groups, _facts(run, numbers)
+    groups, facts = run.groups, _facts(run, numbers, int(last - first) + 1)
     return {
         "name": run.name,
         "label": run.label,
@@ -218,7 +218,7 @@ def _describe(
     }
 
 
-def _facts(run: Run, numbers: Mapping[str, Mapping[str, Series]]) -> RunFacts:
+def _facts(run: Run, numbers: Mapping[str, Mapping[str, Series]], n_updates: int) -> RunFacts:
     def mean(name: str, when: str = "all") -> float:
         return numbers[name][when].mean() if name in numbers else math.nan
 
@@ -227,6 +227,7 @@ def _facts(run: Run, numbers: Mapping[str, Mapping[str, Series]]) -> RunFacts:
     shares = ("teaching", "solved", "mixed", "rescued", "other_rewards", "tied", "abstained", "unjudged")
     return RunFacts(
         n_groups=len(run.groups.step) if run.groups else 0,
+        n_updates=n_updates,
         group_size=run.groups.size if run.groups else 0,
         **{name: mean(name) for name in shares},
         has_judge=run.has_judge,
