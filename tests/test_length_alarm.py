@@ -2,16 +2,31 @@
 
 import pytest
 
-from trl_sgpo.length_alarm import FALL, GROWTH, SHRINKAGE, WINDOW, LengthAlarm
+from trl_sgpo.length_alarm import COMPLETIONS, FALL, GROWTH, SHRINKAGE, LengthAlarm
+from trl_sgpo.length_alarm import ROUNDS as WINDOW
 
 
-def rung(rounds):
+N = 64  # completions of failed groups in each round
+
+
+def rung(rounds, n=N):
     """The 0-based rounds in which the alarm rings."""
     alarm = LengthAlarm()
-    return [i for i, (length, accuracy) in enumerate(rounds) if alarm.add(length, accuracy)]
+    return [i for i, (length, accuracy) in enumerate(rounds) if alarm.add(n, length, accuracy)]
 
 
-def test_rings_when_twenty_rounds_are_a_third_longer():
+def test_small_rounds_are_more():
+    rounds = [(100, 0.1)] * (COMPLETIONS // 8) + [(131, 0.1)] * 100
+    assert rung(rounds, n=8)[0] == 2 * COMPLETIONS // 8 - 1
+
+
+def test_a_window_is_the_last_rounds_only():
+    rounds = [(100, 0.1)] * WINDOW + [(200, 0.1)] * WINDOW + [(100, 0.1)] * 100
+    ends = 2 * WINDOW + round(0.7 * WINDOW)  # three long rounds among ten are a mean of 130
+    assert rung(rounds) == list(range(2 * WINDOW - 1, ends))
+
+
+def test_rings_when_ten_rounds_are_a_third_longer():
     assert rung([(100, 0.1)] * WINDOW + [(131, 0.1)] * WINDOW) == [2 * WINDOW - 1]
 
 
@@ -52,7 +67,7 @@ def test_is_silent_when_they_are_hardly_shorter_or_no_worse(length, accuracy):
 
 def test_says_that_they_are_shorter():
     alarm = LengthAlarm()
-    said = [alarm.add(*round) for round in [(45, 0.025)] * WINDOW + [(35, 0.005)] * WINDOW][-1]
+    said = [alarm.add(N, *round) for round in [(45, 0.025)] * WINDOW + [(35, 0.005)] * WINDOW][-1]
     kind, text = said
     assert kind == "shorter"
     assert "shorter, from 45 to 35 tokens" in text
@@ -62,7 +77,7 @@ def test_says_that_they_are_shorter():
 
 def test_says_what_it_saw():
     alarm = LengthAlarm()
-    said = [alarm.add(*round) for round in [(100, 0.25)] * WINDOW + [(150, 0.125)] * WINDOW][-1]
+    said = [alarm.add(N, *round) for round in [(100, 0.25)] * WINDOW + [(150, 0.125)] * WINDOW][-1]
     kind, text = said
     assert kind == "longer"
     assert "from 100 to 150 tokens" in text

@@ -9,29 +9,38 @@ would be wrong. This happened in benchmarks/pretrained, where a policy learnt to
 
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection
+from typing import NamedTuple
 
 
-WINDOW = 20  # rounds
+ROUNDS, COMPLETIONS = 10, 512  # that a mean is made of, at least
 GROWTH = 1.3
 SHRINKAGE = 0.9
 FALL = 0.7  # of the accuracy, with fewer tokens: a policy that learns to be brief may be as good as before
 
 
+class _Round(NamedTuple):
+    n: int
+    length: float
+    accuracy: float
+
+
 class LengthAlarm:
-    """Compares the last 20 judged rounds with the first 20 that it was told of."""
+    """Compares the last judged rounds with the first ones that it was told of: at least 10 of each, and 512 completions."""
 
     def __init__(self) -> None:
-        self._first: list[tuple[float, float]] = []
-        self._last: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        self._first: list[_Round] = []
+        self._last: deque[_Round] = deque()
 
-    def add(self, length: float, accuracy: float) -> tuple[str, str] | None:
+    def add(self, n: int, length: float, accuracy: float) -> tuple[str, str] | None:
         """
         Takes in one judged round.
 
         Args:
+            n (`int`):
+                Number of completions of failed groups.
             length (`float`):
-                Mean number of tokens of the completions of failed groups.
+                Their mean number of tokens.
             accuracy (`float`):
                 Share of correct completions in the round.
 
@@ -39,16 +48,19 @@ class LengthAlarm:
             `tuple[str, str]` or `None`: What has happened, in a word (`"longer"` or `"shorter"`) and in full, if the mean
             length has grown by 30 % and accuracy has not risen, or has shrunk by 10 % and accuracy has fallen by 30 %.
         """
-        if len(self._first) < WINDOW:
-            self._first.append((length, accuracy))
+        new = _Round(n, length, accuracy)
+        if not _enough(self._first):
+            self._first.append(new)
             return None
-        self._last.append((length, accuracy))
-        if len(self._last) < WINDOW:
+        self._last.append(new)
+        while _enough(list(self._last)[1:]):
+            self._last.popleft()
+        if not _enough(self._last):
             return None
         (length_before, accuracy_before), (length_now, accuracy_now) = _means(self._first), _means(self._last)
         changed = (
-            f"from {length_before:.0f} to {length_now:.0f} tokens (means of {WINDOW} rounds), and accuracy has %s "
-            f"({accuracy_before:.3f}, now {accuracy_now:.3f}). "
+            f"from {length_before:.0f} to {length_now:.0f} tokens (means of the first {len(self._first)} and the last "
+            f"{len(self._last)} rounds), and accuracy has %s ({accuracy_before:.3f}, now {accuracy_now:.3f}). "
         )
         if length_now >= GROWTH * length_before and accuracy_now <= accuracy_before:
             return "longer", (
@@ -67,6 +79,10 @@ class LengthAlarm:
         return None
 
 
-def _means(rounds: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    lengths, accuracies = zip(*rounds, strict=True)
-    return statistics.fmean(lengths), statistics.fmean(accuracies)
+def _enough(rounds: Collection[_Round]) -> bool:
+    return len(rounds) >= ROUNDS and sum(one.n for one in rounds) >= COMPLETIONS
+
+
+def _means(rounds: Collection[_Round]) -> tuple[float, float]:
+    lengths = statistics.fmean([one.length for one in rounds], [one.n for one in rounds])
+    return lengths, statistics.fmean(one.accuracy for one in rounds)

@@ -212,12 +212,13 @@ class RoundLog:
         """How long the completions of failed groups are; says once if that changes and accuracy gets no better."""
         if not round.kinds.failed_P.any():
             return
-        length = judged.length_PG[round.kinds.failed_P].mean().item()
+        lengths = judged.length_PG[round.kinds.failed_P]
+        length = lengths.mean().item()
         self._log(round, "sgpo/failed/mean_length", length)
         n_steps = torch.nanmean(judged.n_steps_PG[round.kinds.failed_P]).item()
         if not math.isnan(n_steps):
             self._log(round, "sgpo/failed/mean_steps", n_steps)
-        changed = self._length_alarm.add(length, self.metrics["train"]["sgpo/accuracy"][-1])
+        changed = self._length_alarm.add(lengths.numel(), length, self.metrics["train"]["sgpo/accuracy"][-1])
         if changed is not None and self.main_process:
             self._log_once(*changed)
 

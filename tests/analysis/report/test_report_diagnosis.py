@@ -10,7 +10,8 @@ from trl_sgpo.analysis.report.diagnosis import RunFacts, advice, answer
 def drift(length_start, length_end, accuracy_start, accuracy_end):
     return {
         "has_judge": True,
-        "n_updates": 40,
+        "n_updates": 50,
+        "n_groups": 320,
         "length_start": length_start,
         "length_end": length_end,
         "accuracy_start": accuracy_start,
@@ -72,7 +73,8 @@ def test_advice(facts, words):
     [
         drift(45, 35, 0.1, 0.08),
         drift(45, 35, 0.0, 0.0),
-        {**drift(45, 35, 0.1, 0.0), "n_updates": 39},
+        {**drift(45, 35, 0.1, 0.0), "n_updates": 49},
+        {**drift(45, 35, 0.1, 0.0), "n_groups": 319},
         {**drift(45, 35, 0.1, 0.0), "has_judge": False},
         drift(45, 35, 0.1, 0.2),
         drift(45, 42, 0.1, 0.0),
@@ -83,7 +85,7 @@ def test_advice(facts, words):
     ],
 )
 def test_lengths_that_need_no_word(facts):
-    assert advice(RunFacts(n_groups=10, group_size=8, **facts)) == []
+    assert advice(RunFacts(group_size=8, **facts)) == []
 
 
 def test_nothing_to_say():

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from trl_sgpo.length_alarm import FALL, GROWTH, SHRINKAGE, WINDOW
+from trl_sgpo.length_alarm import COMPLETIONS, FALL, GROWTH, ROUNDS, SHRINKAGE
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ def advice(facts: RunFacts) -> list[str]:
     pads = facts.rts_gap_end - facts.rts_gap_start > 0.1
     lengths = f"{facts.length_start:.0f} → {facts.length_end:.0f} tokens"
     accuracies = f"({_percent(facts.accuracy_start, 1)} → {_percent(facts.accuracy_end, 1)})"
-    is_long_enough = facts.has_judge and facts.n_updates >= 2 * WINDOW
+    is_long_enough = (
+        facts.has_judge and facts.n_updates >= 5 * ROUNDS and facts.n_groups * facts.group_size >= 5 * COMPLETIONS
+    )
     longer = (
         is_long_enough
         and facts.length_end >= GROWTH * facts.length_start
