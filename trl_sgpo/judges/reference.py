@@ -68,6 +68,17 @@ class ReferenceJudge(StepJudge):
     solutions as references: it finds 0.396 of the first errors exactly ([`ArithmeticJudge`] 0.101, both in
     [`EarliestError`] 0.420), and it blames 0.254 of the right solutions ([`ArithmeticJudge`] none).
 
+    **A policy that is paid for right steps may learn to write steps that nothing checks**, which are never wrong.
+    `max_silent_steps` limits them.
+
+    Args:
+        max_silent_steps (`int`, *optional*):
+            Most steps in a row without a result of the reference, in a solution that is known to be wrong. The next
+            such step is called wrong. `None`: no limit.
+
+    Raises:
+        ValueError: If `max_silent_steps` is negative.
+
     Example:
 
     ```python
@@ -78,47 +89,79 @@ class ReferenceJudge(StepJudge):
     ```
     """
 
+    def __init__(self, max_silent_steps: int | None = None) -> None:
+        if max_silent_steps is not None and max_silent_steps < 0:
+            raise ValueError(
+                f"max_silent_steps={max_silent_steps} must be 0 or more: it is how many steps in a row may be without a "
+                "result of the reference. None sets no limit."
+            )
+        self.max_silent_steps = max_silent_steps
+
+    @property
+    def name(self) -> str:
+        limit = "" if self.max_silent_steps is None else f"(max_silent_steps={self.max_silent_steps})"
+        return super().name + limit
+
     def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:
-        return [_judge_one(item) for item in items]
+        return [_judge_one(item, self.max_silent_steps if item.known_wrong else None) for item in items]
 
 
-def _judge_one(item: JudgeItem) -> Verdict:
-    if not item.reference or not isinstance(item.reference, str):
-        return Verdict.abstain("no reference solution")
-    known = [equation.results for equation in equations(item.reference)]
-    answer = final_answer(item.reference)
-    final = () if answer is None else (answer,)
-    if not known and answer is None:
-        return Verdict.abstain("the reference has no result")
-    written: Counter[Fraction] = Counter()
-    checked = 0
-    budget = MAX_CHARS
-    for index, step in enumerate(item.steps):
-        if "=" not in step and ANSWER_MARK not in step:
-            continue
-        if len(step) > budget:
-            return Verdict.abstain(f"more than {MAX_CHARS} characters of arithmetic")
-        budget -= len(step)
+class _Reference:
+    """The results of a reference, and which of them a solution has computed so far."""
+
+    def __init__(self, text: str) -> None:
+        self.known = [equation.results for equation in equations(text)]
+        self.answer = final_answer(text)
+        self.written: Counter[Fraction] = Counter()
+
+    def check(self, step: str) -> tuple[int, str | None]:
+        """How many results of a step are right, up to the first one that is not, and what is wrong with that."""
+        final = () if self.answer is None else (self.answer,)
+        right = 0
         for equation in equations(step):
             if not equation.computed:
                 continue
-            checked += 1
             value = equation.results[0].value
-            times = sum(_agree(equation.results, results) for results in known)
+            times = sum(_agree(equation.results, results) for results in self.known)
             if not times and not _agree(equation.results, final):
-                return Verdict.error(index, len(item.steps), reason=f"{_shown(value)} is no result of the reference")
-            written[value] += 1
-            if written[value] > max(times, 1):
-                return Verdict.error(index, len(item.steps), reason=f"{_shown(value)} was computed before")
+                return right, f"{_shown(value)} is no result of the reference"
+            self.written[value] += 1
+            if self.written[value] > max(times, 1):
+                return right, f"{_shown(value)} was computed before"
+            right += 1
         given = final_answer(step)
-        if given is not None and answer is not None:
-            checked += 1
-            if given.value != answer.value:
-                reason = f"{_shown(given.value)} is not the reference's answer"
-                return Verdict.error(index, len(item.steps), reason=reason)
-    if not checked:
+        if given is not None and self.answer is not None:
+            if given.value != self.answer.value:
+                return right, f"{_shown(given.value)} is not the reference's answer"
+            right += 1
+        return right, None
+
+
+def _judge_one(item: JudgeItem, max_silent_steps: int | None) -> Verdict:
+    if not item.reference or not isinstance(item.reference, str):
+        return Verdict.abstain("no reference solution")
+    reference = _Reference(item.reference)
+    if not reference.known and reference.answer is None:
+        return Verdict.abstain("the reference has no result")
+    n_steps = len(item.steps)
+    n_right = silent = 0
+    budget = MAX_CHARS
+    for index, step in enumerate(item.steps):
+        right = 0
+        if "=" in step or ANSWER_MARK in step:
+            if len(step) > budget:
+                return Verdict.abstain(f"more than {MAX_CHARS} characters of arithmetic")
+            budget -= len(step)
+            right, wrong = reference.check(step)
+            if wrong is not None:
+                return Verdict.error(index, n_steps, reason=wrong)
+        n_right += right
+        silent = 0 if right else silent + 1
+        if max_silent_steps is not None and silent > max_silent_steps:
+            return Verdict.error(index, n_steps, reason=f"{silent} steps in a row without a result of the reference")
+    if not n_right:
         return Verdict.abstain("no result to check")
-    return Verdict.no_error(len(item.steps), reason=f"{checked} results are the reference's")
+    return Verdict.no_error(n_steps, reason=f"{n_right} results are the reference's")
 
 
 def plain_text(solution: str) -> str:
