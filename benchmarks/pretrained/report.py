@@ -29,7 +29,10 @@ from trl_sgpo.analysis.metrics import mean_estimate
 
 HERE = Path(__file__).parent
 GOALS = (0.1, 0.2, 0.3)  # accuracies that tokens are counted to
-ALONG = ("accuracy", "right_lines")
+ALONG = {  # what a picture shows; the lines of a word problem's solution can be written in many ways
+    "chains": {"accuracy": "accuracy", "right_lines": "share of right leading lines"},
+    "gsm8k": {"accuracy": "accuracy", "length": "tokens per completion"},
+}
 WINDOW = 512  # completions that an accuracy along the way is the mean of
 
 Row = dict[str, Any]
@@ -116,7 +119,7 @@ def tune_table(runs: Sequence[Row]) -> str:
         for rate in LEARNING_RATES:
             run = found.get(rate)
             if run:
-                accuracy, right = (windows(run, name)[-1][name] for name in ALONG)
+                accuracy, right = (windows(run, name)[-1][name] for name in ALONG["chains"])
                 length = run["curve"][-1]["length"]
                 cells.append(f"{mean_accuracy(run):.3f} / {accuracy:.3f} / {right:.3f} / {length:.0f}")
             else:
@@ -186,14 +189,14 @@ def pass_table(bases: Sequence[Row], runs: Sequence[Row], task: str) -> str:
 
 
 def draw(runs: Sequence[Row], task: str, arms: Sequence[str], path: Path) -> None:
-    """Accuracy and right leading lines over generated tokens, a line per seed."""
+    """Accuracy, and what [`ALONG`] has beside it, over generated tokens, a line per seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for axis, name, title in zip(axes, ALONG, ("accuracy", "share of right leading lines"), strict=True):
+    for axis, (name, title) in zip(axes, ALONG[task].items(), strict=True):
         for i, arm in enumerate(arms):
             for j, run in enumerate(runs_of(runs, task, arm)):
                 points = windows(run, name)
