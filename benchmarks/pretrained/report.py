@@ -8,7 +8,7 @@ writes results/tables.md and a picture for each task, and prints the tables.
 Along a run the accuracy is that of the completions that it is trained on: no problem comes twice, so they are new to it. At the
 end held-out problems are sampled. Between seeds: the median, the smallest and the largest value. Two methods are compared by
 problem: the difference of their rates on the same problems, over all seeds that both have, with a bootstrap interval of 95 %
-over problems.
+over problems. "Last" is the mean of the last 512 completions.
 """
 
 import argparse
@@ -174,7 +174,7 @@ def task_table(runs: Sequence[Row], task: str) -> str:
     for goal in goals:
         header += [f"tokens to {goal:.0%}", "of GRPO's"]
     header += ["accuracy at the end", "lenient", "right leading lines", "accuracy less GRPO's, by problem"]
-    return markdown([*header, "failed groups", "entropy", "length", "minutes"], rows)
+    return markdown([*header, "failed groups, last", "entropy, last", "length at the end", "minutes"], rows)
 
 
 def pass_table(bases: Sequence[Row], runs: Sequence[Row], task: str) -> str:
