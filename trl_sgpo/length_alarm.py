@@ -10,13 +10,24 @@ would be wrong. This happened in benchmarks/pretrained, where a policy learnt to
 import statistics
 from collections import deque
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 ROUNDS, COMPLETIONS = 10, 512  # that a mean is made of, at least
 GROWTH = 1.3
 SHRINKAGE = 0.9
 FALL = 0.7  # of the accuracy, with fewer tokens: a policy that learns to be brief may be as good as before
+
+
+def changed_for_nothing(
+    length_before: float, length_now: float, accuracy_before: float, accuracy_now: float
+) -> Literal["longer", "shorter"] | None:
+    """How completions have changed, if they are 30 % longer and no better, or 10 % shorter and 30 % worse. NaN is unknown."""
+    if length_now >= GROWTH * length_before and accuracy_now <= accuracy_before:
+        return "longer"
+    if length_now <= SHRINKAGE * length_before and accuracy_now <= FALL * accuracy_before and accuracy_before > 0:
+        return "shorter"
+    return None
 
 
 class _Round(NamedTuple):
@@ -45,8 +56,7 @@ class LengthAlarm:
                 Share of correct completions in the round.
 
         Returns:
-            `tuple[str, str]` or `None`: What has happened, in a word (`"longer"` or `"shorter"`) and in full, if the mean
-            length has grown by 30 % and accuracy has not risen, or has shrunk by 10 % and accuracy has fallen by 30 %.
+            `tuple[str, str]` or `None`: What has happened, in a word, as [`changed_for_nothing`] has it, and in full.
         """
         new = _Round(n, length, accuracy)
         if not _enough(self._first):
@@ -62,15 +72,16 @@ class LengthAlarm:
             f"from {length_before:.0f} to {length_now:.0f} tokens (means of the first {len(self._first)} and the last "
             f"{len(self._last)} rounds), and accuracy has %s ({accuracy_before:.3f}, now {accuracy_now:.3f}). "
         )
-        if length_now >= GROWTH * length_before and accuracy_now <= accuracy_before:
-            return "longer", (
+        how = changed_for_nothing(length_before, length_now, accuracy_before, accuracy_now)
+        if how == "longer":
+            return how, (
                 f"The completions of failed groups have grown {changed % 'not risen'}The judge's reward may teach length: a judge "
                 "that blames late steps pays for more steps. Read some completions with their verdicts "
                 "(`log_completions=True`), measure the judge (`trl-sgpo judge-eval`), and lower "
                 "`failed_group_weight` or set `judge_until` if it is at fault. This is said once."
             )
-        if length_now <= SHRINKAGE * length_before and accuracy_now <= FALL * accuracy_before and accuracy_before > 0:
-            return "shorter", (
+        if how == "shorter":
+            return how, (
                 f"The completions of failed groups have become shorter, {changed % 'fallen'}The policy may learn to stop early. "
                 "Read some completions (`log_completions=True`). With failed_groups='sgpo' the reward is a share of a "
                 "completion's steps, which is higher without the steps that would be wrong; failed_groups='prefix' or "

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from trl_sgpo.length_alarm import COMPLETIONS, FALL, GROWTH, ROUNDS, SHRINKAGE
+from trl_sgpo.length_alarm import COMPLETIONS, ROUNDS, changed_for_nothing
 
 
 @dataclass(frozen=True)
@@ -90,19 +90,11 @@ def advice(facts: RunFacts) -> list[str]:
     pads = facts.rts_gap_end - facts.rts_gap_start > 0.1
     lengths = f"{facts.length_start:.0f} → {facts.length_end:.0f} tokens"
     accuracies = f"({_percent(facts.accuracy_start, 1)} → {_percent(facts.accuracy_end, 1)})"
-    is_long_enough = (
-        facts.has_judge and facts.n_updates >= 5 * ROUNDS and facts.n_groups * facts.group_size >= 5 * COMPLETIONS
-    )
-    longer = (
-        is_long_enough
-        and facts.length_end >= GROWTH * facts.length_start
-        and facts.accuracy_end <= facts.accuracy_start
-    )
-    shorter = (
-        is_long_enough
-        and facts.length_end <= SHRINKAGE * facts.length_start
-        and facts.accuracy_end <= FALL * facts.accuracy_start
-        and facts.accuracy_start > 0
+    is_long_enough = facts.n_updates >= 5 * ROUNDS and facts.n_groups * facts.group_size >= 5 * COMPLETIONS
+    changed = (
+        changed_for_nothing(facts.length_start, facts.length_end, facts.accuracy_start, facts.accuracy_end)
+        if facts.has_judge and is_long_enough
+        else None
     )
     # How urgent it is, from which value on to say it, and what to say. NaN is below every value
     said = [
@@ -151,13 +143,13 @@ def advice(facts: RunFacts) -> list[str]:
             "unit='characters'.",
         ),
         (
-            0.5 * longer,
+            0.5 * (changed == "longer"),
             0.5,
             f"Completions grew ({lengths}), and accuracy did not rise {accuracies}: a judge that blames late steps pays for "
             "more steps. Read some, measure the judge (`trl-sgpo judge-eval`), and lower failed_group_weight or set judge_until.",
         ),
         (
-            0.5 * shorter,
+            0.5 * (changed == "shorter"),
             0.5,
             f"Completions became shorter ({lengths}), and accuracy fell {accuracies}: the policy may learn to stop early. With "
             "failed_groups='sgpo' the reward is a share of a completion's steps; failed_groups='prefix' or "
