@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.cells import markdown, ratio, spread, thousands
 from benchmarks.common import read_lines
 from benchmarks.curves import tokens_to
-from benchmarks.pretrained.settings import ARMS, BUDGET, GSM8K_RATE, LEARNING_RATES, MAIN, TABLES, TUNING_SEED
+from benchmarks.pretrained.settings import ARMS, BUDGET, GSM8K_RATE, LEARNING_RATES, LIMITED, MAIN, TABLES, TUNING_SEED
 from trl_sgpo.analysis.metrics import mean_estimate
 
 
@@ -231,7 +231,7 @@ def main() -> None:
     print(text)
     for task in BUDGET:
         if any(runs_of(runs, task, arm) for arm in MAIN):
-            draw(runs, task, MAIN, args.output / f"{task}.png")
+            draw(runs, task, (*MAIN, *LIMITED), args.output / f"{task}.png")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ class Arm:
         config (`dict`):
             Arguments of `SGPOConfig` beyond those that all share.
         judge (`str`, *optional*):
-            `"task"`, `"arithmetic"`, `"random"`, or `"trained"`, which is a process reward model in a folder.
+            `"task"`, `"limited"` (word problems: the same, with `max_silent_steps=2`), `"arithmetic"`, `"random"`, or
+            `"trained"`, which is a process reward model in a folder.
         imitate (`bool`):
             Whether the right completions are imitated, with an advantage of 1 each, and nothing else is done
             (rejection-sampling SFT).
@@ -48,10 +49,13 @@ ARMS = {
     "grpo_16": Arm("GRPO, 16 completions per group", {"num_generations": 16}),
     "prefix_arithmetic": Arm("prefix credit, ArithmeticJudge alone", PREFIX, judge="arithmetic"),
     "prefix_random": Arm("prefix credit, random verdicts", PREFIX, judge="random"),
+    "sgpo_limited": Arm("SGPO, silent steps limited", judge="limited"),
+    "prefix_limited": Arm("prefix credit, silent steps limited", PREFIX, judge="limited"),
     "prefix_judge": Arm("prefix credit, trained judge", PREFIX, judge="trained"),
     "imitation": Arm("rejection-sampling SFT", imitate=True),
 }
 MAIN = ("grpo", "sgpo", "prefix")
+LIMITED = ("prefix_limited", "sgpo_limited")
 OTHERS = ("sgpo_longest", "prefix_centred", "grpo_16", "prefix_arithmetic", "prefix_random", "imitation")
 
 
@@ -86,6 +90,10 @@ def _gsm8k() -> list[Run]:
     return [Run("gsm8k", arm, GSM8K_RATE, SEEDS[0], BUDGET["gsm8k"]) for arm in MAIN]
 
 
+def _gsm8k_limited() -> list[Run]:
+    return [Run("gsm8k", arm, GSM8K_RATE, SEEDS[0], BUDGET["gsm8k"]) for arm in LIMITED]
+
+
 def _gsm8k_judge() -> list[Run]:
     return [Run("gsm8k", "prefix_judge", GSM8K_RATE, SEEDS[0], BUDGET["gsm8k"])]
 
@@ -103,5 +111,6 @@ TABLES = {
     "main": Table("Chains of 4 and 5 operations: how many tokens does each method need?", _main),
     "others": Table("And other settings, judges and controls?", _others),
     "gsm8k": Table("And word problems?", _gsm8k),
+    "gsm8k_limited": Table("And word problems if steps that nothing checks are limited?", _gsm8k_limited),
     "gsm8k_judge": Table("And word problems with a trained judge?", _gsm8k_judge),
 }

@@ -45,7 +45,7 @@ from benchmarks.pretrained.tasks import (
 from benchmarks.pretrained.weights import source_of
 from benchmarks.real_judge.judges import batch_tokens
 from trl_sgpo import SGPOConfig, SGPOTrainer, StepwiseJudge
-from trl_sgpo.judges import ArithmeticJudge, JudgeItem, StepJudge
+from trl_sgpo.judges import ArithmeticJudge, EarliestError, JudgeItem, ReferenceJudge, StepJudge
 from trl_sgpo.judges.prm import PRMJudge
 from trl_sgpo.steps import segment
 from trl_sgpo.tasks.token_budget import TokenBudget
@@ -283,7 +283,12 @@ def _judge(name: str, task: Task, trained: Path | None) -> StepwiseJudge:
         # It is asked about wrong completions only
         judge = PRMJudge(trained, known_wrong_rule="median", max_tokens_per_batch=batch_tokens())
     else:
-        judge = {"task": task.judge, "arithmetic": ArithmeticJudge(), "random": random_step}[name]
+        judge = {
+            "task": task.judge,
+            "limited": EarliestError([ArithmeticJudge(), ReferenceJudge(max_silent_steps=2)]),
+            "arithmetic": ArithmeticJudge(),
+            "random": random_step,
+        }[name]
     return StepwiseJudge(judge, reference_column="reference")
 
 
