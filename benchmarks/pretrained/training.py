@@ -281,7 +281,7 @@ def _judge(name: str, task: Task, trained: Path | None) -> StepwiseJudge:
     if name == "trained":
         assert trained is not None, "run.py asks for the folder"
         # It is asked about wrong completions only
-        judge = PRMJudge(trained, known_wrong_rule="median", max_tokens_per_batch=batch_tokens())
+        judge = PRMJudge(trained, known_wrong_rule="median", max_tokens_per_batch=batch_tokens(), dtype=precision())
     else:
         judge = {
             "task": task.judge,

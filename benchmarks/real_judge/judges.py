@@ -28,7 +28,7 @@ class KeptScoresJudge(PRMJudge):
         self.known = {line["key"]: line["scores"] for line in read_lines(self.path)}
 
     def _key(self, item: JudgeItem) -> str:
-        text = json.dumps([self._version, item.problem, item.steps])  # the version: of the weights
+        text = json.dumps([self._version, str(self._body.dtype), item.problem, item.steps])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def score_steps(self, items: Sequence[JudgeItem]) -> list[list[float] | str]:

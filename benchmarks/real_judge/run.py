@@ -143,7 +143,7 @@ def judges(args: argparse.Namespace) -> dict[str, JudgeEvalArguments]:
         return JudgeEvalArguments(judge, kwargs.pop("rows", heldout(args)), str(folder), judge_args, **kwargs)
 
     found = {name: asked(name, judge) for name, judge in WITHOUT_MODEL.items()}
-    shared: dict[str, Any] = {"max_tokens_per_batch": batch_tokens()}
+    shared: dict[str, Any] = {"max_tokens_per_batch": batch_tokens(), **({"dtype": "bfloat16"} if args.bf16 else {})}
     if (args.output / "classifier" / "judge_train.json").exists():
         own = {**shared, "model": str(args.output / "classifier"), "scores": str(out / "scores.jsonl")}
         for rule in KNOWN_WRONG_RULES:
