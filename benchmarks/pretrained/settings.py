@@ -26,8 +26,9 @@ class Arm:
         config (`dict`):
             Arguments of `SGPOConfig` beyond those that all share.
         judge (`str`, *optional*):
-            `"task"`, `"limited"` (word problems: the same, with `max_silent_steps=2`), `"arithmetic"`, `"random"`, or
-            `"trained"`, which is a process reward model in a folder.
+            `"task"`, `"all_steps"` (the same, but steps that it has not checked count as right), `"limited"` (as
+            `"all_steps"`, with `max_silent_steps=2`; word problems), `"arithmetic"`, `"random"`, or `"trained"`, which
+            is a process reward model in a folder.
         imitate (`bool`):
             Whether the right completions are imitated, with an advantage of 1 each, and nothing else is done
             (rejection-sampling SFT).
@@ -49,6 +50,8 @@ ARMS = {
     "grpo_16": Arm("GRPO, 16 completions per group", {"num_generations": 16}),
     "prefix_arithmetic": Arm("prefix credit, ArithmeticJudge alone", PREFIX, judge="arithmetic"),
     "prefix_random": Arm("prefix credit, random verdicts", PREFIX, judge="random"),
+    "sgpo_all_steps": Arm("SGPO, unchecked steps count as right", judge="all_steps"),
+    "prefix_all_steps": Arm("prefix credit, unchecked steps count as right", PREFIX, judge="all_steps"),
     "sgpo_limited": Arm("SGPO, silent steps limited", judge="limited"),
     "prefix_limited": Arm("prefix credit, silent steps limited", PREFIX, judge="limited"),
     "prefix_judge": Arm("prefix credit, trained judge", PREFIX, judge="trained"),

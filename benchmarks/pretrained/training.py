@@ -12,7 +12,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from benchmarks.pretrained.tasks import (
 from benchmarks.pretrained.weights import source_of
 from benchmarks.real_judge.judges import batch_tokens
 from trl_sgpo import SGPOConfig, SGPOTrainer, StepwiseJudge
-from trl_sgpo.judges import ArithmeticJudge, EarliestError, JudgeItem, ReferenceJudge, StepJudge
+from trl_sgpo.judges import ArithmeticJudge, EarliestError, JudgeItem, ReferenceJudge, StepJudge, Verdict
 from trl_sgpo.judges.prm import PRMJudge
 from trl_sgpo.steps import segment
 from trl_sgpo.tasks.token_budget import TokenBudget
@@ -276,6 +276,16 @@ def describe_base(name: str, task: Task, weights: str, folder: Path) -> dict[str
     return described
 
 
+class AllSteps(StepJudge):
+    """A judge whose unchecked steps before the first wrong one count as right."""
+
+    def __init__(self, judge: StepJudge) -> None:
+        self.inner = judge
+
+    def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:
+        return [replace(verdict, checked=None) for verdict in self.inner.judge(items)]
+
+
 def _judge(name: str, task: Task, trained: Path | None) -> StepwiseJudge:
     judge: StepJudge | Any
     if name == "trained":
@@ -285,7 +295,8 @@ def _judge(name: str, task: Task, trained: Path | None) -> StepwiseJudge:
     else:
         judge = {
             "task": task.judge,
-            "limited": EarliestError([ArithmeticJudge(), ReferenceJudge(max_silent_steps=2)]),
+            "all_steps": AllSteps(task.judge),
+            "limited": AllSteps(EarliestError([ArithmeticJudge(), ReferenceJudge(max_silent_steps=2)])),
             "arithmetic": ArithmeticJudge(),
             "random": random_step,
         }[name]

@@ -316,11 +316,16 @@ def test_what_cannot_be_read_is_passed_over(text):
 
 def test_the_first_bad_link_is_named_with_its_value():
     answer = verdict("2 + 2 = 4", "So 3 * 3 = 7 * 8 = 54 and 1 + 1 = 3", "1 + 1 = 3")
-    assert answer == Verdict.error(1, 3, reason="3 * 3 = 7 * 8 (is 9)")
+    assert answer == Verdict.error(1, 3, reason="3 * 3 = 7 * 8 (is 9)", checked=(0,))
     assert verdict("7 * 8 = 54").reason == "7 * 8 = 54 (is 56)"
     assert verdict("There are\n7 apples / 3 = 3.5 apples").reason == "7 apples / 3 = 3.5 apples (is 2.33333)"
     assert verdict("All of it = 20 + 23. All of it = 44.").reason == "20 + 23 = 44 (is 43)"
     assert verdict("1 + 1 = 2", "2 + 2 = 4 = 4").reason == "3 calculations hold"
+
+
+def test_a_step_without_a_link_is_not_checked():
+    assert verdict("Let us add.", "2 + 2 = 4", "That is four.", "x = 5", "4 + 4 = 8").checked == (1, 4)
+    assert verdict("Let us add.", "2 + 2 = 4", "That is four.", "4 + 4 = 9").checked == (1,)
 
 
 def test_one_link_that_cannot_be_read_does_not_hide_the_next():

@@ -114,6 +114,13 @@ class TestCache:
         assert judge.judge(items_of(1)) == judge.judge(items_of(1)) == [Verdict.error(1, 3, 0.5)]
         assert judge.hits == 1
 
+    def test_which_steps_were_checked_is_kept(self, path):
+        answers = [Verdict.error(2, 3, checked=np.array([1, 0])), Verdict.no_error(3, checked=[])]
+        judge = CachedJudge(Counting(lambda item: answers[int(item.problem)]), path)
+        expected = [Verdict.error(2, 3, checked=(0, 1)), Verdict.no_error(3, checked=())]
+        assert judge.judge(items_of(2)) == judge.judge(items_of(2)) == expected
+        assert judge.hits == 2
+
     def test_a_confidence_that_is_no_number_is_passed_on_and_not_kept(self, path):
         judge = CachedJudge(Counting(lambda item: Verdict.error(1, 3, "high")), path)
         assert judge.judge(items_of(1))[0].confidence == "high"
@@ -198,10 +205,10 @@ class TestKey:
         CachedJudge(Counting(lambda item: Verdict.error(0)), path, key="K").judge([self.ITEM])
         text = (
             '{"context":[],"judge":"K","known_wrong":true,"problem":"What is 2 + 2?","reference":null,'
-            '"steps":["Add.","It is 5."],"version":1}'
+            '"steps":["Add.","It is 5."],"version":2}'
         )
         rows = sqlite3.connect(path).execute("SELECT * FROM verdicts").fetchall()
-        assert rows == [(hashlib.sha256(text.encode()).digest(), '["error", 0, 2, null, ""]')]
+        assert rows == [(hashlib.sha256(text.encode()).digest(), '["error", 0, 2, null, "", null]')]
 
     def test_the_row_is_no_part_of_it(self, path):
         judge = CachedJudge(Counting(lambda item: Verdict.error(0)), path)
@@ -334,7 +341,7 @@ class TestACacheThatFails:
         judge.judge(items_of(6))
         with sqlite3.connect(path) as connection:
             for i, text in enumerate(
-                ("", "{", "[]", '["error", 9, 3, null, ""]', '["error", 1, null, null, ""]', "7")
+                ("", "{", "[]", '["error", 9, 3, null, "", null]', '["error", 1, null, null, ""]', "7")
             ):
                 connection.execute("UPDATE verdicts SET verdict = ? WHERE rowid = ?", (text, i + 1))
         inner.asked.clear()
@@ -486,7 +493,7 @@ class TestProcesses:
         # Whatever else was stored is right too
         everything = [json.loads(text) for (text,) in sqlite3.connect(path).execute("SELECT verdict FROM verdicts")]
         assert len(everything) >= len(numbers)
-        for status, first_error, n_steps, confidence, reason in everything:
+        for status, first_error, n_steps, confidence, reason, _ in everything:
             number = round(confidence * 7)
             assert (status, first_error, n_steps, reason) == ("error", number % 3, 3, str(number) * 40)
 

@@ -72,6 +72,15 @@ BROKEN = {
         "first_error=9 is not the 0-based index of one of 4 steps",
     ),
     "half a verdict": (lambda items: [Verdict("error")] * len(items), "first_error=None is of type NoneType"),
+    "checked no step": (
+        lambda items: [Verdict.error(1, checked=[0, 4])] * len(items),
+        "checked=[0, 4] has an entry that is not the 0-based index of one of 4 steps",
+    ),
+    "checked no index": (
+        lambda items: [Verdict.no_error(checked=[True])] * len(items),
+        "checked=[True] has an entry that is a bool, and the index of a step is an integer",
+    ),
+    "checked no list": (lambda items: [Verdict.error(1, checked=3)] * len(items), "a verdict that cannot be read"),
     "mixed up": (lambda items: [Verdict.error(0, 7)] * len(items), "the judge saw 7 steps where there are 4"),
 }
 
@@ -167,6 +176,30 @@ class TestMajorityVote:
         for bad in ("half", None, True):
             with pytest.raises(TypeError, match=f"min_agreement={bad!r} is not a number"):
                 MajorityVote([Table([0])], min_agreement=bad)
+
+
+def checks(*verdicts):
+    """Judges that give one verdict each."""
+    return [CallableJudge(lambda problem, steps, verdict=verdict: verdict) for verdict in verdicts]
+
+
+class TestCheckedSteps:
+    def test_a_step_is_checked_if_any_member_has_checked_it(self):
+        members = checks(
+            Verdict.error(3, checked=[0, 2]), Verdict.no_error(checked=[1]), Verdict.abstain("no equation")
+        )
+        (verdict,) = EarliestError(members).judge(items_of(1))
+        assert (verdict.first_error, verdict.checked) == (3, (0, 1, 2))
+        (verdict,) = EarliestError(checks(Verdict.no_error(checked=[1]), Verdict.no_error())).judge(items_of(1))
+        assert (verdict.status, verdict.checked) == ("no_error", None)
+
+    def test_a_vote_counts_those_that_agree_with_it(self):
+        members = checks(Verdict.error(3, checked=[0]), Verdict.error(3, checked=[1]), Verdict.error(2, checked=[2]))
+        assert MajorityVote(members).judge(items_of(1))[0].checked == (0, 1)
+
+    def test_who_comes_first_decides(self):
+        members = checks(Verdict.abstain("no equation"), Verdict.error(3, checked=[0]), Verdict.error(2))
+        assert Fallback(members).judge(items_of(1))[0].checked == (0,)
 
 
 class TestEarliestError:

@@ -115,6 +115,13 @@ def test_steps_without_a_result_are_not_wrong():
     assert verdict("He has apples.", "There are 99 of them.").status == "abstain"
 
 
+def test_a_step_without_a_result_is_not_checked():
+    steps = ("He has apples.", "3*4=12", "Let x = 7.", "12/2=6", "12 + 1 = 13", "#### 3")
+    assert verdict(*steps).checked == (1, 3)
+    assert verdict(*steps[:4], steps[5]).checked == (1, 3, 4)
+    assert verdict("12 + 1 = 13", "3*4=12").checked == ()
+
+
 def test_a_right_step_written_again_is_filler():
     found = verdict("3*4=12", "So 3*4=12", "4*3=12", "12/2=6")
     assert (found.first_error, found.reason) == (1, "12 was computed before")

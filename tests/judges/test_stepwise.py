@@ -43,6 +43,17 @@ class TestScore:
         assert scored.rts_characters == pytest.approx(FOUR_STEPS.index("Then add") / len(FOUR_STEPS))
         assert (scored.reason, scored.called) == ("5 is not 4", True)
 
+    def test_what_was_not_checked_is_neither_right_nor_a_step(self):
+        text = "One.\nTwo is two.\nThree.\nFour.\nFive."
+        judge = StepwiseJudge(lambda problem, steps: Verdict.error(3, checked=[0, 2]))
+        (score,) = judge.score(["p"], [text], [{}])
+        assert (score.right, score.n_steps, score.rts_steps, judge.size(score)) == ((0, 2), 5, 2 / 4, 4)
+        by_characters = StepwiseJudge(judge.judge, unit="characters")
+        assert by_characters.size(score) == len("One.\nThree.\nFour.\nFive.")
+        assert score.rts_characters == len("One.\nThree.\n") / by_characters.size(score)
+        everything = StepwiseJudge(lambda problem, steps: Verdict.error(3)).score(["p"], [text], [{}])[0]
+        assert (everything.right, everything.rts_steps) == ((0, 1, 2), 3 / 5)
+
     def test_numpy_integers_are_integers(self):
         assert score(judge_of(Verdict.error(np.int64(1)))).first_error == 1
 

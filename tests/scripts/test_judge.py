@@ -29,6 +29,14 @@ def test_a_verdict(capsys):
     assert '"problem": "What is it?"' in out
 
 
+def test_a_step_that_was_not_checked(capsys):
+    argv = ("--judge", "arithmetic", "--problem", "p", "--completion", "We add.\n2 + 2 = 4.\n4 + 4 = 9.")
+    out = run(capsys, *argv)[1]
+    assert "   1  ?      We add." in out
+    assert "   2  ok     2 + 2 = 4." in out
+    assert "RTS: 0.500 by steps" in out
+
+
 def test_an_abstention(capsys):
     code, out = run(capsys, "--judge", "arithmetic", "--problem", "p", "--completion", "One.\nTwo.", "--hide_request")
     assert code == 1

@@ -6,7 +6,7 @@ from conftest import assert_same_parameters, by_kind, logged, record_advantages,
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import FixedJudge, all_failed, fixed, matrix, stepwise, tensor
+from toys import FixedJudge, all_failed, all_mixed, fixed, matrix, stepwise, tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_sgpo import SGPOConfig, StepwiseJudge, Verdict
@@ -49,6 +49,15 @@ def make_trainer(make_trainer, tokenizer):
     """As everywhere, but no completion ends before its length, since what is checked of each row needs several steps."""
     full_length = {"suppress_tokens": [tokenizer.pad_token_id, tokenizer.eos_token_id]}
     return lambda *args, **config: make_trainer(*args, **{"generation_kwargs": full_length, **config})
+
+
+def error_at_three(*checked):
+    """A StepwiseJudge that blames the fourth step and says which steps it has checked, one completion after the other."""
+
+    def answer(items):
+        return [Verdict.error(3, checked=checked[i % len(checked)]) for i in range(len(items))]
+
+    return stepwise(FixedJudge(answer))
 
 
 class TestTrainer:
@@ -147,6 +156,41 @@ class TestTrainer:
         for row in rounds[0].tolist():
             assert row[:4] == pytest.approx([1.0, 1.0, -0.5, 0.0])
             assert not any(row[3:])
+
+    def test_what_was_not_checked_earns_nothing(self, make_trainer):
+        trainer = make_trainer([all_failed, error_at_three([1])], failed_groups="prefix", max_steps=1)
+        rounds = record_advantages(trainer)
+        trainer.train()
+        for row in rounds[0].tolist():
+            assert row[:4] == [0.0, 1.0, 0.0, -0.5]
+            assert not any(row[4:])
+
+    def test_a_group_in_which_nothing_right_was_checked_is_tied(self, make_trainer):
+        trainer = make_trainer([all_failed, error_at_three([])], failed_groups="prefix", max_steps=1)
+        rounds = record_advantages(trainer)
+        trainer.train()
+        assert logged(trainer, "sgpo/groups/tied") == [1.0]
+        assert not rounds[0].any()
+
+    def test_what_was_not_checked_is_not_spared_in_a_mixed_group(self, make_trainer):
+        trainer = make_trainer(
+            [all_mixed, error_at_three([1])], failed_groups="prefix", max_steps=1, judge_scope="all_incorrect"
+        )
+        rounds = record_advantages(trainer)
+        trainer.train()
+        blamed = rounds[0][rounds[0][:, 0] < 0]
+        assert len(blamed) == len(rounds[0]) // 2
+        assert not blamed[:, 1].any()
+        assert (blamed[:, 2:4] < 0).all()
+
+    def test_with_a_baseline_the_checked_steps_are_counted(self, make_trainer):
+        judge = error_at_three([1], [0, 1, 2])
+        config = {"failed_groups": "prefix", "prefix_baseline": "group", "max_steps": 1}
+        trainer = make_trainer([all_failed, judge], **config)
+        rounds = record_advantages(trainer)
+        trainer.train()
+        # All get their first checked step right, half the second one, and those also the third one
+        assert {tuple(row[:4]) for row in rounds[0].tolist()} == {(0.0, 0.0, 0.0, -0.5), (0.0, 0.5, 0.0, 0.0)}
 
     def test_a_conversation_with_thinking_and_a_tool(self, make_trainer, chat_tokenizer, make_chat_model):
         def double(x: int) -> int:

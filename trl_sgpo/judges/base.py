@@ -64,6 +64,10 @@ class Verdict:
             The judge's confidence in [0, 1], if it has one.
         reason (`str`, *optional*, defaults to `""`):
             Why, in words. Shown in the completions table.
+        checked (`Sequence[int]`, *optional*):
+            0-based indices of the steps in which the judge found something to check. `None`: it read all of them. A step
+            before the first wrong one that was not checked counts neither as right nor as wrong. Otherwise a policy
+            that is paid for right steps would learn to write what nobody checks.
     """
 
     status: Literal["error", "no_error", "abstain"]
@@ -71,18 +75,30 @@ class Verdict:
     n_steps: int | None = None
     confidence: float | None = None
     reason: str = ""
+    checked: Sequence[int] | None = None
 
     @classmethod
     def error(
-        cls, first_error: int, n_steps: int | None = None, confidence: float | None = None, reason: str = ""
+        cls,
+        first_error: int,
+        n_steps: int | None = None,
+        confidence: float | None = None,
+        reason: str = "",
+        checked: Sequence[int] | None = None,
     ) -> "Verdict":
         """Step `first_error` (0-based) is the first wrong one."""
-        return cls("error", first_error, n_steps, confidence, reason)
+        return cls("error", first_error, n_steps, confidence, reason, checked)
 
     @classmethod
-    def no_error(cls, n_steps: int | None = None, confidence: float | None = None, reason: str = "") -> "Verdict":
-        """Every step is right."""
-        return cls("no_error", None, n_steps, confidence, reason)
+    def no_error(
+        cls,
+        n_steps: int | None = None,
+        confidence: float | None = None,
+        reason: str = "",
+        checked: Sequence[int] | None = None,
+    ) -> "Verdict":
+        """Every step is right, or was not checked."""
+        return cls("no_error", None, n_steps, confidence, reason, checked)
 
     @classmethod
     def abstain(cls, reason: str) -> "Verdict":
@@ -149,21 +165,32 @@ def _check(verdict: Any, n_steps: int) -> Verdict:
     reason = verdict.reason if isinstance(verdict.reason, str) else str(verdict.reason)
     if verdict.n_steps is not None and verdict.n_steps != n_steps:
         return Verdict.abstain(f"the judge saw {verdict.n_steps} steps where there are {n_steps}")
-    if verdict.status == "no_error":
-        return Verdict.no_error(n_steps, verdict.confidence, reason)
     if verdict.status == "abstain":
         return Verdict.abstain(reason)
-    if verdict.status != "error":
+    if verdict.status not in ("error", "no_error"):
         return Verdict.abstain(f"the judge returned the unknown status {verdict.status!r}")
-    given: Any = verdict.first_error
     try:
-        first_error = operator.index(given)  # an int or one of numpy's or torch's; a float is none
+        checked = None if verdict.checked is None else tuple(sorted({_step(i, n_steps) for i in verdict.checked}))
+    except ValueError as error:
+        return Verdict.abstain(f"checked={verdict.checked!r} has an entry that {error}")
+    if verdict.status == "no_error":
+        return Verdict.no_error(n_steps, verdict.confidence, reason, checked)
+    try:
+        first_error = _step(verdict.first_error, n_steps)
+    except ValueError as error:
+        return Verdict.abstain(f"first_error={verdict.first_error!r} {error}")
+    return Verdict.error(first_error, n_steps, verdict.confidence, reason, checked)
+
+
+def _step(given: Any, n_steps: int) -> int:
+    """The index of a step as an `int`. Raises a `ValueError` that says what is wrong with it."""
+    try:
+        index = operator.index(given)  # an int or one of numpy's or torch's; a float is none
     except TypeError:
-        first_error = None
+        raise ValueError(f"is of type {type(given).__name__}, and the index of a step is an integer") from None
     # torch's booleans are integers to Python, and numpy's are not
-    if first_error is None or isinstance(given, bool) or "bool" in str(getattr(given, "dtype", "")):
-        kind = "a bool" if first_error is not None else f"of type {type(given).__name__}"
-        return Verdict.abstain(f"first_error={given!r} is {kind}, and the index of a step is an integer")
-    if not 0 <= first_error < n_steps:
-        return Verdict.abstain(f"first_error={given!r} is not the 0-based index of one of {n_steps} steps")
-    return Verdict.error(first_error, n_steps, verdict.confidence, reason)
+    if isinstance(given, bool) or "bool" in str(getattr(given, "dtype", "")):
+        raise ValueError("is a bool, and the index of a step is an integer")
+    if not 0 <= index < n_steps:
+        raise ValueError(f"is not the 0-based index of one of {n_steps} steps")
+    return index

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 BUSY_SECONDS = 10.0  # that a process waits for the others to finish writing
 CHUNK = 500  # keys per query, because SQLite's own limit on variables was 999 before version 3.32
-VERSION = 1  # part of every key: raise it if the same key gets another meaning
+VERSION = 2  # part of every key: raise it if the same key gets another meaning
 
 # Held by whoever uses a connection, so that none is in use when the process forks
 _lock = threading.RLock()
@@ -258,8 +258,8 @@ def _read(connection: sqlite3.Connection, keys: Iterable[bytes]) -> dict[bytes |
         query = f"SELECT key, verdict FROM verdicts WHERE key IN ({','.join('?' * len(chunk))})"
         for key, text in connection.execute(query, chunk):
             with suppress(TypeError, ValueError):  # a row that holds no verdict: the judge is asked
-                status, first_error, n_steps, confidence, reason = json.loads(text)
-                verdict = checked_verdict(Verdict(status, first_error, n_steps, confidence, reason), n_steps)
+                fields = json.loads(text)
+                verdict = checked_verdict(Verdict(*fields), fields[2])
                 if verdict.status != "abstain":
                     found[key] = verdict
     return found
@@ -279,7 +279,8 @@ def _written(verdict: Verdict) -> str | None:
         confidence = None if verdict.confidence is None else float(verdict.confidence)
     except (TypeError, ValueError):
         return None
-    return json.dumps([verdict.status, verdict.first_error, verdict.n_steps, confidence, verdict.reason])
+    checked = None if verdict.checked is None else list(verdict.checked)
+    return json.dumps([verdict.status, verdict.first_error, verdict.n_steps, confidence, verdict.reason, checked])
 
 
 def _functions(judge: StepJudge) -> list[CallableJudge]:

@@ -9,6 +9,7 @@ abstains with its reason, and the others still decide.
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from trl_sgpo.judges.base import JudgeItem, StepJudge, Verdict, ask, identity
@@ -55,8 +56,19 @@ def plurality(votes: Sequence[Verdict], min_agreement: float = 0.5) -> Verdict:
     share = count / len(votes)
     if share < min_agreement:
         return Verdict.abstain(f"the agreement is below min_agreement={min_agreement:g}: {text}")
-    first = next(vote for vote in votes if (vote.status, vote.first_error) == winner)
-    return Verdict(first.status, first.first_error, first.n_steps, share, text)
+    agreeing = [vote for vote in votes if (vote.status, vote.first_error) == winner]
+    first = agreeing[0]
+    return Verdict(first.status, first.first_error, first.n_steps, share, text, _checked_by_any(agreeing))
+
+
+def _checked_by_any(votes: Sequence[Verdict]) -> tuple[int, ...] | None:
+    """The steps that at least one of the verdicts has checked; `None` for all steps."""
+    checked: set[int] = set()
+    for vote in votes:
+        if vote.checked is None:
+            return None
+        checked.update(vote.checked)
+    return tuple(sorted(checked))
 
 
 def check_min_agreement(min_agreement: Any) -> None:
@@ -71,11 +83,16 @@ def check_min_agreement(min_agreement: Any) -> None:
 
 
 def earliest(votes: Sequence[Verdict]) -> Verdict:
-    """The verdict with the smallest first error, else a "no error". An abstention if all votes abstain."""
-    errors = [(vote.first_error, i) for i, vote in enumerate(votes) if vote.first_error is not None]
-    if errors:
-        return votes[min(errors)[1]]
-    return next((vote for vote in votes if vote.status == "no_error"), _nobody([vote.reason for vote in votes]))
+    """
+    The verdict with the smallest first error, else a "no error". An abstention if all votes abstain. A step is checked
+    if any vote has checked it.
+    """
+    answers = [vote for vote in votes if vote.status != "abstain"]
+    if not answers:
+        return _nobody([vote.reason for vote in votes])
+    errors = [(vote.first_error, i) for i, vote in enumerate(answers) if vote.first_error is not None]
+    first = answers[min(errors)[1]] if errors else answers[0]
+    return replace(first, checked=_checked_by_any(answers))
 
 
 class Combinator(StepJudge):

@@ -145,6 +145,7 @@ def _judge_one(item: JudgeItem, max_silent_steps: int | None) -> Verdict:
         return Verdict.abstain("the reference has no result")
     n_steps = len(item.steps)
     n_right = silent = 0
+    checked: list[int] = []
     budget = MAX_CHARS
     for index, step in enumerate(item.steps):
         right = 0
@@ -154,14 +155,17 @@ def _judge_one(item: JudgeItem, max_silent_steps: int | None) -> Verdict:
             budget -= len(step)
             right, wrong = reference.check(step)
             if wrong is not None:
-                return Verdict.error(index, n_steps, reason=wrong)
+                return Verdict.error(index, n_steps, reason=wrong, checked=tuple(checked))
         n_right += right
+        if right:
+            checked.append(index)
         silent = 0 if right else silent + 1
         if max_silent_steps is not None and silent > max_silent_steps:
-            return Verdict.error(index, n_steps, reason=f"{silent} steps in a row without a result of the reference")
+            reason = f"{silent} steps in a row without a result of the reference"
+            return Verdict.error(index, n_steps, reason=reason, checked=tuple(checked))
     if not n_right:
         return Verdict.abstain("no result to check")
-    return Verdict.no_error(n_steps, reason=f"{n_right} results are the reference's")
+    return Verdict.no_error(n_steps, reason=f"{n_right} results are the reference's", checked=tuple(checked))
 
 
 def plain_text(solution: str) -> str:

@@ -29,6 +29,7 @@ from trl_sgpo.steps import (
     rts_by_steps,
     segment,
 )
+from trl_sgpo.steps.rts import right_steps
 
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class StepScore:
     reason: str  # the verdict's reason, or why there is none
     called: bool  # whether the judge was asked
     cut: CutCompletion | None = None  # the completion's text and steps, if it has a first wrong one
+    right: tuple[int, ...] = ()  # 0-based indices of the steps before the first wrong one that were checked
 
 
 class StepwiseJudge:
@@ -70,7 +72,8 @@ class StepwiseJudge:
     only. Any other trainer calls it as a plain reward function, and then it judges every completion. Its reward column
     is called `stepwise_judge`.
 
-    The reasoning trajectory score RTS is the share of the completion before its first wrong step. The reward is
+    The reasoning trajectory score RTS is the share of the completion before its first wrong step. Steps there that the
+    judge says it did not check ([`Verdict`], `checked`) count neither as right nor as steps. The reward is
     `1 / (1 + exp(-beta * (RTS - gamma)))` (arXiv 2505.11595, Eq. 2).
 
     Args:
@@ -226,14 +229,17 @@ class StepwiseJudge:
 
     def size(self, score: StepScore) -> int | None:
         """
-        What the RTS of a completion known to be wrong is a share of: its steps, or the characters in them. `None` where
-        there is no RTS.
+        What the RTS of a completion known to be wrong is a share of: its steps, or the characters in them, but for
+        unchecked steps before the first wrong one. `None` where there is no RTS.
         """
         if self.rts(score) is None:
             return None
+        if score.cut is None or score.first_error is None:
+            return 0
+        counted = [*score.right, *range(score.first_error, score.n_steps)]
         if self.unit == "steps":
-            return score.n_steps
-        return sum(end - start for start, end in score.cut.spans) if score.cut else 0
+            return len(counted)
+        return sum(end - start for start, end in map(score.cut.spans.__getitem__, counted))
 
     def score(
         self,
@@ -309,11 +315,12 @@ class StepwiseJudge:
             status=verdict.status,
             first_error=first_error,
             n_steps=n_steps,
-            rts_steps=rts_by_steps(first_error, n_steps),
-            rts_characters=rts_by_characters(first_error, cut.spans),
+            rts_steps=rts_by_steps(first_error, n_steps, verdict.checked),
+            rts_characters=rts_by_characters(first_error, cut.spans, verdict.checked),
             reason=_readable(verdict.reason),
             called=True,
             cut=cut,
+            right=tuple(right_steps(first_error, verdict.checked)),
         )
 
 

@@ -8,13 +8,6 @@ completion. NaN means "no verdict". Nothing here knows about TRL.
 import torch
 from torch import Tensor
 
-from trl_sgpo.rounds import Judged
-
-
-def verified_steps(judged: Judged) -> Tensor:
-    """The number of each completion's steps before the first wrong one, shape `(P, G)`. Nothing more has to be gathered for it."""
-    return (judged.rts_steps_PG * judged.n_steps_PG).round()  # exact up to four million steps
-
 
 def centred_credit(
     verified_G: Tensor, n_verified: int, prefix_reward: float = 1.0, error_penalty: float = 1.0

@@ -49,15 +49,19 @@ class ArithmeticJudge(StepJudge):
 def _judge_one(steps: Sequence[str]) -> Verdict:
     memory = Memory()
     budget = MAX_CHARS
+    checked: list[int] = []
     for index, step in enumerate(steps):
         if not any(sign in step for sign in ("=", "≈", "\\approx")):
             continue
         if len(step) > budget:
             return Verdict.abstain(f"more than {MAX_CHARS} characters of arithmetic")
         budget -= len(step)
+        before = memory.checked
         wrong = check_step(step, memory)
         if wrong:
-            return Verdict.error(index, len(steps), reason=wrong)
+            return Verdict.error(index, len(steps), reason=wrong, checked=tuple(checked))
+        if memory.checked > before:
+            checked.append(index)
     if not memory.checked:
         return Verdict.abstain("no arithmetic to check")
-    return Verdict.no_error(len(steps), reason=f"{memory.checked} calculations hold")
+    return Verdict.no_error(len(steps), reason=f"{memory.checked} calculations hold", checked=tuple(checked))
