@@ -488,6 +488,7 @@ class TestLogs:
         assert log["sgpo/judge_calls"] == judge.calls == len(scores)
         assert log["sgpo/rts"] == pytest.approx(np.mean([s[0] for s in scores]), rel=1e-5)
         assert log["sgpo/rts_gap"] == pytest.approx(np.mean([s[0] - s[1] for s in scores]), abs=1e-6)
+        assert log["sgpo/unchecked_steps"] == 0
         assert log["sgpo/rts_spread"] == pytest.approx(np.mean(spreads), rel=1e-5)
         assert log["sgpo/steps_per_completion"] == pytest.approx(np.mean([s[2] for s in scores]), rel=1e-5)
         assert log["sgpo/abstain_rate"] == log["sgpo/no_error_rate"] == 0

@@ -232,6 +232,9 @@ class RoundLog:
             gap_PG = judged.rts_steps_PG - judged.rts_characters_PG
             self._log(round, "sgpo/rts", judged.rts_PG[scored_PG].mean().item())
             self._log(round, "sgpo/rts_gap", gap_PG[scored_PG].mean().item())
+        n_right, n_unchecked = judged.n_right_PG.nansum().item(), judged.n_unchecked_PG.nansum().item()
+        if n_right + n_unchecked:
+            self._log(round, "sgpo/unchecked_steps", n_unchecked / (n_right + n_unchecked))
         compared_P = round.kinds.failed_P & (scored_PG.sum(dim=1) >= 2)
         if compared_P.any():
             self._log(round, "sgpo/rts_spread", value_range(judged.rts_PG)[compared_P].mean().item())

@@ -161,6 +161,7 @@ class TestTrainer:
         trainer = make_trainer([all_failed, error_at_three([1])], failed_groups="prefix", max_steps=1)
         rounds = record_advantages(trainer)
         trainer.train()
+        assert logged(trainer, "sgpo/unchecked_steps") == [pytest.approx(2 / 3)]
         for row in rounds[0].tolist():
             assert row[:4] == [0.0, 1.0, 0.0, -0.5]
             assert not any(row[4:])
