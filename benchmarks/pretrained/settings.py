@@ -59,7 +59,8 @@ ARMS = {
 }
 MAIN = ("grpo", "sgpo", "prefix")
 LIMITED = ("prefix_limited", "sgpo_limited")
-OTHERS = ("sgpo_longest", "prefix_centred", "grpo_16", "prefix_arithmetic", "prefix_random", "imitation")
+COMPARED = (*MAIN, "sgpo_longest")  # over all seeds
+OTHERS = ("prefix_centred", "grpo_16", "prefix_arithmetic", "prefix_random", "imitation")
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _tune() -> list[Run]:
 
 
 def _main() -> list[Run]:
-    return [Run("chains", arm, TUNED, seed, BUDGET["chains"]) for seed in SEEDS for arm in MAIN]
+    return [Run("chains", arm, TUNED, seed, BUDGET["chains"]) for seed in SEEDS for arm in COMPARED]
 
 
 def _others() -> list[Run]:
