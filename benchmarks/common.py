@@ -110,11 +110,11 @@ def record_all(
     keep: Callable[[dict[str, Any]], str],
     workers: int,
     threads: int = 1,
-) -> None:
+) -> int:
     """
     Does all jobs, each in a process of its own, several at a time. `keep` stores a record as soon as it is there, and returns
-    what the progress bar shows of it. A record with `error` is said and not kept. A job that was stopped before its end has
-    none. One torch thread for each by default: two torch processes that share two cores slow each other down many times
+    what the progress bar shows of it. A record with `error` is said and not kept; the result is
+    how many there were. A job that was stopped before its end has none. One torch thread for each by default: two torch processes that share two cores slow each other down many times
     otherwise.
     """
     from tqdm.auto import tqdm
@@ -147,6 +147,7 @@ def record_all(
             )
             return {"key": str(job)[:200], "error": said}
 
+    failed = 0
     with ThreadPool(workers) as pool:
         bar = tqdm(pool.imap_unordered(in_process, jobs), total=len(jobs), unit="run")
         try:
@@ -154,6 +155,7 @@ def record_all(
                 if record is None:
                     continue
                 if "error" in record:
+                    failed += 1
                     bar.write(f"FAILED {record['key']}: {record['error']}")
                 else:
                     bar.set_postfix_str(keep(record))
@@ -164,3 +166,4 @@ def record_all(
                 process.terminate()
                 process.join()
             raise
+    return failed

@@ -38,7 +38,8 @@ def _work(task: tuple[str, Any, Path, dict[str, Any]]) -> dict[str, Any]:
         return {"key": what.key, "error": f"{type(error).__name__}: {error}"}
 
 
-def execute(kind: str, what: Sequence[Any], folder: Path, records: Records, workers: int) -> None:
+def execute(kind: str, what: Sequence[Any], folder: Path, records: Records, workers: int) -> int:
+    """Does it, and returns how many runs failed."""
     made_with = provenance(("trl", "transformers", "torch"), threads=1)
 
     def keep(record: dict[str, Any]) -> str:
@@ -46,7 +47,7 @@ def execute(kind: str, what: Sequence[Any], folder: Path, records: Records, work
         last = record["curve"][-1]["accuracy"] if "curve" in record else record["accuracy"]
         return f"{record.get('key', 'base')}: {last:.2f}"
 
-    record_all(_work, [(kind, item, folder, made_with) for item in what], keep, workers)
+    return record_all(_work, [(kind, item, folder, made_with) for item in what], keep, workers)
 
 
 def wanted(table: str, records: Records, args: argparse.Namespace) -> Iterator[Run]:
@@ -83,6 +84,7 @@ def main() -> None:
     if args.tokens_factor != 1 and args.output == HERE / "results":
         parser.error("--tokens-factor shortens the runs: give --output, so that they do not mix with the full ones.")
     records = Records(args.output)
+    failed = 0
     for table in ["bases", *TABLES] if "all" in args.tables else args.tables:
         runs: list[Run] = [] if table == "bases" else list(wanted(table, records, args))
         # Before the runs, which would make their bases each by itself
@@ -93,7 +95,9 @@ def main() -> None:
         print(f"{table}: {len(bases)} bases and {len(missing)} runs to do", flush=True)
         for kind, what in (("base", bases), ("run", list(missing.values()))):
             if what:
-                execute(kind, what, args.work, records, args.workers)
+                failed += execute(kind, what, args.work, records, args.workers)
+    if failed:
+        raise SystemExit(f"{failed} failed, see above. The same command tries again.")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ def _work(job: tuple[Run | str, argparse.Namespace, dict[str, Any]]) -> dict[str
         return {"key": what.key, "error": f"{type(error).__name__}: {error}"}
 
 
-def execute(what: Sequence[Run | str], args: argparse.Namespace) -> None:
+def execute(what: Sequence[Run | str], args: argparse.Namespace) -> int:
+    """Does it, and returns how many runs failed."""
     import torch
 
     # The runs have their own number of threads
@@ -76,7 +77,7 @@ def execute(what: Sequence[Run | str], args: argparse.Namespace) -> None:
         append_lines(args.output / ("runs.jsonl" if "key" in record else "bases.jsonl"), [record])
         return f"{record['key']}: {mean_accuracy(record):.3f}" if "key" in record else "base"
 
-    record_all(_work, [(item, args, made_with) for item in what], keep, args.workers, args.threads)
+    return record_all(_work, [(item, args, made_with) for item in what], keep, args.workers, args.threads)
 
 
 def wanted(table: str, args: argparse.Namespace) -> list[Run]:
@@ -119,6 +120,7 @@ def main() -> None:
         parser.error("gsm8k_judge needs --judge FOLDER: benchmarks/real_judge trains one.")
     args.until = time.time() + 60 * args.minutes if args.minutes else None
     args.output.mkdir(parents=True, exist_ok=True)
+    failed = 0
     for table in args.tables:
         if table == "base":
             described = {record["task"] for record in read_lines(args.output / "bases.jsonl")}
@@ -128,10 +130,12 @@ def main() -> None:
             what = wanted(table, args)
         print(f"{table}: {len(what)} to do", flush=True)
         if what:
-            execute(what, args)
+            failed += execute(what, args)
         if args.until and time.time() > args.until:
             print("The time is over. The same command goes on.")
-            return
+            break
+    if failed:
+        raise SystemExit(f"{failed} failed, see above. The same command tries again.")
 
 
 if __name__ == "__main__":

@@ -73,13 +73,13 @@ def wait_until(is_so, seconds=60):
 class TestJobs:
     def test_one_that_breaks_or_is_killed_does_not_lose_the_others(self, capfd):
         kept = []
-        record_all(
+        failed = record_all(
             job,
             ["one", "killed", "broken", "exits", "stopped", "two"],
             lambda r: kept.append(r["key"]) or "",
             workers=1,
         )
-        assert kept == ["one", "two"]
+        assert (kept, failed) == (["one", "two"], 3)
         shown = capfd.readouterr()
         assert "FAILED broken: it broke" in shown.out + shown.err
         assert "FAILED killed: its process was killed" in shown.out + shown.err

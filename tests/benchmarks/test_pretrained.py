@@ -152,16 +152,22 @@ def test_tables_and_pictures_of_what_is_recorded(tmp_path, monkeypatch, capsys):
 def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch, capsys):
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["run.py", *arguments, "--output", str(tmp_path)])
-        monkeypatch.setattr(run_script, "execute", lambda what, args: asked.extend(what))
+        monkeypatch.setattr(run_script, "execute", lambda what, args: asked.extend(what) or failed)
         asked: list = []
         run_script.main()
         return asked
+
+    failed = 0
 
     tuning = call("tune", "--tokens", "100")
     assert len(tuning) == 2 * len(MAIN)
     curve = [{"tokens": 100, "completions": 64, "accuracy": 0.1}]
     append_lines(tmp_path / "runs.jsonl", [{"key": run.key, **asdict(run), "curve": curve} for run in tuning[:4]])
     assert call("tune", "--tokens", "100") == tuning[4:]
+    failed = 2
+    with pytest.raises(SystemExit, match="2 failed, see above"):
+        call("tune", "--tokens", "100")
+    failed = 0
     assert {run.learning_rate for run in call("main", "--arms", "grpo", "--tokens", "100")} == {1e-5}
     with pytest.raises(SystemExit, match="prefix has no tuned learning rate yet"):
         call("main", "--arms", "prefix")
