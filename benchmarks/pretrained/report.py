@@ -23,7 +23,17 @@ import numpy as np
 from benchmarks.cells import markdown, ratio, spread, thousands
 from benchmarks.common import read_lines
 from benchmarks.curves import tokens_to
-from benchmarks.pretrained.settings import ARMS, BUDGET, GSM8K_RATE, LEARNING_RATES, LIMITED, MAIN, TABLES, TUNING_SEED
+from benchmarks.pretrained.settings import (
+    ALL_STEPS,
+    ARMS,
+    BUDGET,
+    COMPARED,
+    GSM8K_RATE,
+    LEARNING_RATES,
+    MAIN,
+    TABLES,
+    TUNING_SEED,
+)
 from trl_sgpo.analysis.metrics import mean_estimate
 
 
@@ -33,6 +43,7 @@ ALONG = {  # what a picture shows; the lines of a word problem's solution can be
     "chains": {"accuracy": "accuracy", "right_lines": "share of right leading lines"},
     "gsm8k": {"accuracy": "accuracy", "length": "tokens per completion"},
 }
+DRAWN = {"chains": COMPARED, "gsm8k": (*MAIN, *ALL_STEPS, "prefix_judge")}  # methods of a picture
 WINDOW = 512  # completions that an accuracy along the way is the mean of
 
 Row = dict[str, Any]
@@ -188,7 +199,7 @@ def pass_table(bases: Sequence[Row], runs: Sequence[Row], task: str) -> str:
     return markdown(["model", *(f"pass@{k}" for k in ks)], rows)
 
 
-def draw(runs: Sequence[Row], task: str, arms: Sequence[str], path: Path) -> None:
+def draw(runs: Sequence[Row], task: str, path: Path) -> None:
     """Accuracy, and what [`ALONG`] has beside it, over generated tokens, a line per seed."""
     import matplotlib
 
@@ -197,7 +208,7 @@ def draw(runs: Sequence[Row], task: str, arms: Sequence[str], path: Path) -> Non
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for axis, (name, title) in zip(axes, ALONG[task].items(), strict=True):
-        for i, arm in enumerate(arms):
+        for i, arm in enumerate(DRAWN[task]):
             for j, run in enumerate(runs_of(runs, task, arm)):
                 points = windows(run, name)
                 x, y = [p["tokens"] / 1000 for p in points], [p[name] for p in points]
@@ -231,7 +242,7 @@ def main() -> None:
     print(text)
     for task in BUDGET:
         if any(runs_of(runs, task, arm) for arm in MAIN):
-            draw(runs, task, (*MAIN, *LIMITED), args.output / f"{task}.png")
+            draw(runs, task, args.output / f"{task}.png")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,8 @@ class Arm:
         config (`dict`):
             Arguments of `SGPOConfig` beyond those that all share.
         judge (`str`, *optional*):
-            `"task"`, `"all_steps"` (the same, but steps that it has not checked count as right), `"limited"` (as
-            `"all_steps"`, with `max_silent_steps=2`; word problems), `"arithmetic"`, `"random"`, or `"trained"`, which
-            is a process reward model in a folder.
+            `"task"`, `"all_steps"` (the same, but steps that it has not checked count as right), `"arithmetic"`,
+            `"random"`, or `"trained"`, which is a process reward model in a folder.
         imitate (`bool`):
             Whether the right completions are imitated, with an advantage of 1 each, and nothing else is done
             (rejection-sampling SFT).
@@ -52,13 +51,11 @@ ARMS = {
     "prefix_random": Arm("prefix credit, random verdicts", PREFIX, judge="random"),
     "sgpo_all_steps": Arm("SGPO, unchecked steps count as right", judge="all_steps"),
     "prefix_all_steps": Arm("prefix credit, unchecked steps count as right", PREFIX, judge="all_steps"),
-    "sgpo_limited": Arm("SGPO, silent steps limited", judge="limited"),
-    "prefix_limited": Arm("prefix credit, silent steps limited", PREFIX, judge="limited"),
     "prefix_judge": Arm("prefix credit, trained judge", PREFIX, judge="trained"),
     "imitation": Arm("rejection-sampling SFT", imitate=True),
 }
 MAIN = ("grpo", "sgpo", "prefix")
-LIMITED = ("prefix_limited", "sgpo_limited")
+ALL_STEPS = ("sgpo_all_steps", "prefix_all_steps")
 COMPARED = (*MAIN, "sgpo_longest")  # over all seeds
 OTHERS = ("prefix_centred", "grpo_16", "prefix_arithmetic", "prefix_random", "imitation")
 
@@ -94,8 +91,8 @@ def _gsm8k() -> list[Run]:
     return [Run("gsm8k", arm, GSM8K_RATE, SEEDS[0], BUDGET["gsm8k"]) for arm in MAIN]
 
 
-def _gsm8k_limited() -> list[Run]:
-    return [Run("gsm8k", arm, GSM8K_RATE, SEEDS[0], BUDGET["gsm8k"]) for arm in LIMITED]
+def _gsm8k_all_steps() -> list[Run]:
+    return [Run("gsm8k", arm, GSM8K_RATE, SEEDS[0], BUDGET["gsm8k"]) for arm in ALL_STEPS]
 
 
 def _gsm8k_judge() -> list[Run]:
@@ -115,6 +112,6 @@ TABLES = {
     "main": Table("Chains of 4 and 5 operations: how many tokens does each method need?", _main),
     "others": Table("And other settings, judges and controls?", _others),
     "gsm8k": Table("And word problems?", _gsm8k),
-    "gsm8k_limited": Table("And word problems if steps that nothing checks are limited?", _gsm8k_limited),
+    "gsm8k_all_steps": Table("And word problems if steps that nobody checked count as right?", _gsm8k_all_steps),
     "gsm8k_judge": Table("And word problems with a trained judge?", _gsm8k_judge),
 }

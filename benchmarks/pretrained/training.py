@@ -45,7 +45,7 @@ from benchmarks.pretrained.tasks import (
 from benchmarks.pretrained.weights import source_of
 from benchmarks.real_judge.judges import batch_tokens
 from trl_sgpo import SGPOConfig, SGPOTrainer, StepwiseJudge
-from trl_sgpo.judges import ArithmeticJudge, EarliestError, JudgeItem, ReferenceJudge, StepJudge, Verdict
+from trl_sgpo.judges import ArithmeticJudge, JudgeItem, StepJudge, Verdict
 from trl_sgpo.judges.prm import PRMJudge
 from trl_sgpo.steps import segment
 from trl_sgpo.tasks.token_budget import TokenBudget
@@ -296,7 +296,6 @@ def _judge(name: str, task: Task, trained: Path | None) -> StepwiseJudge:
         judge = {
             "task": task.judge,
             "all_steps": AllSteps(task.judge),
-            "limited": AllSteps(EarliestError([ArithmeticJudge(), ReferenceJudge(max_silent_steps=2)])),
             "arithmetic": ArithmeticJudge(),
             "random": random_step,
         }[name]

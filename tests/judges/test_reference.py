@@ -163,46 +163,5 @@ def test_too_much_text_is_an_abstention():
     assert verdict("3*4=12", "a" * 1_000_000).status == "no_error"
 
 
-WORDS = ("He counts them.", "Let x be the rest.", "Now they are sold.")
-
-
-@pytest.mark.parametrize(
-    ("limit", "steps", "first_error"),
-    [
-        (None, ("3*4=12", *WORDS), None),
-        (2, ("3*4=12", *WORDS), 3),
-        (2, ("3*4=12", *WORDS[:2]), None),
-        (0, ("3*4=12", *WORDS), 1),
-        (2, (*WORDS, "3*4=12"), 2),  # also before the first result
-        (2, (*WORDS[:2], "3*4=12", *WORDS[:2], "12/2=6"), None),
-        (2, ("3*4=12", "2x = 12", "x = 6", "#### three"), 3),  # what has no result is silent
-        (2, ("3*4=12", *WORDS[:2], "#### 3", *WORDS[:2]), None),  # the answer is a result
-        (2, ("3*4=12", "12+1=13", *WORDS), 1),  # what is wrong is still wrong at once
-        (1, ("3*4=12\n\nHe counts them.", "Let x be the rest.", "12/2=6"), None),
-    ],
-)
-def test_steps_that_nothing_checks_are_limited(limit, steps, first_error):
-    found = verdict(*steps, judge=ReferenceJudge(limit))
-    assert (found.status, found.first_error) == ("error" if first_error is not None else "no_error", first_error)
-
-
-def test_the_limit_says_why():
-    assert verdict(*WORDS, judge=ReferenceJudge(2)).reason == "3 steps in a row without a result of the reference"
-    assert verdict(*WORDS).reason == "no result to check"
-
-
-def test_the_limit_is_for_solutions_that_are_known_to_be_wrong():
-    item = JudgeItem("...", ("3*4=12", *WORDS), reference=REFERENCE, known_wrong=False)
-    assert ReferenceJudge(0).judge([item])[0].status == "no_error"
-
-
-def test_the_limit_is_a_part_of_the_name():
-    assert ReferenceJudge().name == "ReferenceJudge"
-    assert ReferenceJudge(2).name == "ReferenceJudge(max_silent_steps=2)"
-    with pytest.raises(ValueError, match=r"max_silent_steps=-1 must be 0 or more"):
-        ReferenceJudge(-1)
-
-
 def test_it_has_a_short_name():
     assert isinstance(load_judge("reference"), ReferenceJudge)
-    assert load_judge("reference", {"max_silent_steps": 2}).max_silent_steps == 2

@@ -59,7 +59,7 @@ class ReferenceJudge(StepJudge):
       write the first one again and again;
     - it gives a final answer (`#### 12`) that is not the reference's.
 
-    Other steps are not wrong: words, an unknown (`2x + 5 = 25`), an assignment (`x = 5`), a calculation that goes on
+    Other steps are not checked: words, an unknown (`2x + 5 = 25`), an assignment (`x = 5`), a calculation that goes on
     (`= 12 * 2`). Results agree if they are equal, or if one is the other one rounded to one decimal or more. The
     verdict is an abstention without a reference, and if no step has anything to check.
 
@@ -67,17 +67,6 @@ class ReferenceJudge(StepJudge):
     ask this judge only about solutions that are known to be wrong. Measured on ProcessBench gsm8k, with GSM8K's
     solutions as references: it finds 0.396 of the first errors exactly ([`ArithmeticJudge`] 0.101, both in
     [`EarliestError`] 0.420), and it blames 0.254 of the right solutions ([`ArithmeticJudge`] none).
-
-    **A policy that is paid for right steps may learn to write steps that nothing checks**, which are never wrong.
-    `max_silent_steps` limits them.
-
-    Args:
-        max_silent_steps (`int`, *optional*):
-            Most steps in a row without a result of the reference, in a solution that is known to be wrong. The next
-            such step is called wrong. `None`: no limit.
-
-    Raises:
-        ValueError: If `max_silent_steps` is negative.
 
     Example:
 
@@ -89,21 +78,8 @@ class ReferenceJudge(StepJudge):
     ```
     """
 
-    def __init__(self, max_silent_steps: int | None = None) -> None:
-        if max_silent_steps is not None and max_silent_steps < 0:
-            raise ValueError(
-                f"max_silent_steps={max_silent_steps} must be 0 or more: it is how many steps in a row may be without a "
-                "result of the reference. None sets no limit."
-            )
-        self.max_silent_steps = max_silent_steps
-
-    @property
-    def name(self) -> str:
-        limit = "" if self.max_silent_steps is None else f"(max_silent_steps={self.max_silent_steps})"
-        return super().name + limit
-
     def judge(self, items: Sequence[JudgeItem]) -> list[Verdict]:
-        return [_judge_one(item, self.max_silent_steps if item.known_wrong else None) for item in items]
+        return [_judge_one(item) for item in items]
 
 
 class _Reference:
@@ -137,32 +113,28 @@ class _Reference:
         return right, None
 
 
-def _judge_one(item: JudgeItem, max_silent_steps: int | None) -> Verdict:
+def _judge_one(item: JudgeItem) -> Verdict:
     if not item.reference or not isinstance(item.reference, str):
         return Verdict.abstain("no reference solution")
     reference = _Reference(item.reference)
     if not reference.known and reference.answer is None:
         return Verdict.abstain("the reference has no result")
     n_steps = len(item.steps)
-    n_right = silent = 0
+    n_right = 0
     checked: list[int] = []
     budget = MAX_CHARS
     for index, step in enumerate(item.steps):
-        right = 0
-        if "=" in step or ANSWER_MARK in step:
-            if len(step) > budget:
-                return Verdict.abstain(f"more than {MAX_CHARS} characters of arithmetic")
-            budget -= len(step)
-            right, wrong = reference.check(step)
-            if wrong is not None:
-                return Verdict.error(index, n_steps, reason=wrong, checked=tuple(checked))
-        n_right += right
+        if "=" not in step and ANSWER_MARK not in step:
+            continue
+        if len(step) > budget:
+            return Verdict.abstain(f"more than {MAX_CHARS} characters of arithmetic")
+        budget -= len(step)
+        right, wrong = reference.check(step)
+        if wrong is not None:
+            return Verdict.error(index, n_steps, reason=wrong, checked=tuple(checked))
         if right:
             checked.append(index)
-        silent = 0 if right else silent + 1
-        if max_silent_steps is not None and silent > max_silent_steps:
-            reason = f"{silent} steps in a row without a result of the reference"
-            return Verdict.error(index, n_steps, reason=reason, checked=tuple(checked))
+        n_right += right
     if not n_right:
         return Verdict.abstain("no result to check")
     return Verdict.no_error(n_steps, reason=f"{n_right} results are the reference's", checked=tuple(checked))
