@@ -805,14 +805,6 @@ def test_rts_of_the_paper():
     assert rts_by_characters(1, [(0, 1), (5, 8)]) == 1 / 4  # the gap is no step
 
 
-def test_rts_leaves_out_what_was_not_checked():
-    assert rts_by_steps(3, 5, checked=[0, 2]) == 2 / 4
-    assert rts_by_steps(3, 5, checked=[2, 3, 4]) == 1 / 3  # from the first wrong step on it makes no difference
-    assert rts_by_steps(3, 5, checked=[]) == 0.0
-    assert rts_by_steps(3, 5, checked=range(5)) == rts_by_steps(3, 5) == 3 / 5
-    assert rts_by_characters(2, [(0, 10), (10, 30), (30, 60)], checked=[1]) == 20 / 50
-
-
 def test_rts_without_steps_is_zero():
     assert rts_by_steps(0, 0) == 0.0
     assert rts_by_characters(0, []) == 0.0

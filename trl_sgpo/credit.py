@@ -7,7 +7,7 @@ from bisect import bisect, insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from math import inf
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from trl_sgpo.steps import CutCompletion, Span, Turn
 from trl_sgpo.steps.thinking import start_of_answer, thinking_marks
@@ -37,7 +37,7 @@ def locate_steps(
     cut: CutCompletion,
     first_error: int,
     by_policy: Sequence[bool] | None = None,
-    values: Sequence[Any] | None = None,
+    values: Sequence[float] | None = None,
 ) -> StepTokens | None:
     """
     Finds the verified steps and the first wrong one among a completion's own tokens. `None` if the wrong step is not
@@ -58,8 +58,8 @@ def locate_steps(
             The completion's ids, without padding.
         by_policy (`Sequence[bool]` of length T, *optional*):
             Which tokens the policy wrote. With several turns, each stretch of them is a turn.
-        values (`Sequence`, *optional*):
-            What each step before the first wrong one earns, or more. Only steps with equal values share a range.
+        values (`Sequence[float]`, *optional*):
+            What each step before the first wrong one earns. Only steps that earn the same share a range.
     """
     # One turn may hold what others wrote, if a rollout function has put it there: its text is that of all ids
     runs = [(0, len(ids))] if len(cut.turns) == 1 else _runs(by_policy, len(ids))
@@ -157,7 +157,7 @@ def _join_verified(
     places: Mapping[int, Span],
     first_error: int,
     turn_end: int,
-    values: Sequence[Any] | None = None,
+    values: Sequence[float] | None = None,
 ) -> list[tuple[int, int, int | None]]:
     """
     The places of a turn's steps before the first wrong one, each with the index of its first step. Those that earn the

@@ -22,7 +22,7 @@ from trl_sgpo.groups import SortedGroups, group_pass_at_k, nanstd, value_range
 from trl_sgpo.judges.log_once import LogOnce
 from trl_sgpo.judges.stepwise import REWARD_NAME, StepScore, StepwiseJudge
 from trl_sgpo.length_alarm import LengthAlarm
-from trl_sgpo.rounds import STATUSES, Judged, Round
+from trl_sgpo.rounds import STATUSES, Judged, Round, verified_steps
 
 
 logger = logging.getLogger(__name__)
@@ -232,7 +232,9 @@ class RoundLog:
             gap_PG = judged.rts_steps_PG - judged.rts_characters_PG
             self._log(round, "sgpo/rts", judged.rts_PG[scored_PG].mean().item())
             self._log(round, "sgpo/rts_gap", gap_PG[scored_PG].mean().item())
-        n_right, n_unchecked = judged.n_right_PG.nansum().item(), judged.n_unchecked_PG.nansum().item()
+        n_right, n_unchecked = (
+            n_PG[scored_PG].sum().item() for n_PG in (verified_steps(judged), judged.n_unchecked_PG)
+        )
         if n_right + n_unchecked:
             self._log(round, "sgpo/unchecked_steps", n_unchecked / (n_right + n_unchecked))
         compared_P = round.kinds.failed_P & (scored_PG.sum(dim=1) >= 2)

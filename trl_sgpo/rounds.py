@@ -19,7 +19,7 @@ from trl_sgpo.judges.stepwise import StepScore, StepwiseJudge
 
 STATUSES = ("error", "no_error", "abstain")
 
-_N_NUMBERS = 12  # of a completion, as they are gathered
+_N_NUMBERS = 11  # of a completion, as they are gathered
 
 
 class Judged(NamedTuple):
@@ -31,8 +31,8 @@ class Judged(NamedTuple):
             Those of this rank's completions, with the spans of their steps; `None` where nobody was asked.
         rts_PG, rts_steps_PG, rts_characters_PG (`torch.Tensor`):
             Reasoning trajectory scores in the judge's unit, by steps and by characters.
-        n_steps_PG, n_right_PG, n_unchecked_PG (`torch.Tensor`):
-            Number of steps, and of those before the first wrong one: which the judge checked, and which it did not.
+        n_steps_PG, n_unchecked_PG (`torch.Tensor`):
+            Number of steps, and of those before the first wrong one that the judge did not check.
         status_PG, called_PG (`torch.Tensor`):
             Index in `STATUSES`; 1 if the judge was asked, 0 if the score needed no call.
         length_PG (`torch.Tensor`):
@@ -50,7 +50,6 @@ class Judged(NamedTuple):
     rts_steps_PG: Tensor
     rts_characters_PG: Tensor
     n_steps_PG: Tensor
-    n_right_PG: Tensor
     n_unchecked_PG: Tensor
     status_PG: Tensor
     called_PG: Tensor
@@ -269,15 +268,14 @@ def judge_round(
     rows_BN = [[*_numbers(score, judge), *row, seconds] for score, *row in zip(scores, lengths, masked, strict=True)]
     numbers_BN = torch.tensor(rows_BN, device=round.outcome_PG.device)
     numbers_NPG = gather(numbers_BN).T.reshape(_N_NUMBERS, *round.outcome_PG.shape)
-    rts_PG, size_PG, by_steps_PG, by_characters_PG, n_steps_PG, n_right_PG, n_unchecked_PG = numbers_NPG[:7]
-    status_PG, called_PG, length_PG, masked_PG, seconds_PG = numbers_NPG[7:]
+    rts_PG, size_PG, by_steps_PG, by_characters_PG, n_steps_PG, n_unchecked_PG = numbers_NPG[:6]
+    status_PG, called_PG, length_PG, masked_PG, seconds_PG = numbers_NPG[6:]
     return Judged(
         scores,
         rts_PG,
         by_steps_PG,
         by_characters_PG,
         n_steps_PG,
-        n_right_PG,
         n_unchecked_PG,
         status_PG,
         called_PG,
@@ -286,6 +284,15 @@ def judge_round(
         reward_PG=judge.rewards(of_longest_completion(rts_PG, size_PG) if of_longest else rts_PG),
         seconds=seconds_PG.max().item(),
     )
+
+
+def verified_steps(judged: Judged) -> Tensor:
+    """
+    The number of each completion's checked steps before the first wrong one, shape `(P, G)`; NaN without a score. Nothing
+    more has to be gathered for it.
+    """
+    # Exact up to four million steps
+    return (judged.rts_steps_PG * (judged.n_steps_PG - judged.n_unchecked_PG)).round()
 
 
 def of_longest_completion(rts_PG: Tensor, size_PG: Tensor) -> Tensor:
@@ -312,11 +319,10 @@ def _numbers(score: StepScore | None, judge: StepwiseJudge) -> list[float]:
     if score is None:
         return [math.nan] * (_N_NUMBERS - 3)
     scores = (judge.rts(score), judge.size(score), score.rts_steps, score.rts_characters)
-    n_right = len(score.right)
     return [
         *(math.nan if value is None else float(value) for value in scores),
         float(score.n_steps),
-        *([math.nan] * 2 if score.rts_steps is None else [float(n_right), float((score.first_error or 0) - n_right)]),
+        float(len(score.unchecked)),
         float(STATUSES.index(score.status)),
         float(score.called),
     ]

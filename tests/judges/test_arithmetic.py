@@ -326,6 +326,7 @@ def test_the_first_bad_link_is_named_with_its_value():
 def test_a_step_without_a_link_is_not_checked():
     assert verdict("Let us add.", "2 + 2 = 4", "That is four.", "x = 5", "4 + 4 = 8").checked == (1, 4)
     assert verdict("Let us add.", "2 + 2 = 4", "That is four.", "4 + 4 = 9").checked == (1,)
+    assert verdict("2 + 2 = 4", " 2 + 2 = 4\n", "So 2 + 2 = 4", "4 + 4 = 9").checked == (0, 2)  # said again
 
 
 def test_one_link_that_cannot_be_read_does_not_hide_the_next():

@@ -337,16 +337,20 @@ class TestACacheThatFails:
         self.check(path, caplog, "is damaged or no cache (database disk image is malformed)")
 
     def test_a_damaged_row_is_a_miss(self, path):
+        verdicts = (
+            '["error", 9, 3, null, "", null]',
+            '["error", 1, null, null, "", null]',
+            '["error", 1, 3, null, "", [7]]',
+        )
+        damaged = ("", "{", "[]", "7", '["error", 1, 3, null, ""]', '{"status": "error"}', *verdicts)
         judge = CachedJudge(inner := Counting(), path)
-        judge.judge(items_of(6))
+        judge.judge(items_of(len(damaged)))
         with sqlite3.connect(path) as connection:
-            for i, text in enumerate(
-                ("", "{", "[]", '["error", 9, 3, null, "", null]', '["error", 1, null, null, ""]', "7")
-            ):
+            for i, text in enumerate(damaged):
                 connection.execute("UPDATE verdicts SET verdict = ? WHERE rowid = ?", (text, i + 1))
         inner.asked.clear()
-        assert judge.judge(items_of(6)) == [Counting.by_number(item) for item in items_of(6)]
-        assert len(inner.asked) == 6
+        assert judge.judge(items_of(len(damaged))) == [Counting.by_number(item) for item in items_of(len(damaged))]
+        assert len(inner.asked) == len(damaged)
 
     def test_another_programs_database(self, path, caplog):
         sqlite3.connect(path).execute("CREATE TABLE verdicts (name)")

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 from conftest import first_long_word
 from hypothesis import given, settings
@@ -57,6 +59,11 @@ def short(verdicts):
     return [verdict.first_error if verdict.status == "error" else verdict.status for verdict in verdicts]
 
 
+class Exits(tuple):
+    def __iter__(self):
+        raise SystemExit
+
+
 def crash(items):
     raise RuntimeError("no GPU left")
 
@@ -74,13 +81,24 @@ BROKEN = {
     "half a verdict": (lambda items: [Verdict("error")] * len(items), "first_error=None is of type NoneType"),
     "checked no step": (
         lambda items: [Verdict.error(1, checked=[0, 4])] * len(items),
-        "checked=[0, 4] has an entry that is not the 0-based index of one of 4 steps",
+        "checked has the entry 4 is not the 0-based index of one of 4 steps",
     ),
     "checked no index": (
         lambda items: [Verdict.no_error(checked=[True])] * len(items),
-        "checked=[True] has an entry that is a bool, and the index of a step is an integer",
+        "checked has the entry True is a bool, and the index of a step is an integer",
     ),
-    "checked no list": (lambda items: [Verdict.error(1, checked=3)] * len(items), "a verdict that cannot be read"),
+    "checked no list": (
+        lambda items: [Verdict.error(1, checked="01")] * len(items),
+        "checked is of type str, and not a list of indices of steps",
+    ),
+    "checked endless": (
+        lambda items: [Verdict.error(1, checked=itertools.repeat(0))] * len(items),
+        "checked is of type repeat, and not a list",
+    ),
+    "checked breaks": (
+        lambda items: [Verdict.error(1, checked=Exits())] * len(items),
+        "the judge returned a verdict that cannot be read (SystemExit)",
+    ),
     "mixed up": (lambda items: [Verdict.error(0, 7)] * len(items), "the judge saw 7 steps where there are 4"),
 }
 
@@ -200,6 +218,12 @@ class TestCheckedSteps:
     def test_who_comes_first_decides(self):
         members = checks(Verdict.abstain("no equation"), Verdict.error(3, checked=[0]), Verdict.error(2))
         assert Fallback(members).judge(items_of(1))[0].checked == (0,)
+
+    def test_what_was_checked_before_counts_if_the_next_one_finds_the_error(self):
+        members = checks(Verdict.no_error(checked=[1, 2]), Verdict.error(3, checked=[0]))
+        assert Fallback(members).judge(items_of(1))[0] == Verdict.error(3, 4, checked=[0, 1, 2])
+        members = checks(Verdict.no_error(checked=[1]), Verdict.no_error())
+        assert Fallback(members).judge(items_of(1))[0].checked is None
 
 
 class TestEarliestError:

@@ -47,12 +47,14 @@ class TestScore:
         text = "One.\nTwo is two.\nThree.\nFour.\nFive."
         judge = StepwiseJudge(lambda problem, steps: Verdict.error(3, checked=[0, 2]))
         (score,) = judge.score(["p"], [text], [{}])
-        assert (score.right, score.n_steps, score.rts_steps, judge.size(score)) == ((0, 2), 5, 2 / 4, 4)
+        assert (score.first_error, score.n_steps, score.unchecked, score.n_right) == (3, 5, {1}, 2)
+        assert (score.rts_steps, judge.size(score)) == (2 / 4, 4)
+        assert score.cut.steps == ("One.\n", "Three.\n", "Four.\n", "Five.")
         by_characters = StepwiseJudge(judge.judge, unit="characters")
         assert by_characters.size(score) == len("One.\nThree.\nFour.\nFive.")
         assert score.rts_characters == len("One.\nThree.\n") / by_characters.size(score)
         everything = StepwiseJudge(lambda problem, steps: Verdict.error(3)).score(["p"], [text], [{}])[0]
-        assert (everything.right, everything.rts_steps) == ((0, 1, 2), 3 / 5)
+        assert (everything.unchecked, everything.rts_steps) == (frozenset(), 3 / 5)
 
     def test_numpy_integers_are_integers(self):
         assert score(judge_of(Verdict.error(np.int64(1)))).first_error == 1

@@ -65,6 +65,13 @@ def test_a_right_completion(capsys, monkeypatch, tmp_path):
     assert run(capsys, *argv)[0] == 0  # known to be wrong: the verdict is still "no error"
 
 
+def test_what_was_not_checked_is_not_called_right(capsys):
+    argv = ("--judge", "arithmetic", "--problem", "p", "--completion", "We add.\n2 + 2 = 4.", "--maybe_right")
+    out = run(capsys, *argv)[1]
+    assert "   1  ?      We add." in out
+    assert "   2  ok     2 + 2 = 4." in out
+
+
 def test_texts_from_files_and_the_judge_of_a_training_run(capsys, tmp_path):
     (tmp_path / "problem.txt").write_text("What is it?", encoding="utf-8-sig")
     (tmp_path / "completion.txt").write_text(RIGHT_THEN_WRONG)

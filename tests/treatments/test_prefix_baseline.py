@@ -3,6 +3,7 @@
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -14,6 +15,9 @@ from toys import FixedJudge, all_failed, all_mixed, fixed, stepwise, tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_sgpo import SGPOConfig, Verdict
+from trl_sgpo.judges.stepwise import StepScore
+from trl_sgpo.rounds import verified_steps
+from trl_sgpo.steps import rts_by_steps
 from trl_sgpo.treatments.prefix import credited_groups
 from trl_sgpo.treatments.prefix_baseline import centred_credit
 
@@ -31,16 +35,25 @@ def naive_credit(group, error, reward=1.0, penalty=1.0):
     return earned
 
 
-def verified_steps(*errors):
-    """The number of verified steps of each completion of a group, from the indices of the first wrong ones."""
-    return torch.tensor([math.nan if error is None else float(error) for error in errors])
+def gathered(scores):
+    """What all ranks know of a group's scores, in the precision in which they know it."""
+    steps, n_steps = tensor([[score.rts_steps, score.n_steps] if score else [None] * 2 for score in scores]).T
+    return SimpleNamespace(
+        rts_steps_PG=steps[None], n_steps_PG=n_steps[None], n_unchecked_PG=torch.zeros(1, len(scores))
+    )
+
+
+def score_of(error, n_steps):
+    return StepScore("error", error, n_steps, rts_by_steps(error, n_steps), 0.0, "", True)
 
 
 @given(st.lists(st.sampled_from([None, math.inf, *range(7)]), min_size=1, max_size=8))
 def test_credit_equals_a_naive_loop(group):
-    verified = verified_steps(*group)
-    for error in group:
-        if error not in (None, math.inf):
+    scores = [None if error in (None, math.inf) else score_of(error, error + 3) for error in group]
+    (verified,) = verified_steps(gathered(scores))
+    verified[torch.tensor([error == math.inf for error in group])] = torch.inf
+    for score, error in zip(scores, group, strict=True):
+        if score is not None:
             found = centred_credit(verified, error, 0.7, 0.4)
             assert found.tolist() == pytest.approx(naive_credit(group, error, 0.7, 0.4), abs=1e-6)
 
@@ -56,7 +69,7 @@ def test_the_credit_of_a_step_sums_to_zero(n_verified):
 @given(st.integers(0, 99), st.integers(1, 16))
 def test_where_all_get_equally_far_nothing_is_left(error, size):
     """Not even a rounding residue, which Adam would turn into a full-size step."""
-    verified = verified_steps(*[error] * size)
+    (verified,) = verified_steps(gathered([score_of(error, error + 1)] * size))
     assert not centred_credit(verified, error, 0.3, 0.7).any()
 
 
@@ -64,6 +77,20 @@ def test_a_step_that_all_get_right_earns_nothing():
     verified = torch.tensor([3.0, 7.0, 4.0, math.nan, math.inf])
     for n in (3, 7, 4):
         assert not centred_credit(verified, n)[:3].any()
+
+
+@given(st.integers(1, 4_000_000), st.data())
+def test_the_number_of_verified_steps_is_exact(n_steps, data):
+    first_error = data.draw(st.integers(0, n_steps - 1))
+    assert verified_steps(gathered([score_of(first_error, n_steps)])).item() == first_error
+
+
+def test_an_empty_completion_and_no_verdict():
+    empty = StepScore("error", None, 0, 0.0, 0.0, "", called=False)
+    abstains = StepScore("abstain", None, 3, None, None, "", True)
+    verified = verified_steps(gathered([empty, abstains, None]))
+    assert verified[0, 0] == 0
+    assert torch.isnan(verified[0, 1:]).all()
 
 
 def test_a_group_in_which_all_get_equally_far_is_tied():

@@ -77,6 +77,10 @@ class Verdict:
     reason: str = ""
     checked: Sequence[int] | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.checked, list):  # else two equal verdicts would differ, and could not be hashed
+            object.__setattr__(self, "checked", tuple(self.checked))
+
     @classmethod
     def error(
         cls,
@@ -155,7 +159,9 @@ def checked_verdict(verdict: Any, n_steps: int) -> Verdict:
     """The verdict if it makes sense for a completion of `n_steps` steps, else an abstention that says why not."""
     try:
         return _check(verdict, n_steps)
-    except Exception as error:  # fields of odd types may raise wherever they are compared or printed
+    except BaseException as error:  # fields of odd types may raise anything wherever they are read or printed
+        if isinstance(error, KeyboardInterrupt):
+            raise
         return Verdict.abstain(f"the judge returned a verdict that cannot be read ({type(error).__name__})")
 
 
@@ -169,28 +175,35 @@ def _check(verdict: Any, n_steps: int) -> Verdict:
         return Verdict.abstain(reason)
     if verdict.status not in ("error", "no_error"):
         return Verdict.abstain(f"the judge returned the unknown status {verdict.status!r}")
-    try:
-        checked = None if verdict.checked is None else tuple(sorted({_step(i, n_steps) for i in verdict.checked}))
-    except ValueError as error:
-        return Verdict.abstain(f"checked={verdict.checked!r} has an entry that {error}")
+    given: Any = verdict.checked
+    checked: set[int] | None = None
+    if given is not None:
+        if isinstance(given, str | bytes | Mapping) or not hasattr(given, "__len__"):
+            return Verdict.abstain(f"checked is of type {type(given).__name__}, and not a list of indices of steps")
+        checked = set()
+        for entry in given:
+            index, fault = _step(entry, n_steps)
+            if index is None:
+                return Verdict.abstain(f"checked has the entry {fault}")
+            checked.add(index)
+    kept = None if checked is None else tuple(sorted(checked))
     if verdict.status == "no_error":
-        return Verdict.no_error(n_steps, verdict.confidence, reason, checked)
-    try:
-        first_error = _step(verdict.first_error, n_steps)
-    except ValueError as error:
-        return Verdict.abstain(f"first_error={verdict.first_error!r} {error}")
-    return Verdict.error(first_error, n_steps, verdict.confidence, reason, checked)
+        return Verdict.no_error(n_steps, verdict.confidence, reason, kept)
+    first_error, fault = _step(verdict.first_error, n_steps)
+    if first_error is None:
+        return Verdict.abstain(f"first_error={fault}")
+    return Verdict.error(first_error, n_steps, verdict.confidence, reason, kept)
 
 
-def _step(given: Any, n_steps: int) -> int:
-    """The index of a step as an `int`. Raises a `ValueError` that says what is wrong with it."""
+def _step(given: Any, n_steps: int) -> tuple[int | None, str]:
+    """The index of a step as an `int`; `None`, and the value with what is wrong with it, if it is none."""
     try:
         index = operator.index(given)  # an int or one of numpy's or torch's; a float is none
     except TypeError:
-        raise ValueError(f"is of type {type(given).__name__}, and the index of a step is an integer") from None
+        return None, f"{given!r} is of type {type(given).__name__}, and the index of a step is an integer"
     # torch's booleans are integers to Python, and numpy's are not
     if isinstance(given, bool) or "bool" in str(getattr(given, "dtype", "")):
-        raise ValueError("is a bool, and the index of a step is an integer")
+        return None, f"{given!r} is a bool, and the index of a step is an integer"
     if not 0 <= index < n_steps:
-        raise ValueError(f"is not the 0-based index of one of {n_steps} steps")
-    return index
+        return None, f"{given!r} is not the 0-based index of one of {n_steps} steps"
+    return index, ""

@@ -258,8 +258,8 @@ def _read(connection: sqlite3.Connection, keys: Iterable[bytes]) -> dict[bytes |
         query = f"SELECT key, verdict FROM verdicts WHERE key IN ({','.join('?' * len(chunk))})"
         for key, text in connection.execute(query, chunk):
             with suppress(TypeError, ValueError):  # a row that holds no verdict: the judge is asked
-                fields = json.loads(text)
-                verdict = checked_verdict(Verdict(*fields), fields[2])
+                status, first_error, n_steps, confidence, reason, checked = json.loads(text)
+                verdict = checked_verdict(Verdict(status, first_error, n_steps, confidence, reason, checked), n_steps)
                 if verdict.status != "abstain":
                     found[key] = verdict
     return found

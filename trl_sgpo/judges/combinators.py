@@ -199,7 +199,8 @@ class Fallback(Combinator):
     Asks the first judge. If it abstains on a completion, the next judge is asked, and so on.
 
     "No error" cannot be right for a completion that is known to be wrong, so the next judge is asked then too. The
-    "no error" stands if no later judge finds an error. Put the precise and cheap judge first.
+    "no error" stands if no later judge finds an error. Put the precise and cheap judge first. What both have checked counts
+    then; a judge that abstained has checked nothing.
 
     Args:
         judges (`Sequence[StepJudge | Callable]`):
@@ -224,14 +225,16 @@ class Fallback(Combinator):
             answers = self._ask(judge, [items[i] for i in open_items])
             still_open = []
             for i, answer in zip(open_items, answers, strict=True):
+                before = verdicts[i]
                 if answer.status == "abstain":
                     reasons[i].append(answer.reason)
                     still_open.append(i)
-                elif answer.status == "no_error" and items[i].known_wrong:
-                    verdicts[i] = verdicts[i] or answer  # the first one stands, unless an error is found
+                    continue
+                checked = _checked_by_any([before, answer] if before else [answer])
+                if answer.status == "no_error" and items[i].known_wrong:
                     still_open.append(i)
-                else:
-                    verdicts[i] = answer
+                    answer = before or answer  # the first one stands, unless an error is found
+                verdicts[i] = replace(answer, checked=checked)
             open_items = still_open
         return [verdict or _nobody(why) for verdict, why in zip(verdicts, reasons, strict=True)]
 

@@ -29,7 +29,6 @@ from trl_sgpo.steps import (
     rts_by_steps,
     segment,
 )
-from trl_sgpo.steps.rts import right_steps
 
 
 logger = logging.getLogger(__name__)
@@ -55,13 +54,20 @@ class StepScore:
 
     status: str  # the verdict's, after all checks: "error", "no_error" or "abstain"
     first_error: int | None  # 0-based index of the first wrong step
-    n_steps: int
+    n_steps: int  # as the judge saw them
     rts_steps: float | None  # reasoning trajectory score by steps; `None` for a completion without a score
     rts_characters: float | None
     reason: str  # the verdict's reason, or why there is none
     called: bool  # whether the judge was asked
-    cut: CutCompletion | None = None  # the completion's text and steps, if it has a first wrong one
-    right: tuple[int, ...] = ()  # 0-based indices of the steps before the first wrong one that were checked
+    unchecked: frozenset[int] = (
+        frozenset()
+    )  # indices of the steps before the first wrong one that the judge did not check
+    cut: CutCompletion | None = None  # the completion's text and the other steps, if it has a first wrong one
+
+    @property
+    def n_right(self) -> int | None:
+        """How many steps before the first wrong one were checked: the index of the wrong one among the steps of `cut`."""
+        return None if self.first_error is None else self.first_error - len(self.unchecked)
 
 
 class StepwiseJudge:
@@ -234,12 +240,9 @@ class StepwiseJudge:
         """
         if self.rts(score) is None:
             return None
-        if score.cut is None or score.first_error is None:
-            return 0
-        counted = [*score.right, *range(score.first_error, score.n_steps)]
         if self.unit == "steps":
-            return len(counted)
-        return sum(end - start for start, end in map(score.cut.spans.__getitem__, counted))
+            return score.n_steps - len(score.unchecked)
+        return sum(end - start for start, end in score.cut.spans) if score.cut else 0
 
     def score(
         self,
@@ -306,21 +309,24 @@ class StepwiseJudge:
         n_steps, first_error = len(cut.spans), verdict.first_error
         if verdict.status == "no_error":
             if not known_wrong:
-                return StepScore("no_error", None, n_steps, 1.0, 1.0, _readable(verdict.reason), called=True)
+                reason, unchecked = _readable(verdict.reason), _unchecked(verdict, n_steps)
+                return StepScore("no_error", None, n_steps, 1.0, 1.0, reason, called=True, unchecked=unchecked)
             if self.no_error == "last_step":
                 first_error = n_steps - 1
         if first_error is None:
             return _unscored(verdict, n_steps, called=True)
+        unchecked = _unchecked(verdict, first_error)
+        cut, n_right = cut.without(unchecked), first_error - len(unchecked)
         return StepScore(
             status=verdict.status,
             first_error=first_error,
             n_steps=n_steps,
-            rts_steps=rts_by_steps(first_error, n_steps, verdict.checked),
-            rts_characters=rts_by_characters(first_error, cut.spans, verdict.checked),
+            rts_steps=rts_by_steps(n_right, len(cut.spans)),
+            rts_characters=rts_by_characters(n_right, cut.spans),
             reason=_readable(verdict.reason),
             called=True,
+            unchecked=unchecked,
             cut=cut,
-            right=tuple(right_steps(first_error, verdict.checked)),
         )
 
 
@@ -356,6 +362,11 @@ def problem_text(prompt: Any) -> str:
 
 def _unscored(verdict: Verdict, n_steps: int, called: bool) -> StepScore:
     return StepScore(verdict.status, None, n_steps, None, None, _readable(verdict.reason), called)
+
+
+def _unchecked(verdict: Verdict, n_steps: int) -> frozenset[int]:
+    """Which of the first `n_steps` steps the judge did not check."""
+    return frozenset(() if verdict.checked is None else set(range(n_steps)).difference(verdict.checked))
 
 
 def _probe(segmenter: Segmenter) -> None:

@@ -161,8 +161,8 @@ def show(
 def _marks(score: "StepScore", n_steps: int) -> list[str]:
     """What the verdict says of each step; `?` where nobody knows."""
     if score.first_error is None:
-        return ["ok" if score.rts_steps == 1 else "?"] * n_steps
-    before = ["ok" if i in score.right else "?" for i in range(score.first_error)]
+        return ["ok" if score.rts_steps == 1 and i not in score.unchecked else "?" for i in range(n_steps)]
+    before = ["?" if i in score.unchecked else "ok" for i in range(score.first_error)]
     return [*before, "WRONG", *["-"] * (n_steps - score.first_error - 1)]
 
 

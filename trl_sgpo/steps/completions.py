@@ -3,8 +3,8 @@ From a completion to its text and its steps. A completion may hold thinking, too
 decided what the policy wrote and what is judged.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trl_sgpo.steps.segmenter import Segmenter, Span, check_spans, segment
@@ -235,6 +235,12 @@ class CutCompletion:
     def steps(self) -> tuple[str, ...]:
         """Texts of the steps."""
         return tuple([self.text[start:end] for start, end in self.spans])
+
+    def without(self, left_out: Collection[int]) -> "CutCompletion":
+        """The same without the steps of these indices. Their text is part of no step then."""
+        kept = [i for i in range(len(self.spans)) if i not in left_out]
+        context = {new: self.context[old] for new, old in enumerate(kept) if old in self.context}
+        return replace(self, spans=tuple([self.spans[i] for i in kept]), context=context)
 
 
 def cut_completion(

@@ -1,13 +1,13 @@
 """
 Per-token credit, `failed_groups="prefix"` (SGPO's paper has none; VPPO, arXiv 2601.18984, is a similar thought). A
 reward for the whole completion pays the tokens after the error too. The verdict says more: the steps before the first
-wrong one are verified, but for those that the judge did not check, that step is wrong, and nobody has judged what
+wrong one are verified (but for those that the judge did not check), that step is wrong, and nobody has judged what
 follows. So the verified tokens get `prefix_reward`, those of the wrong step `-error_penalty`, and the rest 0. No group normalisation is involved, unless
 `prefix_baseline="group"` compares each step with what the group makes of it (`prefix_baseline.py`).
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from trl_sgpo.credit import StepTokens, locate_steps
 from trl_sgpo.groups import SortedGroups, enough_verdicts, value_range
 from trl_sgpo.policy import Policy
-from trl_sgpo.rounds import Judged, Round
+from trl_sgpo.rounds import Judged, Round, verified_steps
 from trl_sgpo.treatments.base import Treatment
 from trl_sgpo.treatments.prefix_baseline import centred_credit
 
@@ -44,19 +44,15 @@ class PrefixCredit(Treatment):
 
     def sort(self, round: Round) -> SortedGroups:
         assert round.judged is not None, "a round that nobody judged cannot be sorted"
-        return credited_groups(round.askable_PG, round.judged.n_right_PG, round.kinds.failed_P, relative=self.centred)
+        verified_PG = verified_steps(round.judged)
+        return credited_groups(round.askable_PG, verified_PG, round.kinds.failed_P, relative=self.centred)
 
     def advantages(self, round: Round, policy: Policy) -> Tensor:
         assert round.judged is not None, "it treats judged rounds only"
         plain_B, length = round.advantages_B, round.own_BT.shape[1]
         earned = self._earned(round, round.judged)
-        is_verified = [
-            [float(score is not None and step in score.right) for step in range(len(values))]
-            for score, values in zip(round.judged.scores, earned, strict=True)
-        ]
-        # Neighbours that earn the same are one range, but not a verified step and one that nobody has checked
-        values = [list(zip(*of_one, strict=True)) for of_one in zip(earned, is_verified, strict=True)]
-        places = self._locate(round, round.judged, policy, values)
+        places = self._locate(round, round.judged, policy, earned)
+        is_verified = [[1.0] * (len(values) - 1) + [0.0] for values in earned]
         verified_BT = prefix_credit(places, is_verified, length).to(plain_B) > 0
         weight_P = self.weight * (round.groups or self.sort(round)).rescued_P
         if self.centred:
@@ -106,31 +102,27 @@ class PrefixCredit(Treatment):
 
     def _earned(self, round: Round, judged: Judged) -> list[list[float]]:
         """
-        What each step of this rank's completions earns, up to the first wrong one; nothing where no wrong step is named.
-        A step that nobody has checked earns 0.
+        What each verified step of this rank's completions earns, and then the first wrong one; nothing where no wrong
+        step is named.
         """
         # A right completion of a mixed group has every step right, however many it has
         right_PG = round.outcome_PG >= round.success_threshold
-        verified_PG = judged.n_right_PG.masked_fill(right_PG, torch.inf).cpu()
+        verified_PG = verified_steps(judged).masked_fill(right_PG, torch.inf).cpu()
         earned: list[list[float]] = []
         for row, score in enumerate(judged.scores, start=round.rows.start):
             values: list[float] = []
             if score is not None and (score.first_error is not None or score.status == "error"):
-                credit = [self.prefix_reward] * len(score.right) + [-self.error_penalty]
+                n_verified = score.n_right or 0  # an empty completion has none: ending at once is its error
+                values = [self.prefix_reward] * n_verified + [-self.error_penalty]
                 if self.centred:
                     verified_G = verified_PG[row // verified_PG.shape[1]]
-                    factors = (self.prefix_reward, self.error_penalty)
-                    credit = centred_credit(verified_G, len(score.right), *factors).tolist()
-                first_error = score.first_error or 0  # an empty completion has none: ending at once is its error
-                values = [0.0] * first_error + credit[-1:]
-                for step, value in zip(score.right, credit[:-1], strict=True):
-                    values[step] = value
+                    values = centred_credit(verified_G, n_verified, self.prefix_reward, self.error_penalty).tolist()
             earned.append(values)
         return earned
 
     @staticmethod
     def _locate(
-        round: Round, judged: Judged, policy: Policy, values: Sequence[Sequence[Any]]
+        round: Round, judged: Judged, policy: Policy, earned: Sequence[Sequence[float]]
     ) -> list[StepTokens | None]:
         """Where the verdicts of this rank's completions stand among their tokens; `None` where there is nothing to pay."""
         tool_mask = round.tool_mask_BT
@@ -138,12 +130,12 @@ class PrefixCredit(Treatment):
         places: list[StepTokens | None] = []
         for i, (score, ids) in enumerate(zip(judged.scores, round.completion_ids, strict=True)):
             place = None
-            if score is not None and values[i] and has_loss[i]:
-                if score.first_error is None or score.cut is None:  # an empty completion: ending at once is its error
+            if score is not None and earned[i] and has_loss[i]:
+                if score.n_right is None or score.cut is None:  # an empty completion: ending at once is its error
                     place = StepTokens((), (0, len(ids)))
                 else:
                     by_policy = None if tool_mask is None else tool_mask[i, : len(ids)].bool().tolist()
-                    place = locate_steps(policy.decode, ids, score.cut, score.first_error, by_policy, values[i])
+                    place = locate_steps(policy.decode, ids, score.cut, score.n_right, by_policy, earned[i])
             places.append(place)
         return places
 
@@ -178,7 +170,7 @@ def credited_groups(outcome_PG: Tensor, verified_PG: Tensor, failed_P: Tensor, r
 def prefix_credit(tokens: Sequence[StepTokens | None], earned: Sequence[Sequence[float]], length: int) -> Tensor:
     """
     The advantages per token that the verdicts give, shape `(N, T)` with T = `length`. `earned` says for each completion
-    what its steps earn, up to the first wrong one. 0 elsewhere and where there is no verdict.
+    what its verified steps earn, and then the first wrong one. 0 elsewhere and where there is no verdict.
 
     Example:
 

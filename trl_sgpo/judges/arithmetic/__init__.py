@@ -30,6 +30,9 @@ class ArithmeticJudge(StepJudge):
     rounded or truncated at its last digit. A capital letter that an earlier step set to a computed number, as in
     `A = 3 + 4 = 7`, may be used later.
 
+    A step without a calculation that was checked is not among the verdict's `checked`, and neither is one that says again word for word
+    what an earlier step says.
+
     The verdict is "no error" if at least one link was checked and all hold, and an abstention if there was nothing to
     check. "No error" says that the arithmetic is right, not that the solution is.
 
@@ -50,6 +53,7 @@ def _judge_one(steps: Sequence[str]) -> Verdict:
     memory = Memory()
     budget = MAX_CHARS
     checked: list[int] = []
+    known: set[str] = set()
     for index, step in enumerate(steps):
         if not any(sign in step for sign in ("=", "≈", "\\approx")):
             continue
@@ -60,8 +64,9 @@ def _judge_one(steps: Sequence[str]) -> Verdict:
         wrong = check_step(step, memory)
         if wrong:
             return Verdict.error(index, len(steps), reason=wrong, checked=tuple(checked))
-        if memory.checked > before:
+        if memory.checked > before and step.strip() not in known:
             checked.append(index)
+            known.add(step.strip())
     if not memory.checked:
         return Verdict.abstain("no arithmetic to check")
     return Verdict.no_error(len(steps), reason=f"{memory.checked} calculations hold", checked=tuple(checked))
