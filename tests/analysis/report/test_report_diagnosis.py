@@ -45,7 +45,7 @@ def test_answer(facts, words):
         ({"unjudged": 0.2, "has_judge": True}, "judge_until"),
         ({"tied": 0.5}, "unit='characters'"),
         ({"tied": 0.5, "rts": 0.1}, "unit='characters'"),
-        ({"tied": 0.5, "rts": 0.0}, "the judge blames the first step of every completion"),
+        ({"tied": 0.5, "rts": 0.0}, "the judge finds no right step in any completion"),
         ({"abstained": 0.2}, "judge_reason"),
         ({"solved": 0.6}, "harder data"),
         ({"other_rewards": 0.3}, "learns format"),

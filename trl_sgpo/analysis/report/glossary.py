@@ -79,7 +79,7 @@ GLOSSARY: dict[str, Entry] = {
     ),
     "rts": Entry(
         "RTS",
-        "Reasoning trajectory score: share of a completion before its first wrong step, 0 to 1.",
+        "Reasoning trajectory score: share of a completion before its first wrong step, without steps that the judge did not check, 0 to 1.",
         "It is as good as the judge. Many small right steps at the beginning raise it.",
     ),
     "rts_gap": Entry(
