@@ -43,7 +43,7 @@ ALONG = {  # what a picture shows; the lines of a word problem's solution can be
     "chains": {"accuracy": "accuracy", "right_lines": "share of right leading lines"},
     "gsm8k": {"accuracy": "accuracy", "length": "tokens per completion"},
 }
-DRAWN = {"chains": COMPARED, "gsm8k": (*MAIN, *ALL_STEPS, "prefix_judge")}  # methods of a picture
+DRAWN = {"chains": COMPARED, "gsm8k": (*MAIN, "prefix_centred", *ALL_STEPS, "prefix_judge")}  # methods of a picture
 WINDOW = 512  # completions that an accuracy along the way is the mean of
 
 Row = dict[str, Any]

@@ -88,7 +88,7 @@ def _others() -> list[Run]:
 
 
 def _gsm8k() -> list[Run]:
-    return [Run("gsm8k", arm, GSM8K_RATE, SEEDS[0], BUDGET["gsm8k"]) for arm in MAIN]
+    return [Run("gsm8k", arm, GSM8K_RATE, SEEDS[0], BUDGET["gsm8k"]) for arm in (*MAIN, "prefix_centred")]
 
 
 def _gsm8k_all_steps() -> list[Run]:
