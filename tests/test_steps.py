@@ -705,6 +705,13 @@ def test_cut_of_several_turns():
     assert cut.text == completion_to_text(completion)
     assert cut.steps == ("I look.\n\n", "I call.\nf({})", "\n\nAdd.\n\n", "Stop.")
     assert cut.context == {0: "before", 2: "first\n\nsecond"}
+    rest = cut.without({1})
+    assert (rest.steps, rest.context, rest.text) == (
+        (cut.steps[0], *cut.steps[2:]),
+        {0: "before", 1: "first\n\nsecond"},
+        cut.text,
+    )
+    assert cut.without(range(3)).context == {}
 
 
 def test_no_step_crosses_a_turn():
