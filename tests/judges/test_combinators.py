@@ -81,11 +81,11 @@ BROKEN = {
     "half a verdict": (lambda items: [Verdict("error")] * len(items), "first_error=None is of type NoneType"),
     "checked no step": (
         lambda items: [Verdict.error(1, checked=[0, 4])] * len(items),
-        "checked has the entry 4 is not the 0-based index of one of 4 steps",
+        "checked: 4 is not the 0-based index of one of 4 steps",
     ),
     "checked no index": (
         lambda items: [Verdict.no_error(checked=[True])] * len(items),
-        "checked has the entry True is a bool, and the index of a step is an integer",
+        "checked: True is a bool, and the index of a step is an integer",
     ),
     "checked no list": (
         lambda items: [Verdict.error(1, checked="01")] * len(items),

@@ -66,7 +66,7 @@ class Verdict:
             Why, in words. Shown in the completions table.
         checked (`Sequence[int]`, *optional*):
             0-based indices of the steps in which the judge found something to check. `None`: it read all of them. A step
-            before the first wrong one that was not checked counts neither as right nor as wrong. Otherwise a policy
+            before the first wrong one that was not checked is left out of all that is scored and paid. Otherwise a policy
             that is paid for right steps would learn to write what nobody checks.
     """
 
@@ -184,7 +184,7 @@ def _check(verdict: Any, n_steps: int) -> Verdict:
         for entry in given:
             index, fault = _step(entry, n_steps)
             if index is None:
-                return Verdict.abstain(f"checked has the entry {fault}")
+                return Verdict.abstain(f"checked: {fault}")
             checked.add(index)
     kept = None if checked is None else tuple(sorted(checked))
     if verdict.status == "no_error":

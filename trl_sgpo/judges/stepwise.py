@@ -79,7 +79,7 @@ class StepwiseJudge:
     is called `stepwise_judge`.
 
     The reasoning trajectory score RTS is the share of the completion before its first wrong step. Steps there that the
-    judge says it did not check ([`Verdict`], `checked`) count neither as right nor as steps. The reward is
+    judge says it did not check ([`Verdict`], `checked`) are left out. The reward is
     `1 / (1 + exp(-beta * (RTS - gamma)))` (arXiv 2505.11595, Eq. 2).
 
     Args:

@@ -123,7 +123,7 @@ def requests(judge: "StepJudge", item: "JudgeItem") -> Iterator[tuple[str, str]]
         messages = judge.prompt.ask(item, as_json, getattr(judge, "max_characters", None)).messages
         yield judge.name, "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
     else:
-        shown = {"problem": item.problem, "steps": item.steps, "reference": item.reference, **item.row}
+        shown = {"problem": item.problem, "steps": item.steps, "reference": item.reference, "row": item.row}
         yield judge.name, json.dumps(shown, ensure_ascii=False, indent=1, default=str)
 
 
