@@ -206,7 +206,7 @@ def draw(runs: Sequence[Row], task: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for axis, (name, title) in zip(axes, ALONG[task].items(), strict=True):
         for i, arm in enumerate(DRAWN[task]):
             for j, run in enumerate(runs_of(runs, task, arm)):
@@ -219,7 +219,9 @@ def draw(runs: Sequence[Row], task: str, path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.3)
-    axes[0].legend(frameon=False, fontsize=8, title="method (learning rate)", title_fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    place = {"loc": "outside lower center", "ncols": 3, "frameon": False}
+    figure.legend(handles, labels, **place, fontsize=8, title="method (learning rate)", title_fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
