@@ -59,9 +59,7 @@ class StepScore:
     rts_characters: float | None
     reason: str  # the verdict's reason, or why there is none
     called: bool  # whether the judge was asked
-    unchecked: frozenset[int] = (
-        frozenset()
-    )  # indices of the steps before the first wrong one that the judge did not check
+    unchecked: frozenset[int] = frozenset()  # indices of the steps before the wrong one that the judge did not check
     cut: CutCompletion | None = None  # the completion's text and the other steps, if it has a first wrong one
 
     @property

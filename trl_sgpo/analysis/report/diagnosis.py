@@ -83,7 +83,8 @@ def advice(facts: RunFacts) -> list[str]:
     if facts.rts == 0:
         tied = (
             "the judge finds no right step in any completion, so nothing is rewarded. Read a few. If their first steps are "
-            "right, the judge is not able enough, or checks too few steps (`sgpo/unchecked_steps`): measure it with `trl-sgpo judge-eval`. If they are wrong, use easier data, or "
+            "right, the judge is not able enough, or checks too few steps (`sgpo/unchecked_steps`): measure it with "
+            "`trl-sgpo judge-eval`. If they are wrong, use easier data, or "
             "show the model solutions first (supervised fine-tuning)."
         )
     alike = facts.distinct < 1.5 and facts.teaching < 0.5

@@ -30,8 +30,8 @@ class ArithmeticJudge(StepJudge):
     rounded or truncated at its last digit. A capital letter that an earlier step set to a computed number, as in
     `A = 3 + 4 = 7`, may be used later.
 
-    A step without a calculation that was checked is not among the verdict's `checked`, and neither is one that says again word for word
-    what an earlier step says.
+    A step without a calculation that was checked is not among the verdict's `checked`, and neither is one that says
+    again word for word what an earlier step says.
 
     The verdict is "no error" if at least one link was checked and all hold, and an abstention if there was nothing to
     check. "No error" says that the arithmetic is right, not that the solution is.
