@@ -36,8 +36,8 @@ class SGPOConfig(GRPOConfig):
             - `"prefix"`: each token gets its own advantage: `prefix_reward` before the first wrong step,
               `-error_penalty` in that step, and 0 after it and in steps that the judge did not check, because nobody
               judged that. There is no group normalisation (but see `prefix_baseline`), so groups of equal scores
-              teach too. A group with verdicts for fewer than half of its completions, or in which no completion has a right step, stays as GRPO leaves
-              it. With `judge_scope="all_incorrect"`, the verified prefix of a wrong completion of a mixed group is
+              teach too. A group with verdicts for fewer than half of its completions, or in which no completion has a
+              right step, stays as GRPO leaves it. With `judge_scope="all_incorrect"`, the verified prefix of a wrong completion of a mixed group is
               spared GRPO's blame. `reward_weights` of the judge does not matter. Thinking has credit only if
               `StepwiseJudge` is given `include_thinking=True`.
 
