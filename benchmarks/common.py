@@ -113,9 +113,9 @@ def record_all(
 ) -> int:
     """
     Does all jobs, each in a process of its own, several at a time. `keep` stores a record as soon as it is there, and returns
-    what the progress bar shows of it. A record with `error` is said and not kept; the result is
-    how many there were. A job that was stopped before its end has none. One torch thread for each by default: two torch processes that share two cores slow each other down many times
-    otherwise.
+    what the progress bar shows of it. A record with `error` is said and not kept; the result is how many there were. A job that
+    was stopped before its end has none. One torch thread for each by default: two torch processes that share two cores slow
+    each other down many times otherwise.
     """
     from tqdm.auto import tqdm
 

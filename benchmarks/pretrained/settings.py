@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 
@@ -87,16 +88,8 @@ def _others() -> list[Run]:
     return [Run("chains", arm, TUNED, SEEDS[0], BUDGET["chains"]) for arm in OTHERS]
 
 
-def _gsm8k() -> list[Run]:
-    return [Run("gsm8k", arm, GSM8K_RATE, SEEDS[0], BUDGET["gsm8k"]) for arm in (*MAIN, "prefix_centred")]
-
-
-def _gsm8k_all_steps() -> list[Run]:
-    return [Run("gsm8k", arm, GSM8K_RATE, SEEDS[0], BUDGET["gsm8k"]) for arm in ALL_STEPS]
-
-
-def _gsm8k_judge() -> list[Run]:
-    return [Run("gsm8k", "prefix_judge", GSM8K_RATE, SEEDS[0], BUDGET["gsm8k"])]
+def _gsm8k(*arms: str) -> list[Run]:
+    return [Run("gsm8k", arm, GSM8K_RATE, SEEDS[0], BUDGET["gsm8k"]) for arm in arms]
 
 
 @dataclass(frozen=True)
@@ -111,7 +104,9 @@ TABLES = {
     "tune": Table("Which learning rate suits each method?", _tune),
     "main": Table("Chains of 4 and 5 operations: how many tokens does each method need?", _main),
     "others": Table("And other settings, judges and controls?", _others),
-    "gsm8k": Table("And word problems?", _gsm8k),
-    "gsm8k_all_steps": Table("And word problems if steps that nobody checked count as right?", _gsm8k_all_steps),
-    "gsm8k_judge": Table("And word problems with a trained judge?", _gsm8k_judge),
+    "gsm8k": Table("And word problems?", partial(_gsm8k, *MAIN, "prefix_centred")),
+    "gsm8k_all_steps": Table(
+        "And word problems if steps that nobody checked count as right?", partial(_gsm8k, *ALL_STEPS)
+    ),
+    "gsm8k_judge": Table("And word problems with a trained judge?", partial(_gsm8k, "prefix_judge")),
 }

@@ -3,7 +3,8 @@ Per-token credit, `failed_groups="prefix"` (SGPO's paper has none; VPPO, arXiv 2
 reward for the whole completion pays the tokens after the error too. The verdict says more: the steps before the first
 wrong one are verified (but for those that the judge did not check), that step is wrong, and nobody has judged what
 follows. So the verified tokens get `prefix_reward`, those of the wrong step `-error_penalty`, and the rest 0. No group
-normalisation is involved, unless `prefix_baseline="group"` compares each step with what the group makes of it (`prefix_baseline.py`).
+normalisation is involved, unless `prefix_baseline="group"` compares each step with what the group makes of it
+(`prefix_baseline.py`).
 """
 
 from collections.abc import Sequence
